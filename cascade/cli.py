@@ -1,0 +1,565 @@
+"""`cascadec`: arguments in, one call into the compiler, text or one JSON object out.
+
+Exit codes: 0 done; 1 the program or its data is wrong; 2 the command line, a file or the environment is wrong; 70 a
+bug in cascade, with a reproducer file; 130 interrupted. Results go to standard output, everything else to standard
+error. Colours and boxes appear on a terminal only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import errno
+import functools
+import importlib
+import importlib.util
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.highlighter import RegexHighlighter
+from rich.table import Table
+from rich.text import Text
+from rich.theme import Theme
+
+import cascade as package
+from cascade import pipeline
+from cascade.arguments import shape_symbols
+from cascade.compiled import Compiled, from_text, read_program, specialise, split_name
+from cascade.errors import CascadeError, CommandError, Diagnostic, InternalError, Source, Span, quoted_list
+from cascade.frontend.tokens import decode
+from cascade.ir import Cascade, DType, Param, Result
+from cascade.passes import PASSES
+from cascade.passes.base import parse_pass
+from cascade.settings import settings
+from cascade.text import render
+
+STANDARD_INPUT = ("-", "/dev/stdin")
+DONE, PROGRAM_WRONG, COMMAND_WRONG, BUG, INTERRUPTED = 0, 1, 2, 70, 130
+
+
+def main() -> None:
+    """The entry point of the command: runs it and ends the process with its exit code."""
+    exit_on_interrupt()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, who does not want to hear
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: list[str]) -> int:
+    """Runs one command line; the exit code. Every error ends here as a message, never as a bare traceback."""
+    as_json = "--json" in arguments
+    arguments = [re.sub(r"^-:", "/dev/stdin:", argument) for argument in arguments]  # click takes `-:name` for options
+    try:
+        with commands.make_context("cascadec", list(arguments)) as context:
+            commands.invoke(context)
+        sys.stdout.flush()
+        return DONE
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except click.ClickException as error:
+        return complain_about_usage(error, as_json)
+    except CascadeError as error:
+        complain(error, as_json)
+        return exit_code(error)
+    except BrokenPipeError:  # the reader has what it wanted; nothing may be written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EBADF):
+            return complain_about_bug(error, arguments, as_json)
+        complain(output_error("standard output", error), False)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return COMMAND_WRONG
+    except Exception as error:
+        return complain_about_bug(error, arguments, as_json)
+
+
+def exit_code(error: CascadeError) -> int:
+    """Which side is wrong: the command line, its files and the environment, or the program and its data."""
+    program = not isinstance(error, CommandError) or error.diagnostics[0].code == "C611"
+    return PROGRAM_WRONG if program else COMMAND_WRONG
+
+
+def exit_on_interrupt() -> None:
+    """Ctrl-C ends the process at once with 130, even inside a long tensor operation.
+
+    Python runs signal handlers between bytecodes of the main thread only, so a second thread waits for the byte that
+    the interpreter writes when the signal arrives. Files are written whole and renamed, so none is left half done.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.signal(signal.SIGINT, lambda number, frame: None)
+    signal.set_wakeup_fd(writer)
+
+    def wait() -> None:
+        while os.read(reader, 1) != bytes([signal.SIGINT]):
+            pass
+        os._exit(INTERRUPTED)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+# --- the program a command is about ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every command about a program takes."""
+
+    file: str
+    sizes: dict[str, int]
+    dtype: DType | None
+    json: bool
+
+
+def load(options: Options) -> Cascade:
+    """The verified cascade that the command line names, with the sizes and the type it states."""
+    cascade = find(options.file).cascade
+    known = shape_symbols(cascade)
+    for name in options.sizes:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            symbols = f"its shape symbols are {quoted_list(known, 20)}" if known else "it has no shape symbols"
+            hint = f"did you mean {close[0]!r}?" if close else symbols
+            raise CommandError(Diagnostic("C613", f"{cascade.name!r} has no shape symbol {name!r}", help=hint))
+    return cascade
+
+
+def find(file: str) -> Compiled:
+    """What `FILE`, `FILE:name` or `-` names; a `.py` file is the user's own program and is run, text never is."""
+    path, name = split_name(file)
+    if path in STANDARD_INPUT:
+        return from_text(decode(standard_input(), "<stdin>"), "<stdin>", name)
+    if path.endswith(".py"):
+        return from_python(Path(path), name)
+    return from_text(read_program(path), path, name)
+
+
+@functools.cache
+def standard_input() -> bytes:
+    """Everything on standard input, kept so that a bug report can hold it."""
+    return sys.stdin.buffer.read()
+
+
+def from_python(path: Path, name: str | None) -> Compiled:
+    """The compiled function that a Python program defines: the last one, or the one of that name."""
+    read_program(str(path))  # a file that cannot be read is reported like any other
+    spec = importlib.util.spec_from_file_location(f"_cascadec_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise CommandError(Diagnostic("C610", f"cannot read {path}: not a Python program"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # what it prints is not our output
+            spec.loader.exec_module(module)
+    except CascadeError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise program_failed(path, error) from error
+    found = {key: value for key, value in vars(module).items() if isinstance(value, Compiled)}
+    if name is None and found:
+        return list(found.values())[-1]
+    if name in found:
+        return found[name]
+    what = f"defines no cascade {name!r}" if name else "defines no compiled cascade"
+    hint = f"it defines {quoted_list(found)}" if found else "decorate a function with @cascade.compile"
+    raise CommandError(Diagnostic("C615", f"{path} {what}", help=hint))
+
+
+def program_failed(path: Path, error: BaseException) -> CommandError:
+    """The error for a Python program that raises while it is loaded, at the line of the program."""
+    if isinstance(error, SyntaxError):
+        line, column = error.lineno or 1, error.offset or 1
+    else:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        line, column = (frames[-1].lineno or 1, (frames[-1].colno or 0) + 1) if frames else (1, 1)
+    span = Span(Source(str(path)), line, column, line, column + 1)
+    return CommandError(Diagnostic("C611", f"the program raised {type(error).__name__}: {error}", span))
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+class SizeType(click.ParamType[tuple[str, int]]):
+    """`NAME=NUMBER`, the size of a shape symbol."""
+
+    name = "NAME=NUMBER"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"([A-Za-z_]\w*)=(-?\d{1,30})", value, re.ASCII)
+        if match is None:
+            self.fail(f"{value!r} is not NAME=NUMBER, such as B=4", param, ctx)
+        number = int(match.group(2))
+        if not 0 <= number <= MAX_SIZE:
+            self.fail(f"{number} is not from 0 to {MAX_SIZE}", param, ctx)
+        return match.group(1), number
+
+
+MAX_SIZE = 2**63 - 1
+MAX_ELEMENTS = 2**28  # of one tensor that `run` makes, in float64 as well
+
+
+def about_program(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command its FILE and the options that every command about a program takes."""
+
+    @click.argument("file", metavar="FILE")
+    @click.option("-s", "--size", "sizes", type=SizeType(), multiple=True, help="The size of a shape symbol, B=4.")
+    @click.option("--dtype", type=click.Choice([d.value for d in DType]), help="The type of untyped parameters.")
+    @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+    @functools.wraps(command)
+    def run(file: str, sizes: tuple[tuple[str, int], ...], dtype: str | None, as_json: bool, **rest: Any) -> None:
+        command(Options(file, dict(sizes), DType(dtype) if dtype else None, as_json), **rest)
+
+    return run
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package.__version__, prog_name="cascadec")
+def commands() -> None:
+    """Compile cascades of extended Einsums.
+
+    FILE is a .cascade file, a .py file with functions decorated by @cascade.compile, or - for standard input.
+    FILE:name picks one of several cascades; otherwise it is the last one.
+
+    \b
+    Examples:
+      cascadec show examples/attention.cascade --after canonicalize
+      cascadec run examples/attention.cascade -s M=128 -s N=128
+    """
+
+
+@commands.command()
+@about_program
+@click.option("--after", metavar="PASS", help="Stop after this pass of the pipeline.")
+@click.option("--steps", is_flag=True, help="Every step of the pipeline, not only the last.")
+def show(options: Options, after: str | None, steps: bool) -> None:
+    """Print a cascade as written, or after a pass of the pipeline.
+
+    With sizes (-s) and --dtype the text is that of the cascade for these sizes and that type.
+
+    \b
+    Examples:
+      cascadec show examples/attention.cascade
+      cascadec show examples/block.cascade --after canonicalize -s D=64
+    """
+    cascade = specialise(load(options), options.sizes, options.dtype)
+    until = parse_pass(after, PASSES).name if after else None
+    if not steps:
+        final = pipeline.run_pipeline(cascade, until).final if until else cascade
+        text = render(final)
+        emit({"cascade": cascade.name, "after": until, "text": text}, lambda: program(text), options.json)
+        return
+    trace = pipeline.run_pipeline(cascade, until)
+    shown = [("source", True, render(cascade))]
+    shown += [(step.name, step.after is not step.before, render(step.after)) for step in trace.steps]
+    payload = [{"pass": name, "changed": changed, "text": text} for name, changed, text in shown]
+    emit({"cascade": cascade.name, "steps": payload}, lambda: show_steps(shown), options.json)
+
+
+def show_steps(steps: list[tuple[str, bool, str]]) -> None:
+    """Every step under its heading."""
+    for number, (name, changed, text) in enumerate(steps):
+        heading(f"{'' if number == 0 else chr(10)}# {name}{'' if changed else ': nothing to do'}")
+        if changed:
+            program(text)
+
+
+@commands.command()
+@about_program
+@click.option("--pass", "name", metavar="PASS", required=True, help="The pass whose change is shown.")
+def diff(options: Options, name: str) -> None:
+    """Print what one pass changes, as a unified diff.
+
+    \b
+    Examples:
+      cascadec diff examples/attention.cascade --pass canonicalize
+      cascadec diff model.py:encoder --pass inline --json
+    """
+    cascade = specialise(load(options), options.sizes, options.dtype)
+    until = parse_pass(name, PASSES).name
+    step = pipeline.run_pipeline(cascade, until).steps[-1]
+    text = pipeline.step_diff(step)
+    payload = {"cascade": cascade.name, "pass": until, "changed": bool(text), "diff": text}
+    emit(payload, lambda: changes(text) if text else click.echo(f"{until}: nothing to do", err=True), options.json)
+
+
+@commands.command()
+@about_program
+@click.option("--seed", type=click.IntRange(0, 2**32), default=0, show_default=True, help="Of the random inputs.")
+@click.option("--without", metavar="PASS", multiple=True, help="Leave out this pass of the pipeline.")
+def run(options: Options, seed: int, without: tuple[str, ...]) -> None:
+    """Run on random inputs and compare with the float64 reference.
+
+    Sizes that -s does not give are small numbers; untyped parameters are f32, or i64 where they are used as integers.
+
+    \b
+    Examples:
+      cascadec run examples/attention.cascade
+      cascadec run examples/attention.cascade -s M=512 -s N=512 --dtype bf16 --seed 7
+    """
+    cascade = load(options)
+    trial = importlib.import_module("cascade.trial")  # lazily: it needs torch
+    sizes = trial.small_sizes(cascade, options.sizes)
+    types = trial.param_types(cascade, options.dtype or DType.F32)
+    check_elements(cascade, sizes)
+    measured = trial.measure(cascade, Compiled(cascade, without), sizes, types, seed)
+    results = {name: finite(dataclasses.asdict(verdict)) for name, verdict in measured.items()}
+    ok = all(verdict.ok for verdict in measured.values())
+    payload = {
+        "cascade": cascade.name,
+        "sizes": sizes,
+        "defaulted": [name for name in sizes if name not in options.sizes],
+        "inputs": {param.name: types[param.name].value for param in cascade.params},
+        "seed": seed,
+        "results": results,
+        "ok": ok,
+    }
+    emit(payload, lambda: show_run(payload), options.json)
+    if not ok:
+        raise click.exceptions.Exit(PROGRAM_WRONG)
+
+
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with None for numbers that JSON cannot write."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def check_elements(cascade: Cascade, sizes: dict[str, int]) -> None:
+    """No tensor that `run` makes is absurdly large."""
+    declared: tuple[Param | Result, ...] = (*cascade.params, *cascade.results)
+    for decl in declared:
+        count = math.prod(size if isinstance(size, int) else sizes[size] for size in decl.shape)
+        if count > MAX_ELEMENTS:
+            message = f"{decl.name!r} would have {count} elements; the limit of `run` is {MAX_ELEMENTS}"
+            raise CommandError(Diagnostic("C614", message, decl.span, "give smaller sizes with -s"))
+
+
+def show_run(payload: dict[str, Any]) -> None:
+    """What ran on what, and a row for every result."""
+    sizes = [f"{n}={v}{' (default)' if n in payload['defaulted'] else ''}" for n, v in payload["sizes"].items()]
+    inputs = [f"{name}: {dtype}" for name, dtype in payload["inputs"].items()]
+    click.echo(f"{payload['cascade']} on random inputs {', '.join(inputs)}; seed {payload['seed']}")
+    if sizes:
+        click.echo(f"sizes {', '.join(sizes)}")
+    rows: list[tuple[str, ...]] = []
+    for name, result in payload["results"].items():
+        shape = ",".join(map(str, result["shape"]))
+        verdict = "ok" if result["ok"] else f"wrong: {result['reason']}"
+        errors = ("-" if result[key] is None else f"{result[key]:.2e}" for key in ("max_error", "allowed"))
+        rows.append((name, f"{result['dtype']}[{shape}]", *errors, verdict))
+    table(("result", "type", "max error", "allowed", "verdict"), rows)
+
+
+@commands.command()
+@click.option("--list", "listing", is_flag=True, required=True, help="List every pass.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+def passes(listing: bool, as_json: bool) -> None:
+    """List the passes: what each needs, ensures and does.
+
+    \b
+    Examples:
+      cascadec passes --list
+      cascadec passes --list --json
+    """
+    rows = [
+        {
+            "name": cls.name,
+            "options": [option.name for option in dataclasses.fields(cls)],
+            "requires": [invariant.name for invariant in cls.requires],
+            "ensures": [invariant.name for invariant in cls.ensures],
+            "in_pipeline": cls.name in (step.name for step in pipeline.PIPELINE),
+            "summary": (cls.__doc__ or "").split("\n")[0],
+        }
+        for cls in PASSES.values()
+    ]
+    emit({"passes": rows}, lambda: show_passes(rows), as_json)
+
+
+def show_passes(rows: list[dict[str, Any]]) -> None:
+    """A row for every pass."""
+    columns = ("name", "options", "requires", "ensures", "summary")
+    cells = [tuple(", ".join(v) if isinstance(v := row[c], list) else v for c in columns) for row in rows]
+    table(("pass", *columns[1:]), cells)
+
+
+# --- output ----------------------------------------------------------------------------------------------------------
+
+
+class CascadeHighlighter(RegexHighlighter):
+    """Colours for program text on a terminal."""
+
+    highlights = [  # noqa: RUF012  (rich's class attribute)
+        r"(?P<keyword>\b(cascade|schedule|def|where|init|fill|topk|and|or|not|cast|fuse|tile|split|shard|mesh|stream|wait|over|into|at|on)\b)",
+        r"(?P<reducer>\b[a-z]\w*(?=\[[^\]]*\] ))",
+        r"(?P<number>(?<![\w.])\d+(\.\d+)?(e[+-]?\d+)?\b)",
+        r"(?P<tensor>\b\w+(?=\[))",
+        r"(?P<comment>#.*)",
+    ]
+
+
+def console(stderr: bool = False) -> Console:
+    """A terminal to draw on; plain where the stream is none."""
+    colours = {"keyword": "bold magenta", "reducer": "cyan", "number": "green", "tensor": "bold", "comment": "dim"}
+    return Console(stderr=stderr, theme=Theme(colours), highlight=False, soft_wrap=True)
+
+
+def emit(payload: dict[str, Any], draw: Callable[[], None], as_json: bool) -> None:
+    """The one JSON object, or what a person reads."""
+    if as_json:
+        click.echo(json.dumps(payload, indent=2, allow_nan=False))
+    else:
+        draw()
+
+
+def program(text: str) -> None:
+    """Program text, coloured on a terminal."""
+    out = console()
+    if out.is_terminal:
+        out.print(CascadeHighlighter()(Text(text)), end="")
+    else:
+        click.echo(text, nl=False)
+
+
+def changes(text: str) -> None:
+    """A unified diff, coloured on a terminal."""
+    out = console()
+    if not out.is_terminal:
+        click.echo(text, nl=False)
+        return
+    styles = {"+": "green", "-": "red", "@": "cyan"}
+    for line in text.splitlines():
+        out.print(Text(line, styles.get(line[:1], "")))
+
+
+def heading(text: str) -> None:
+    """A line that names what follows."""
+    out = console()
+    if out.is_terminal:
+        out.print(Text(text, "dim"))
+    else:
+        click.echo(text)
+
+
+def table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """A table with boxes on a terminal, aligned columns elsewhere."""
+    out = console()
+    if out.is_terminal:
+        drawn = Table(*titles)
+        for row in rows:
+            drawn.add_row(*(Text(cell) for cell in row))
+        out.print(drawn, soft_wrap=False)
+        return
+    widths = [max(len(row[i]) for row in (titles, *rows)) for i in range(len(titles))]
+    for row in (titles, *rows):
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def complain(error: CascadeError, as_json: bool) -> None:
+    """The diagnostics of an error: text on standard error, or JSON on standard output."""
+    if settings_debug() >= 4:
+        traceback.print_exception(error)
+    if as_json:
+        click.echo(json.dumps({"errors": [diagnostic_json(d) for d in error.diagnostics]}, indent=2))
+        return
+    out = console(stderr=True)
+    if not out.is_terminal:
+        click.echo(str(error), err=True)
+        return
+    text = Text(str(error))
+    text.highlight_regex(r"error\[C\d+\]", "bold red")
+    text.highlight_regex(r"(?m)^ +\^+$", "red")
+    text.highlight_regex(r"(?m)^help:", "bold green")
+    text.highlight_regex(r"note:", "bold cyan")
+    out.print(text)
+
+
+def settings_debug() -> int:
+    """The debug level; 0 where the environment cannot be read, which is reported elsewhere."""
+    with contextlib.suppress(CommandError):
+        return settings().debug
+    return 0
+
+
+def diagnostic_json(diagnostic: Diagnostic) -> dict[str, Any]:
+    """One finding with stable keys."""
+    notes = [{"message": note.message, **place_json(note.span)} for note in diagnostic.notes]
+    found = {"code": diagnostic.code, "message": diagnostic.message, **place_json(diagnostic.span)}
+    return {**found, "help": diagnostic.help, "notes": notes}
+
+
+def place_json(span: Span | None) -> dict[str, Any]:
+    """Where a finding is; null where it has no place."""
+    if span is None:
+        return dict.fromkeys(("file", "line", "column", "end_line", "end_column"))
+    ends = {"end_line": span.end_line, "end_column": span.end_column}
+    return {"file": span.source.name, "line": span.line, "column": span.column, **ends}
+
+
+def complain_about_usage(error: click.ClickException, as_json: bool) -> int:
+    """A command line that click cannot read; click itself names the nearest option or command."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        error.show()
+        return COMMAND_WRONG
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    command = context.command_path if context else "cascadec"
+    complain(CommandError(Diagnostic("C604", error.format_message(), help=f"see {command} --help")), as_json)
+    return COMMAND_WRONG
+
+
+def complain_about_bug(error: Exception, arguments: list[str], as_json: bool) -> int:
+    """A bug of ours: what happened, and a file with the command that shows it again."""
+    message = str(error)
+    if settings_debug() >= 4:
+        traceback.print_exception(error)
+    if not isinstance(error, InternalError):
+        what = f"{type(error).__name__}: {error}"
+        trace = "".join(traceback.format_exception(error))
+        file, text = reported_program(arguments)
+        command = shlex.join(["cascadec", *("{path}" if arg == file else arg for arg in arguments)])
+        command = command.replace("'{path}'", "{path}")
+        message = f"internal error: {what}\n{pipeline.reproducer(trace.rstrip(), command, text)}"
+    if as_json:
+        click.echo(json.dumps({"errors": [{"code": None, "message": message}]}, indent=2))
+    click.echo(message, err=True)
+    return BUG
+
+
+def reported_program(arguments: list[str]) -> tuple[str | None, str]:
+    """The argument that names the program, and the program's text; a Python program is left where it is."""
+    for argument in arguments:
+        path, _ = split_name(argument)
+        if path in STANDARD_INPUT:
+            return argument, standard_input().decode("utf-8", "replace")
+        if path.endswith(".cascade") and Path(path).is_file():
+            return argument, Path(path).read_text("utf-8", "replace")
+    return None, ""
+
+
+def output_error(where: str, error: OSError) -> CommandError:
+    """The error for output that cannot be written."""
+    return CommandError(Diagnostic("C612", f"cannot write {where}: {error.strerror}"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""What `compile` and `parse` return: a cascade that is called with tensors.
+
+A cascade from text is parsed and verified when it is made; one from a Python function is traced at its first use. The
+pipeline runs once per cascade. Every call checks its tensors against the declaration before anything is computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import inspect
+import os
+import re
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, overload
+
+from cascade.arguments import (
+    Parameter, bind, check_structures, declaration, fits, frozen, is_plain, is_symbolic, leaves, match, outline, plural,
+    split_options, widened,
+)  # fmt: skip
+from cascade.errors import CallError, CommandError, Diagnostic, TraceError
+from cascade.frontend.build import parse_cascade
+from cascade.frontend.tokens import decode
+from cascade.ir import Cascade, Const, Directive, DType, Expr, Extent, Mesh, Size, Split, Stmt, TopK
+from cascade.pipeline import Trace, run_pipeline
+from cascade.text import render
+from cascade.verify import verify
+from cascade.walk import map_expressions, rewrite
+
+SHAPE_NEEDED = "C410"  # the trace of a function that computes with whole tensors, whose rank count only a call tells
+EXTENT_ONE = ("C422", "C423")  # a dimension is 1 in this call, and was taken for one to broadcast
+
+
+class Compiled:
+    """A cascade as a function of torch tensors.
+
+    Tensors are given by position or by the names of the declaration; sizes of shape symbols that no tensor has, by
+    keyword. One result is one tensor, several are a tuple in declared order. A Python function is traced once for all
+    shapes, and again for other values of its plain parameters; where it computes with whole tensors, as torch does,
+    once per rank count. Inside another traced function a call becomes a call in that function's cascade.
+    """
+
+    def __init__(self, source: Cascade | Callable[..., Any], without: Collection[str] = ()) -> None:
+        self.source = source
+        self.without = tuple(without)
+        self._traces: dict[Any, Trace] = {}
+        self._last: Trace | None = None
+        self._by_shape = False  # whether tracing needs the shapes of the tensors
+        if not isinstance(source, Cascade):
+            functools.update_wrapper(self, source)
+
+    @property
+    def trace(self) -> Trace:
+        """The pipeline's run, every step of it; of a function with several traces the one used last."""
+        if self._last is None:
+            self._last = self._run((None, ()), {}, None)
+        return self._last
+
+    @property
+    def cascade(self) -> Cascade:
+        """The cascade as written or traced, before any pass."""
+        if isinstance(self.source, Cascade):
+            return self.source
+        return self._last.source if self._last else self._traced({}, None)
+
+    def __call__(self, *tensors: Any, **named: Any) -> Any:
+        """The results for these tensors, on the device they live on."""
+        parameters = self._parameters()
+        given, sizes = match(self._title(), parameters, tensors, named)
+        values, options = split_options(given, parameters)
+        if is_symbolic(values):
+            return self._invoked(values, options)
+        trace = self._specialised(values, options)
+        text = isinstance(self.source, Cascade)
+        arrays = list(values.values()) if text else [leaf for value in values.values() for leaf in leaves(value)]
+        inputs = bind(trace.source, arrays, sizes)
+        self._last = trace
+        interp = importlib.import_module("cascade.interp")  # lazily: it needs torch
+        results = tuple(interp.run(trace.final, inputs, sizes).values())
+        return results[0] if len(results) == 1 else results
+
+    def explain(self) -> str:
+        """What the compiler did: every pass, what it changed, and the cascade that runs."""
+        lines = [f"cascade {self.cascade.name}: {plural(len(self.cascade.body), 'statement')}"]
+        for step in self.trace.steps:
+            changed = plural(len(step.after.body), "statement")
+            lines.append(f"  {step.name}: {'nothing to do' if step.after is step.before else changed}")
+        return "\n".join(lines) + "\n\n" + render(self.trace.final)
+
+    def __repr__(self) -> str:
+        return f"<cascade.Compiled {self._title()}>"
+
+    def _title(self) -> str:
+        """What is called, as its declaration reads."""
+        if isinstance(self.source, Cascade):
+            return f"{self.source.name}({', '.join(map(declaration, self.source.params))})"
+        return f"{self.source.__name__}({', '.join(inspect.signature(self.source).parameters)})"
+
+    def _parameters(self) -> dict[str, Parameter]:
+        """What a call may give, by name: a declared tensor has no default, a Python parameter may have one."""
+        if isinstance(self.source, Cascade):
+            return {param.name: Parameter(span=param.span) for param in self.source.params}
+        found = inspect.signature(self.source).parameters
+        if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in found.values()):
+            self._traced({}, None)  # refuses such a function
+        return {
+            name: Parameter(p.default is not p.empty, p.kind is p.KEYWORD_ONLY, p.default) for name, p in found.items()
+        }
+
+    def _traced(self, options: Mapping[str, Any], shapes: Mapping[str, Any] | None) -> Cascade:
+        """The cascade of the function, for these values of its plain parameters."""
+        if isinstance(self.source, Cascade):
+            return self.source
+        tracing = importlib.import_module("cascade.frontend.trace")  # lazily: text needs none of it
+        traced: Cascade = tracing.trace(self.source, shapes, options=options)
+        return traced
+
+    def _run(self, key: Any, options: Mapping[str, Any], shapes: Mapping[str, Any] | None) -> Trace:
+        """The pipeline's run over the cascade, kept under the key."""
+        if key not in self._traces:
+            self._traces[key] = run_pipeline(self._traced(options, shapes), without=self.without)
+        return self._traces[key]
+
+    def _specialised(self, values: Mapping[str, Any], options: Mapping[str, Any]) -> Trace:
+        """The compiled cascade that fits these arguments; without looking at their shapes where that will do."""
+        chosen = frozen(options)
+        if not self._by_shape and (isinstance(self.source, Cascade) or is_plain(values, self._parameters())):
+            try:
+                return self._run((None, chosen), options, None)
+            except TraceError as error:
+                if error.diagnostics[0].code != SHAPE_NEEDED:
+                    raise
+                self._by_shape = True
+        check_structures(values)
+        pattern = frozen(outline(values, pattern=True)), chosen
+        if pattern in self._traces and fits(self._traces[pattern].source, values):
+            return self._traces[pattern]
+        shapes = outline(values)
+        try:
+            trace = self._run((frozen(shapes), chosen), options, shapes)
+        except TraceError as error:
+            if error.diagnostics[0].code not in EXTENT_ONE:
+                raise
+            trace = self._run((frozen(shapes), chosen), options, widened(shapes))
+        self._traces[pattern] = trace
+        return trace
+
+    def _invoked(self, values: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+        """A call inside a traced function: a call of this cascade, or its body where only the call tells the shapes."""
+        functions = importlib.import_module("cascade.frontend.functions")
+        if isinstance(self.source, Cascade) or is_plain(values, self._parameters()):
+            try:
+                callee = self._run((None, frozen(options)), options, None).source
+                return functions.invoke(callee, *values.values())
+            except TraceError as error:
+                if isinstance(self.source, Cascade) or error.diagnostics[0].code != SHAPE_NEEDED:
+                    raise
+        assert not isinstance(self.source, Cascade)
+        return self.source(**values, **options)
+
+
+# --- entry points ----------------------------------------------------------------------------------------------------
+
+
+def parse(text: str, name: str | None = None) -> Compiled:
+    """The cascade that the text defines: the last one, or the one called `name`."""
+    return from_text(text, "<text>", name)
+
+
+@overload
+def compile(source: None = None, /, *, without: Collection[str] = ()) -> Callable[[Callable[..., Any]], Compiled]: ...
+
+
+@overload
+def compile(
+    source: Callable[..., Any] | Cascade | str | os.PathLike[str],
+    /,
+    name: str | None = None,
+    *,
+    without: Collection[str] = (),
+) -> Compiled: ...
+
+
+def compile(
+    source: Any = None, /, name: str | None = None, *, without: Collection[str] = ()
+) -> Compiled | Callable[[Callable[..., Any]], Compiled]:
+    """Makes a callable of a Python function (also as a decorator, with or without parentheses) or of a program.
+
+    A string is the path of a `.cascade` file, `path:name` for one of its cascades, or program text where it has a brace
+    or a line break. `name` picks a cascade as well; `without` names passes that are left out.
+    """
+    if source is None:
+        return lambda function: Compiled(function, without)
+    if isinstance(source, str) and ("{" in source or "\n" in source):
+        return from_text(source, "<text>", name, without)
+    if isinstance(source, str | os.PathLike):
+        path, found = split_name(os.fspath(source))
+        return from_text(read_program(path), path, name or found, without)
+    if isinstance(source, Cascade):
+        verify(source)
+    elif not callable(source):
+        message = f"cannot compile a {type(source).__name__}"
+        raise CallError(Diagnostic("C330", message, help="give a Python function, a path, program text or a Cascade"))
+    return Compiled(source, without)
+
+
+def from_text(text: str, origin: str, name: str | None = None, without: Collection[str] = ()) -> Compiled:
+    """The callable for program text that came from `origin`."""
+    cascade = parse_cascade(text, origin, name)
+    verify(cascade)
+    return Compiled(cascade, without)
+
+
+def read_program(path: str) -> str:
+    """The text of a program file."""
+    try:
+        return decode(Path(path).read_bytes(), path)
+    except OSError as error:
+        message = f"cannot read {path}: {error.strerror or error}"
+        raise CommandError(Diagnostic("C610", message, help=nearest_file(path))) from None
+
+
+def nearest_file(path: str) -> str | None:
+    """The program beside a missing one whose name is most like it."""
+    folder = Path(path).parent
+    names = [p.name for p in folder.iterdir() if p.suffix in (".cascade", ".py")] if folder.is_dir() else []
+    close = difflib.get_close_matches(Path(path).name, names, n=1)
+    return f"did you mean {str(folder / close[0])!r}?" if close and close[0] != Path(path).name else None
+
+
+def split_name(file: str) -> tuple[str, str | None]:
+    """The path and, after a colon, the name of one cascade in the file."""
+    path, colon, name = file.rpartition(":")
+    if colon and re.fullmatch(r"[A-Za-z_]\w*", name) and not Path(file).exists():
+        return path, name
+    return file, None
+
+
+def specialise(cascade: Cascade, sizes: Mapping[str, int], dtype: DType | None = None) -> Cascade:
+    """The cascade with shape symbols replaced by numbers, and untyped parameters given a type.
+
+    softmax(X[B,N]) ... / sqrt(N)   with N = 8   -->   softmax(X[B,8]) ... / sqrt(8)
+    """
+
+    def number(size: Size) -> Size:
+        return sizes.get(size, size) if isinstance(size, str) else size
+
+    def shaped(decl: Any) -> Any:
+        return dataclasses.replace(decl, shape=tuple(number(size) for size in decl.shape))
+
+    def constant(expr: Expr) -> Expr:
+        known = isinstance(expr, Extent) and expr.name in sizes
+        return Const(sizes[expr.name], span=expr.span) if isinstance(expr, Extent) and known else expr
+
+    def statement(stmt: Stmt) -> Stmt:
+        stmt = map_expressions(stmt, lambda expr: rewrite(expr, constant))
+        return dataclasses.replace(stmt, k=number(stmt.k)) if isinstance(stmt, TopK) else stmt
+
+    def directive(item: Directive) -> Directive:
+        if isinstance(item, Mesh):
+            return dataclasses.replace(item, size=number(item.size))
+        return dataclasses.replace(item, parts=number(item.parts)) if isinstance(item, Split) and item.parts else item
+
+    params = tuple(shaped(p if p.dtype else dataclasses.replace(p, dtype=dtype)) for p in cascade.params)
+    results = tuple(shaped(result) for result in cascade.results)
+    body, schedule = tuple(map(statement, cascade.body)), tuple(map(directive, cascade.schedule))
+    return dataclasses.replace(cascade, params=params, results=results, body=body, schedule=schedule)

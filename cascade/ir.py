@@ -1,0 +1,309 @@
+"""The one IR: a cascade of extended Einsums with optional scheduling directives. Frozen, printable, no behaviour.
+
+    Cascade   = name, Param*, Result*, Stmt*, Directive*, (Function | Cascade)*       what it uses travels with it
+    Param     = name ":"? DType? "[" Size* "]"             Result = Param and the fill of its absent coordinates
+    Stmt      = Einsum(Target, Expr, where?, Init*)        Z[m,n] = sum[k] A[m,k] * B[k,n]   where n <= m
+              | TopK(Target, Target, rank, k, Expr, ...)   G[t,j], I[t,j] = topk[n, 2] R[t,n]
+              | Call(name*, callee, name*)                 A = attention(Q, K, V)
+    Expr      = Const | Rank | Extent | Read(tensor, Expr*) | Apply(op, Expr*) | Cast(DType, Expr)
+              | Reduce(reducer, rank*, Expr)               sum[k,e] x          folds the present coordinates only
+              | Use(function, rank*, Expr*)                softmax[n] x, silu(x): a `def`, of the file or the library
+              | Local(name)                                a parameter, inside the body of a `def`
+    Function  = name, rank*, name*, Expr                   def mean[n](x) = (sum[n] x) / (count[n] x)
+    Directive = Mesh | Shard | Split | Fuse | Tile | Stream | Wait
+
+One name means one thing in a cascade: rank variables are lower case and have one extent each, shape symbols are upper
+case, everything that is declared or defined is a tensor. `where` filters the iteration space of its statement: it
+applies at the statement's own coordinates where it mentions only those, and inside every reduction that binds a rank
+it mentions. Equality is meaning: spans take no part in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TypeAlias
+
+from cascade.errors import Span
+
+
+class DType(Enum):
+    """Element types, by the names the language uses."""
+
+    BF16 = "bf16"
+    F16 = "f16"
+    F32 = "f32"
+    F64 = "f64"
+    F8E4M3 = "f8e4m3"
+    F8E5M2 = "f8e5m2"
+    I8 = "i8"
+    I32 = "i32"
+    I64 = "i64"
+    BOOL = "bool"
+
+
+Size: TypeAlias = int | str
+"""The extent of a rank: a number, or a shape symbol bound when tensors arrive."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What every node has: where it stands in the user's source, excluded from equality and from repr."""
+
+    span: Span | None = field(default=None, compare=False, repr=False, kw_only=True)
+
+
+# --- expressions -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Const(Node):
+    """A number or a truth value."""
+
+    value: int | float | bool
+
+    def __eq__(self, other: object) -> bool:  # 1, 1.0 and True differ, and nan equals itself: equality is by text
+        return isinstance(other, Const) and repr(self.value) == repr(other.value)
+
+    def __hash__(self) -> int:
+        return hash(repr(self.value))
+
+
+@dataclass(frozen=True, slots=True)
+class Rank(Node):
+    """A rank variable used as an integer, its coordinate."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Extent(Node):
+    """A shape symbol used as an integer, the extent of a rank."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Read(Node):
+    """The element of a tensor at integer coordinates; absent where a coordinate lies outside the shape."""
+
+    tensor: str
+    index: tuple[Expr, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Apply(Node):
+    """A pointwise operation of `ops.OPS`; present where all operands are (`default`: where either is)."""
+
+    op: str
+    args: tuple[Expr, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cast(Node):
+    """Rounding to a type, where the author wants it."""
+
+    dtype: DType
+    arg: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Reduce(Node):
+    """A fold by a reducer of `ops.REDUCERS` over the present coordinates of some ranks."""
+
+    reducer: str
+    ranks: tuple[str, ...]
+    body: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Use(Node):
+    """An application of a `def`, with the ranks it works along (none for a pointwise one)."""
+
+    function: str
+    ranks: tuple[str, ...]
+    args: tuple[Expr, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Local(Node):
+    """A parameter of the `def` whose body this stands in."""
+
+    name: str
+
+
+Expr: TypeAlias = Const | Rank | Extent | Read | Apply | Cast | Reduce | Use | Local
+
+
+# --- statements ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Target(Node):
+    """What a statement defines: a tensor and the rank variables of its positions, all different."""
+
+    name: str
+    ranks: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Init(Node):
+    """The value of an iterative tensor at coordinate `at` (-1, -2, ...) of its iterative rank, before the first."""
+
+    rank: str
+    at: int
+    expr: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Einsum(Node):
+    """One extended Einsum: map, reduce, populate. With `inits` it steps along the rank they name."""
+
+    target: Target
+    expr: Expr
+    where: Expr | None = None
+    inits: tuple[Init, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TopK(Node):
+    """The `k` largest present values along `rank`, sorted, ties to the lower coordinate: values and coordinates.
+
+    Both targets have the same ranks; the one that `body` does not have, of extent `k`, counts the kept ones.
+    """
+
+    values: Target
+    coords: Target
+    rank: str
+    k: Size
+    body: Expr
+    where: Expr | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Node):
+    """Another cascade used as a function of whole tensors, by position."""
+
+    targets: tuple[str, ...]
+    callee: str
+    args: tuple[str, ...]
+
+
+Stmt: TypeAlias = Einsum | TopK | Call
+
+
+# --- schedule --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Part(Node):
+    """A statement, or one of the parts that a split makes of it: `mlp`, `mlp.1`."""
+
+    name: str
+    index: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh(Node):
+    """`mesh tp = 8`: an axis of devices."""
+
+    axis: str
+    size: Size
+
+
+@dataclass(frozen=True, slots=True)
+class Shard(Node):
+    """`shard f over tp`: the rank is spread over an axis of devices."""
+
+    rank: str
+    axis: str
+
+
+@dataclass(frozen=True, slots=True)
+class Split(Node):
+    """`split t into 2`, or at given cuts: `split t at 4096, 8192`. Exactly one of `parts` and `cuts` is set."""
+
+    rank: str
+    parts: Size | None = None
+    cuts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Fuse(Node):
+    """`fuse {R, P} over n`: one trip over the rank computes all of these statements, block by block."""
+
+    statements: tuple[str, ...]
+    rank: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tile(Node):
+    """`tile m = 128, n = 64`: block extents of ranks."""
+
+    sizes: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stream(Node):
+    """`stream comm { ARN.0, ARN.1 }`: what one queue runs, in order, beside the other queues."""
+
+    name: str
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Wait(Node):
+    """`wait mlp.1 on ARN.1`: an edge from one queue to another."""
+
+    part: Part
+    on: Part
+
+
+Directive: TypeAlias = Mesh | Shard | Split | Fuse | Tile | Stream | Wait
+
+
+# --- definitions -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Param(Node):
+    """A tensor that comes from outside; untyped ones take the type of the argument."""
+
+    name: str
+    dtype: DType | None
+    shape: tuple[Size, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Result(Node):
+    """A tensor that goes out; its absent coordinates are stored as `fill`."""
+
+    name: str
+    dtype: DType | None
+    shape: tuple[Size, ...]
+    fill: Const = Const(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Function(Node):
+    """A `def`: pointwise, or along formal ranks (one formal rank may stand for several actual ones)."""
+
+    name: str
+    ranks: tuple[str, ...]
+    params: tuple[str, ...]
+    body: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Cascade(Node):
+    """A named list of statements from parameters to results, with the definitions it uses, callees first."""
+
+    name: str
+    params: tuple[Param, ...]
+    results: tuple[Result, ...]
+    body: tuple[Stmt, ...]
+    schedule: tuple[Directive, ...] = ()
+    uses: tuple[Function | Cascade, ...] = ()
+
+
+Definition: TypeAlias = Function | Cascade

@@ -1,0 +1,12 @@
+"""The passes, one file each; this literal table is all that there are. Their order is in `pipeline.py`."""
+
+from __future__ import annotations
+
+from cascade.passes.base import Pass
+from cascade.passes.canonicalize import Canonicalize
+from cascade.passes.inline import Inline
+
+PASSES: dict[str, type[Pass]] = {
+    "inline": Inline,
+    "canonicalize": Canonicalize,
+}

@@ -1,0 +1,106 @@
+"""One cascade as the rules of the verifier see it: what they share, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from cascade.errors import Diagnostic, Span
+from cascade.inference import Inference, arities, declarations, infer
+from cascade.ir import Call, Cascade, Definition, Target
+from cascade.scopes import Facts, Signature, facts, signatures, visible
+from cascade.walk import targets
+from cascade.wording import pinpoint
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Program:
+    """A cascade, the definitions that it may use, and the facts about its statements."""
+
+    cascade: Cascade
+    definitions: Mapping[str, Definition]
+    signatures: Mapping[str, Signature]
+    facts: tuple[Facts, ...]
+    inference: Inference
+    arity: Mapping[str, int]  # ranks of every tensor, those of unknown callees aside
+    places: Mapping[str, Span | None]  # where every tensor is first declared or defined
+    owner: Mapping[str, int]  # the number of the statement that defines a tensor
+    targets: Mapping[str, Target]  # by tensor
+    symbols: Mapping[str, Span | None]  # where every shape symbol is first declared
+
+
+Rule: TypeAlias = Callable[[Program], Iterator[Diagnostic]]
+"""A named rule: the findings of one kind, in program order."""
+
+
+def program_of(cascade: Cascade, around: Mapping[str, Definition]) -> Program:
+    """The cascade and everything the rules need to know about it."""
+    definitions = visible(cascade, around)
+    known = signatures(definitions.values())
+    all_facts = tuple(facts(stmt, known) for stmt in cascade.body)
+    places: dict[str, Span | None] = {}
+    params = {param.name for param in cascade.params}  # one that is defined again, by mistake, is read as declared
+    owner: dict[str, int] = {}
+    by_name: dict[str, Target] = {}
+    for param in cascade.params:
+        places.setdefault(param.name, pinpoint(param.span, param.name))
+    for number, stmt in enumerate(cascade.body):
+        for target in targets(stmt):
+            places.setdefault(target.name, target.span)
+            if target.name not in params:
+                owner.setdefault(target.name, number)
+                by_name.setdefault(target.name, target)
+        for name in stmt.targets if isinstance(stmt, Call) else ():
+            places.setdefault(name, pinpoint(stmt.span, name))
+            if name not in params:
+                owner.setdefault(name, number)
+    symbols: dict[str, Span | None] = {}
+    for decl in declarations(cascade):
+        for size in decl.shape:
+            if isinstance(size, str):
+                symbols.setdefault(size, decl.span)
+    found = infer(cascade, definitions, all_facts)
+    arity = arities(cascade, definitions)
+    return Program(cascade, definitions, known, all_facts, found, arity, places, owner, by_name, symbols)
+
+
+def strongly_connected(edges: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The classes of nodes that reach each other, without recursion (Kosaraju); `edges[i]` are the successors of i."""
+    back: list[list[int]] = [[] for _ in edges]
+    for node, after in enumerate(edges):
+        for other in after:
+            back[other].append(node)
+    finished: list[int] = []
+    seen = [False] * len(edges)
+    for root in range(len(edges)):
+        work = [(root, iter(edges[root]))] if not seen[root] else []
+        seen[root] = True
+        while work:
+            node, rest = work[-1]
+            step = next((other for other in rest if not seen[other]), None)
+            if step is None:
+                finished.append(work.pop()[0])
+            else:
+                seen[step] = True
+                work.append((step, iter(edges[step])))
+    classes: list[list[int]] = []
+    taken = [False] * len(edges)
+    for root in reversed(finished):
+        if taken[root]:
+            continue
+        members, todo = [], [root]
+        taken[root] = True
+        while todo:
+            members.append(todo.pop())
+            fresh = [other for other in back[members[-1]] if not taken[other]]
+            for other in fresh:
+                taken[other] = True
+            todo.extend(dict.fromkeys(fresh))
+        classes.append(sorted(members))
+    return classes
+
+
+def cyclic(members: Sequence[int], edges: Sequence[Sequence[int]]) -> bool:
+    """Whether a class is a cycle: more than one node, or one that follows itself."""
+    return len(members) > 1 or members[0] in edges[members[0]]

@@ -1,0 +1,342 @@
+"""Rules about the schedule: what it names exists, its numbers make sense, and its fused groups can stream.
+
+The rule for groups is on purpose not built on the analysis that the fusing pass uses: if the two shared code, they
+would be wrong together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import assert_never
+
+from cascade.errors import Diagnostic, Note, Span, quoted_list
+from cascade.ir import Call, Einsum, Fuse, Mesh, Part, Read, Reduce, Shard, Split, Stmt, Stream, Tile, TopK, Use, Wait
+from cascade.scopes import Facts
+from cascade.verify.cycles import offset
+from cascade.verify.program import Program, cyclic, strongly_connected
+from cascade.verify.statements import ranks_in_sight
+from cascade.walk import defines, reads, targets, walk
+from cascade.wording import pinpoint, quote, suggest
+
+
+def check_schedule_names(program: Program) -> Iterator[Diagnostic]:
+    """C240: the ranks, statements, axes and parts that a schedule names exist."""
+    ranks = sorted(frozenset[str]().union(*map(ranks_in_sight, program.facts)))
+    axes = [directive.axis for directive in program.cascade.schedule if isinstance(directive, Mesh)]
+    for directive in program.cascade.schedule:
+        match directive:
+            case Mesh():
+                pass
+            case Shard():
+                yield from _unknown(directive.rank, "rank variable", ranks, directive.span)
+                yield from _unknown(directive.axis, "mesh axis", axes, directive.span, "over")
+            case Split():
+                yield from _unknown(directive.rank, "rank variable", ranks, directive.span)
+            case Fuse():
+                for name in directive.statements:
+                    yield from _unknown(name, "statement", program.owner, directive.span)
+                yield from _unknown(directive.rank, "rank variable", ranks, directive.span, "over")
+            case Tile():
+                for rank, _ in directive.sizes:
+                    yield from _unknown(rank, "rank variable", ranks, directive.span)
+            case Stream():
+                for part in directive.parts:
+                    yield from _unknown_part(part, program)
+            case Wait():
+                yield from _unknown_part(directive.part, program)
+                yield from _unknown_part(directive.on, program)
+            case _:
+                assert_never(directive)
+
+
+def _unknown(name: str, what: str, known: Iterable[str], span: Span | None, after: str = "") -> Iterator[Diagnostic]:
+    if name not in known:
+        plural = "mesh axes" if what == "mesh axis" else f"{what}s"
+        hint = suggest(name, known, plural)
+        if what == "mesh axis":
+            hint += f"; declare it: mesh {name} = 8"
+        yield Diagnostic("C240", f"there is no {what} {quote(name)}", pinpoint(span, name, after), hint)
+
+
+def _unknown_part(part: Part, program: Program) -> Iterator[Diagnostic]:
+    yield from _unknown(part.name, "statement", program.owner, part.span)
+    if part.name not in program.owner or part.index is None:
+        return
+    fact = program.facts[program.owner[part.name]]
+    in_sight = None if isinstance(fact.stmt, Call) else ranks_in_sight(fact)
+    splits = [
+        directive
+        for directive in program.cascade.schedule
+        if isinstance(directive, Split) and (in_sight is None or directive.rank in in_sight)
+    ]
+    if not splits:
+        hint = f"split one of its ranks: split {next(iter(sorted(in_sight or ())), 't')} into 2"
+        yield Diagnostic("C240", f"nothing splits {quote(part.name)}: it has no parts", part.span, hint)
+        return
+    counts = [len(split.cuts) + 1 if split.cuts else split.parts for split in splits]
+    most = 1
+    for count in counts:
+        if not isinstance(count, int):
+            return
+        most *= count
+    if part.index >= most > 0:
+        hint = f"its parts are {quoted_list(f'{part.name}.{i}' for i in range(min(most, 9)))}"
+        yield Diagnostic("C240", f"{quote(part.name)} has no part {part.index}", part.span, hint)
+
+
+def check_schedule_numbers(program: Program) -> Iterator[Diagnostic]:
+    """C241: axes, parts and tiles have extents of 1 or more; cuts rise and lie inside the rank."""
+    for directive in program.cascade.schedule:
+        match directive:
+            case Mesh():
+                yield from _below_one(directive.size, f"axis {quote(directive.axis)}", directive.span)
+            case Split():
+                yield from _split_numbers(directive, program)
+            case Tile():
+                for rank, size in directive.sizes:
+                    yield from _below_one(size, f"the tile of {quote(rank)}", directive.span)
+            case _:
+                pass
+
+
+def _below_one(size: int | str, what: str, span: Span | None) -> Iterator[Diagnostic]:
+    if isinstance(size, int) and size < 1:
+        yield Diagnostic("C241", f"{what} has extent {size}", pinpoint(span, str(size), "="), "write 1 or more")
+
+
+def _split_numbers(split: Split, program: Program) -> Iterator[Diagnostic]:
+    if (split.parts is None) == (not split.cuts):
+        hint = f"split {split.rank} into 2, or split {split.rank} at 4096"
+        yield Diagnostic("C241", "a split has a number of parts, or cuts", split.span, hint)
+    elif isinstance(split.parts, int) and split.parts < 1:
+        yield Diagnostic(
+            "C241", f"{quote(split.rank)} is split into {split.parts} parts", split.span, "write 1 or more"
+        )
+    extent = program.inference.shapes.ranks.get(split.rank)
+    before = 0
+    for cut in split.cuts:
+        place = pinpoint(split.span, str(cut), "at")
+        if cut <= before:
+            message = f"the cut {cut} does not lie behind {before}"
+            yield Diagnostic(
+                "C241", message, place, "cuts are positive and rise: each starts a part with something in it"
+            )
+        elif isinstance(extent, int) and cut >= extent:
+            message = f"the cut {cut} lies outside of {quote(split.rank)}, which has extent {extent}"
+            yield Diagnostic("C241", message, place, f"cut below {extent}")
+        before = max(before, cut)
+
+
+def check_schedule_twice(program: Program) -> Iterator[Diagnostic]:
+    """C245: a schedule says each thing once."""
+    first: dict[tuple[str, ...], Span | None] = {}
+    for key, what, span in _said(program):
+        if key in first:
+            note = Note("first here", first[key])
+            yield Diagnostic("C245", f"{what} twice", span, "keep one of the two", (note,) if note.span else ())
+        first.setdefault(key, span)
+    groups = [directive for directive in program.cascade.schedule if isinstance(directive, Fuse)]
+    yield from _overlapping(groups, program)
+
+
+def _said(program: Program) -> Iterator[tuple[tuple[str, ...], str, Span | None]]:
+    """What every directive settles: a key, the words for a message, the place."""
+    for directive in program.cascade.schedule:
+        span = directive.span
+        match directive:
+            case Mesh():
+                yield ("mesh", directive.axis), f"axis {quote(directive.axis)} is declared", span
+            case Shard():
+                key = ("shard", directive.rank, directive.axis)
+                yield key, f"{quote(directive.rank)} is sharded over {quote(directive.axis)}", span
+            case Split():
+                yield ("split", directive.rank), f"{quote(directive.rank)} is split", span
+            case Fuse():
+                for name in directive.statements:
+                    key = ("fuse", str(program.owner.get(name, name)), directive.rank)
+                    what = f"{quote(name)} is fused over {quote(directive.rank)}"
+                    yield key, what, pinpoint(span, name)
+            case Tile():
+                for rank, _ in directive.sizes:
+                    yield ("tile", rank), f"{quote(rank)} is tiled", pinpoint(span, rank)
+            case Stream():
+                yield ("stream", directive.name), f"stream {quote(directive.name)} is declared", span
+                for part in directive.parts:
+                    yield ("part", part.name, str(part.index)), f"{part_text(part)} is in a stream", part.span
+            case Wait():
+                key = ("wait", part_text(directive.part), part_text(directive.on))
+                yield key, f"{part_text(directive.part)} waits on {part_text(directive.on)}", span
+            case _:
+                assert_never(directive)
+
+
+def part_text(part: Part) -> str:
+    """A part as the schedule writes it: `mlp.1`."""
+    return part.name if part.index is None else f"{part.name}.{part.index}"
+
+
+def _overlapping(groups: Sequence[Fuse], program: Program) -> Iterator[Diagnostic]:
+    """Two groups with a statement in common must be one inside of the other."""
+    members: dict[int, list[int]] = {}
+    for number, group in enumerate(groups):
+        for statement in {program.owner[name] for name in group.statements if name in program.owner}:
+            members.setdefault(statement, []).append(number)
+    told: set[tuple[int, int]] = set()
+    for statement, numbers in sorted(members.items()):
+        for one, other in pairwise(numbers):
+            outer, inner = groups[one], groups[other]
+            nested = set(inner.statements) <= set(outer.statements)
+            if nested or outer.rank == inner.rank or (one, other) in told:
+                continue
+            told.add((one, other))
+            name = defines(program.facts[statement].stmt)[0]
+            message = f"{quote(name)} is in two groups, and the second is not inside of the first"
+            note = Note("the first group", outer.span)
+            hint = "write the larger group first, and only statements of it in the other"
+            yield Diagnostic("C245", message, inner.span, hint, (note,) if note.span else ())
+
+
+def check_waits(program: Program) -> Iterator[Diagnostic]:
+    """C246: no part waits for itself, through the order of streams and other waits."""
+    number: dict[tuple[str, int | None], int] = {}
+    parts: list[Part] = []
+    pairs: list[tuple[Part, Part]] = []
+    for directive in program.cascade.schedule:
+        if isinstance(directive, Stream):
+            pairs += ((later, part) for part, later in pairwise(directive.parts) if later != part)
+        elif isinstance(directive, Wait):
+            pairs.append((directive.part, directive.on))
+    for part in (part for pair in pairs for part in pair):
+        if number.setdefault((part.name, part.index), len(parts)) == len(parts):
+            parts.append(part)
+    edges: list[list[int]] = [[] for _ in parts]
+    for part, on in pairs:
+        edges[number[part.name, part.index]].append(number[on.name, on.index])
+    for members in strongly_connected(edges):
+        if cyclic(members, edges):
+            listed = quoted_list(part_text(parts[i]) for i in members)
+            message = f"{listed} waits for itself" if len(members) == 1 else f"{listed} wait for each other"
+            hint = "a stream runs its parts in order: drop a wait, or change the order"
+            yield Diagnostic("C246", message, parts[members[0]].span, hint)
+
+
+# --- fused groups ----------------------------------------------------------------------------------------------------
+
+
+def check_groups(program: Program) -> Iterator[Diagnostic]:
+    """C242 to C244, C247, C248: a group can be computed in one trip over its rank, block by block."""
+    ranks = frozenset[str]().union(*map(ranks_in_sight, program.facts))
+    for directive in program.cascade.schedule:
+        if isinstance(directive, Fuse) and directive.rank in ranks:
+            members = dict.fromkeys(program.owner[name] for name in directive.statements if name in program.owner)
+            refused = {number: tuple(_member(directive, number, program)) for number in members}
+            for found in refused.values():
+                yield from found
+            yield from _streams(directive, [number for number in members if not refused[number]], program)
+            yield from _closed(directive, list(members), program)
+
+
+def _member(group: Fuse, number: int, program: Program) -> Iterator[Diagnostic]:
+    """C242, C243 for one statement of a group."""
+    fact = program.facts[number]
+    stmt = fact.stmt
+    name = next(name for name in group.statements if program.owner.get(name) == number)
+    place = pinpoint(group.span, name)
+    why = not_canonical(stmt)
+    if why:
+        yield Diagnostic(
+            "C242", f"{quote(name)} {why}", place, "fuse statements of one Einsum each: canonicalize first"
+        )
+    elif not carries(stmt, group.rank) and not reduces(stmt, group.rank):
+        message = f"{quote(name)} neither has the rank {quote(group.rank)} nor reduces it"
+        yield Diagnostic("C243", message, place, "leave it out of the group: it runs before or behind the trip")
+
+
+def not_canonical(stmt: Stmt) -> str:
+    """Why a statement is not one Einsum, with one reduction at most and that at the top; "" where it is."""
+    if isinstance(stmt, Call):
+        return f"uses the cascade {quote(stmt.callee)}"
+    top = stmt.expr if isinstance(stmt, Einsum) else stmt.body
+    inside = top.body if isinstance(stmt, Einsum) and isinstance(top, Reduce) else top
+    others = [] if stmt.where is None else [stmt.where]
+    others += [init.expr for init in stmt.inits] if isinstance(stmt, Einsum) else []
+    for expr in (inside, *others):
+        for node in walk(expr):
+            if isinstance(node, Use):
+                return f"uses {quote(node.function)}"
+            if isinstance(node, Reduce):
+                return f"holds a reduction, {node.reducer}[{','.join(node.ranks)}], that is not at its top"
+    return ""
+
+
+def carries(stmt: Stmt, rank: str) -> bool:
+    """Whether what the statement defines has the rank: each block of it is final."""
+    return any(rank in target.ranks for target in targets(stmt))
+
+
+def reduces(stmt: Stmt, rank: str) -> bool:
+    """Whether the statement folds the rank: what it defines is final behind the last block only."""
+    if isinstance(stmt, TopK):
+        return stmt.rank == rank
+    return isinstance(stmt, Einsum) and isinstance(stmt.expr, Reduce) and rank in stmt.expr.ranks
+
+
+def _streams(group: Fuse, members: Sequence[int], program: Program) -> Iterator[Diagnostic]:
+    """C244, C247: what a member reads of another is final, and computed, when its block comes."""
+    rank = quote(group.rank)
+    for number in members:
+        name = quote(defines(program.facts[number].stmt)[0])
+        told: set[str] = set()
+        for read in _reads_of(program.facts[number], members, program):
+            producer = program.facts[program.owner[read.tensor]].stmt
+            reduced = not carries(producer, group.rank)
+            if read.tensor in told or not (reduced or _runs_ahead(read, group.rank, program)):
+                continue
+            told.add(read.tensor)
+            if reduced:
+                message = f"{name} reads {quote(read.tensor)}, which this group is still reducing over {rank}"
+                note = Note(f"{quote(read.tensor)} is reduced here", producer.span)
+                hint = f"end the group before {name}: it needs another trip over {rank}, with a group of its own"
+                yield Diagnostic("C244", message, read.span, hint, (note,) if note.span else ())
+            else:
+                message = f"{name} reads {quote(read.tensor)} outside of the block of {rank} that is at hand"
+                hint = f"inside the group it may be read at {group.rank}, {group.rank}-1 and before"
+                yield Diagnostic("C247", message, read.span, hint)
+
+
+def _reads_of(fact: Facts, members: Sequence[int], program: Program) -> Iterator[Read]:
+    """What a member reads of the group."""
+    for scan in fact.scans():
+        for read, _ in scan.reads:
+            if program.owner.get(read.tensor) in members and program.arity.get(read.tensor) == len(read.index):
+                yield read
+
+
+def _runs_ahead(read: Read, rank: str, program: Program) -> bool:
+    """Whether a read may touch a coordinate of the rank that the trip has not come to."""
+    found = offset(read.index[program.targets[read.tensor].ranks.index(rank)])
+    return found is None or found[0] != rank or found[1] > 0
+
+
+def _closed(group: Fuse, members: Sequence[int], program: Program) -> Iterator[Diagnostic]:
+    """C248: nothing that a member needs waits for another member to finish."""
+    inside = set(members)
+    below: dict[int, int] = {}  # outside statements that a member needs, each with who needs it
+    todo = list(members)
+    for number in todo:
+        for name in reads(program.facts[number].stmt):
+            other = program.owner.get(name)
+            if other is None or (other in inside and number in inside):
+                continue
+            if other in inside:
+                needed, between = defines(program.facts[other].stmt)[0], defines(program.facts[number].stmt)[0]
+                message = (
+                    f"{quote(between)} stands outside of the group, needs {quote(needed)} of it, and the group needs it"
+                )
+                hint = "put it into the group, or end the group before what needs it"
+                yield Diagnostic("C248", message, pinpoint(group.span, needed), hint)
+                return
+            if other not in below:
+                below[other] = number
+                todo.append(other)

@@ -1,0 +1,35 @@
+"""Set-up for every test: all checks on, deterministic searches, one thread a worker, and a count of the skips."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+
+os.environ["CASCADE_CHECK"] = "2"  # before anything of cascade is imported: it is read once
+os.environ["CASCADE_CACHE_DIR"] = tempfile.mkdtemp(prefix="cascade-test-")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers are the parallelism
+
+import hypothesis
+import pytest
+
+hypothesis.settings.register_profile("cascade", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("cascade")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--update-golden` rewrites the expected text of case files, after executing it."""
+    parser.addoption("--update-golden", action="store_true", help="rewrite the expected text of the case files")
+
+
+@pytest.fixture
+def update_golden(request: pytest.FixtureRequest) -> bool:
+    """Whether case files are to be rewritten."""
+    return bool(request.config.getoption("--update-golden"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """A closing word about the skips, so that none goes unnoticed; a missing device is the only good reason for one."""
+    yield
+    terminalreporter.write_line(f"{len(terminalreporter.stats.get('skipped', []))} skipped")

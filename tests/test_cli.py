@@ -1,0 +1,401 @@
+"""The command: what it prints for people and for programs, its exit codes, its errors."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+
+from cascade import cli
+from cascade.cli import commands, run_command
+from cascade.pipeline import PIPELINE
+
+ROOT = Path(__file__).parent.parent
+PROGRAM = """# two cascades
+cascade double(X[N]) -> Y[N] { Y[n] = 2 * X[n] }
+cascade gather(W[V,D], I[T], len[B]) -> E[T,D], L[B] fill -inf {
+    E[t,d] = W[I[t],d]
+    L[b] = max[n] exp(W[n,0]) where n < len[b]
+}
+"""
+SOFTMAX = "cascade s(X[B,N]) -> Y[B,N] { Y[b,n] = softmax[n] 2.0 * X[b,n] }\n"
+TRACED = """
+import cascade as cs
+print("this is the program speaking")
+
+@cs.compile
+def double(X):
+    n = cs.ranks("n")
+    return (2 * X[n])[n]
+
+@cs.compile()
+def triple(X):
+    n = cs.ranks("n")
+    return (3 * X[n])[n]
+
+if __name__ == "__main__":
+    raise SystemExit("run as a script")
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    """A file of two cascades."""
+    path = tmp_path / "two.cascade"
+    path.write_text(PROGRAM)
+    return str(path)
+
+
+@pytest.fixture
+def softmax(tmp_path: Path) -> str:
+    """A file of one cascade that the passes change."""
+    path = tmp_path / "softmax.cascade"
+    path.write_text(SOFTMAX)
+    return str(path)
+
+
+class Outcome:
+    """A command line run in this process: exit code and what it wrote."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str], *arguments: str) -> None:
+        self.code = run_command(list(arguments))
+        self.out, self.err = capfd.readouterr()
+
+    @property
+    def json(self) -> dict[str, object]:
+        return json.loads(self.out)
+
+
+def process(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """A command line run as a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "cascade.cli", *arguments], cwd=ROOT, capture_output=True, text=True, **options
+    )
+
+
+# --- show and diff ---------------------------------------------------------------------------------------------------
+
+
+def test_show_prints_the_last_cascade(capfd: pytest.CaptureFixture[str], file: str) -> None:
+    done = Outcome(capfd, "show", file)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith(
+        "cascade gather(W[V,D], I[T], len[B]) -> E[T,D], L[B] fill -inf {\n    E[t,d] = W[I[t],d]\n"
+    )
+
+
+def test_show_picks_by_name(capfd: pytest.CaptureFixture[str], file: str) -> None:
+    done = Outcome(capfd, "show", f"{file}:double")
+    assert done.out == "cascade double(X[N]) -> Y[N] {\n    Y[n] = 2 * X[n]\n}\n"
+
+
+def test_show_unknown_name_is_an_error(capfd: pytest.CaptureFixture[str], file: str) -> None:
+    done = Outcome(capfd, "show", f"{file}:doubel")
+    assert done.code in (1, 2)
+    assert "double" in done.err and done.out == ""
+
+
+def test_show_takes_sizes_and_a_type(capfd: pytest.CaptureFixture[str], file: str) -> None:
+    done = Outcome(capfd, "show", f"{file}:double", "-s", "N=8", "--dtype", "bf16")
+    assert done.out.startswith("cascade double(X: bf16[8]) -> Y[8] {")
+
+
+def test_show_after_a_pass(capfd: pytest.CaptureFixture[str], softmax: str) -> None:
+    plain = Outcome(capfd, "show", softmax)
+    after = Outcome(capfd, "show", softmax, "--after", "inline")
+    assert "softmax[n]" in plain.out
+    assert "softmax[n]" not in after.out
+
+
+def test_show_steps(capfd: pytest.CaptureFixture[str], softmax: str) -> None:
+    done = Outcome(capfd, "show", softmax, "--steps")
+    headings = [line for line in done.out.splitlines() if line.startswith("# ")]
+    assert headings == ["# source", *(f"# {step.name}" for step in PIPELINE)]
+    found = Outcome(capfd, "show", softmax, "--steps", "--json").json
+    assert [step["pass"] for step in found["steps"]] == ["source", *(step.name for step in PIPELINE)]
+    assert found["steps"][0]["text"] == Outcome(capfd, "show", softmax).out
+
+
+def test_show_json(capfd: pytest.CaptureFixture[str], softmax: str) -> None:
+    done = Outcome(capfd, "show", softmax, "--json", "--after", "canonicalize")
+    assert done.json == {
+        "cascade": "s",
+        "after": "canonicalize",
+        "text": Outcome(capfd, "show", softmax, "--after", "canonicalize").out,
+    }
+
+
+def test_show_reads_standard_input() -> None:
+    done = process("show", "-:double", input=PROGRAM)
+    assert done.stdout.startswith("cascade double(") and done.returncode == 0
+
+
+def test_what_show_prints_is_what_it_reads(softmax: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    text = Outcome(capfd, "show", softmax, "--after", "canonicalize").out
+    (tmp_path / "again.cascade").write_text(text)
+    assert Outcome(capfd, "show", str(tmp_path / "again.cascade")).out == text
+
+
+def test_diff(capfd: pytest.CaptureFixture[str], softmax: str) -> None:
+    done = Outcome(capfd, "diff", softmax, "--pass", "inline")
+    assert done.out.startswith("--- before inline\n+++ after inline\n@@")
+    found = Outcome(capfd, "diff", softmax, "--pass", "inline", "--json").json
+    assert found == {"cascade": "s", "pass": "inline", "changed": True, "diff": done.out}
+
+
+def test_diff_of_nothing(capfd: pytest.CaptureFixture[str], file: str) -> None:
+    done = Outcome(capfd, "diff", f"{file}:double", "--pass", "canonicalize")
+    assert (done.code, done.out, done.err) == (0, "", "canonicalize: nothing to do\n")
+
+
+# --- run -------------------------------------------------------------------------------------------------------------
+
+
+def test_run(capfd: pytest.CaptureFixture[str], file: str) -> None:
+    done = Outcome(capfd, "run", file, "-s", "V=7")
+    assert (done.code, done.err) == (0, "")
+    assert "I: i64, len: i64; seed 0" in done.out
+    assert "V=7, D=4 (default)" in done.out
+    assert done.out.count("  ok") == 2
+
+
+def test_run_json(capfd: pytest.CaptureFixture[str], file: str) -> None:
+    found = Outcome(capfd, "run", file, "--json", "-s", "D=2", "--dtype", "f16", "--seed", "3").json
+    assert found["ok"] is True and found["seed"] == 3
+    assert found["sizes"]["D"] == 2 and "D" not in found["defaulted"] and "V" in found["defaulted"]
+    assert found["inputs"] == {"W": "f16", "I": "i64", "len": "i64"}
+    result = found["results"]["E"]
+    assert result["ok"] and result["dtype"] == "f16" and result["max_error"] <= result["allowed"]
+
+
+@pytest.mark.parametrize("name", [step.name for step in PIPELINE])
+def test_run_without_a_pass(capfd: pytest.CaptureFixture[str], softmax: str, name: str) -> None:
+    assert Outcome(capfd, "run", softmax, "--without", name).code == 0
+
+
+def test_run_outside_tolerance_exits_with_1(
+    capfd: pytest.CaptureFixture[str], file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = cli.Compiled.__call__
+    monkeypatch.setattr(cli.Compiled, "__call__", lambda self, *a, **k: real(self, *a, **k) + 1e-3)
+    done = Outcome(capfd, "run", f"{file}:double", "--json")
+    assert done.code == 1
+    assert done.json["ok"] is False and done.json["results"]["Y"]["reason"] == "the largest error"
+
+
+def test_run_is_the_same_twice(capfd: pytest.CaptureFixture[str], file: str) -> None:
+    assert Outcome(capfd, "run", file, "--json").json == Outcome(capfd, "run", file, "--json").json
+
+
+def test_run_refuses_what_cannot_fit(capfd: pytest.CaptureFixture[str], file: str) -> None:
+    done = Outcome(capfd, "run", f"{file}:double", "-s", "N=1000000000000")
+    assert done.code == 2
+    assert "C614" in done.err and "1000000000000 elements" in done.err
+
+
+# --- passes ----------------------------------------------------------------------------------------------------------
+
+
+def test_passes(capfd: pytest.CaptureFixture[str]) -> None:
+    done = Outcome(capfd, "passes", "--list")
+    assert [line.split()[0] for line in done.out.splitlines()] == ["pass", *cli.PASSES]
+    found = Outcome(capfd, "passes", "--list", "--json").json["passes"]
+    assert [row["name"] for row in found] == list(cli.PASSES)
+    assert all(row["summary"] for row in found)
+
+
+# --- Python programs -------------------------------------------------------------------------------------------------
+
+
+def test_python_file(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "model.py"
+    path.write_text(TRACED)
+    last = Outcome(capfd, "show", str(path))
+    assert last.code == 0 and "3 * X[n]" in last.out
+    assert last.err == "this is the program speaking\n"
+    assert "2 * X[n]" in Outcome(capfd, "show", f"{path}:double").out
+    assert Outcome(capfd, "run", f"{path}:double", "--json").json["ok"] is True
+    unknown = Outcome(capfd, "show", f"{path}:quadruple")
+    assert unknown.code == 2 and "double, triple" in unknown.err
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "x = 1\ny = x / 0\n",
+            ":2:5: error[C611]: the program raised ZeroDivisionError: division by zero\n    y = x / 0",
+        ),
+        ("x = (1\n", ":1:5: error[C611]: the program raised SyntaxError"),
+        ("raise SystemExit(3)\n", ":1:1: error[C611]: the program raised SystemExit: 3"),
+    ],
+)
+def test_python_file_that_fails(capfd: pytest.CaptureFixture[str], tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "model.py"
+    path.write_text(text)
+    done = Outcome(capfd, "show", str(path))
+    assert done.code == 1 and done.out == ""
+    assert f"{path}{says}" in done.err
+
+
+def test_python_file_without_cascades(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "model.py"
+    path.write_text("x = 1\n")
+    done = Outcome(capfd, "show", str(path))
+    assert done.code == 2 and "decorate a function with @cascade.compile" in done.err
+
+
+def test_program_text_is_never_run(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "evil.cascade"
+    path.write_text(f"__import__('pathlib').Path({str(tmp_path / 'done')!r}).touch()\n")
+    assert Outcome(capfd, "show", str(path)).code == 1
+    assert not (tmp_path / "done").exists()
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_wrong_program_exits_with_1(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "wrong.cascade"
+    path.write_text("cascade c(A[M]) -> Z[M] {\n    Z[m] = A[m] * B[m]\n}\n")
+    done = Outcome(capfd, "show", str(path))
+    assert done.code == 1 and done.out == ""
+    assert done.err.startswith(f"{path}:2:19: error[C2")
+    found = Outcome(capfd, "show", str(path), "--json")
+    first = found.json["errors"][0]
+    assert (found.code, found.err) == (1, "")
+    assert (first["file"], first["line"], first["column"]) == (str(path), 2, 19)
+    assert set(first) == {"code", "message", "file", "line", "column", "end_line", "end_column", "help", "notes"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["show", "FILE", "--jsn"], "--json"),
+        (["shwo", "FILE"], "show"),
+        (["show"], "FILE"),
+        (["show", "FILE", "-s", "N"], "'N' is not NAME=NUMBER, such as B=4"),
+        (["show", "FILE", "-s", "N=-1"], "-1 is not from 0 to"),
+        (["show", "FILE", "-s", "N=1000000000000000000000000000000"], "is not"),
+        (["run", "FILE:double", "-s", "M=4"], "C613"),
+        (["run", "FILE", "--dtype", "f33"], "f32"),
+        (["diff", "FILE", "--pass", "canonicalise"], "did you mean 'canonicalize'"),
+        (["show", "FILE", "--after", "inlin"], "did you mean 'inline'"),
+        (["run", "FILE", "--without", "inlin"], "did you mean 'inline'"),
+        (["passes"], "--list"),
+        (["show", "/nowhere/there.cascade"], "cannot read /nowhere/there.cascade: No such file or directory"),
+        (["show", "/"], "cannot read /: Is a directory"),
+        (["show", "/nowhere/there.py"], "cannot read /nowhere/there.py: No such file or directory"),
+    ],
+)
+def test_wrong_command_line_exits_with_2(
+    capfd: pytest.CaptureFixture[str], file: str, arguments: list[str], says: str
+) -> None:
+    arguments = [argument.replace("FILE", file) for argument in arguments]
+    done = Outcome(capfd, *arguments)
+    assert (done.code, done.out) == (2, "")
+    assert says in done.err and "error[C6" in done.err and "Traceback" not in done.err
+    found = Outcome(capfd, *arguments, "--json")
+    if "--jsn" not in arguments:
+        assert found.code == 2 and found.json["errors"][0]["code"].startswith("C6") and found.err == ""
+
+
+def test_bad_environment_exits_with_2(file: str) -> None:
+    done = process("show", file, "--after", "inline", env={**os.environ, "CASCADE_CHECK": "9"})
+    assert done.returncode == 2
+    assert "error[C601]: environment variable CASCADE_CHECK is '9'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_no_arguments_shows_the_help(capfd: pytest.CaptureFixture[str]) -> None:
+    done = Outcome(capfd)
+    assert done.code == 2 and "Usage: cascadec" in done.err
+
+
+@pytest.mark.parametrize("what", ["in the command", "in a pass"])
+def test_bug_exits_with_70_and_leaves_a_reproducer(
+    capfd: pytest.CaptureFixture[str], file: str, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def crash(*_: object) -> str:
+        raise KeyError("oops")
+
+    if what == "in a pass":
+        monkeypatch.setattr(type(PIPELINE[0]), "__call__", crash)
+    else:
+        monkeypatch.setattr(cli, "render", crash)
+    done = Outcome(capfd, "show", f"{file}:double", "--after", "inline")
+    assert (done.code, done.out) == (70, "")
+    assert done.err.startswith("internal error: ") and "KeyError" in done.err
+    command = done.err.rpartition("reproduce: ")[2]
+    path = Path(next(word for word in command.split() if ".cascade" in word).partition(":")[0])
+    assert "cascade double(X[N]) -> Y[N]" in path.read_text()
+    monkeypatch.undo()
+    assert Outcome(capfd, "show", f"{path}:double").code == 0
+
+
+@pytest.mark.parametrize("command", [None, *commands.commands])
+def test_help_has_two_examples(capfd: pytest.CaptureFixture[str], command: str | None) -> None:
+    done = Outcome(capfd, *([command] if command else []), "--help")
+    assert done.code == 0
+    examples = [line.strip() for line in done.out.partition("Examples:\n")[2].splitlines()]
+    assert len([line for line in examples if line.startswith("cascadec ")]) == 2
+
+
+def test_every_command_takes_json() -> None:
+    for name, command in commands.commands.items():
+        flags = {flag for option in command.params if isinstance(option, click.Option) for flag in option.opts}
+        assert "--json" in flags, name
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+
+def test_closed_reader_is_quiet(file: str) -> None:
+    line = f"{sys.executable} -m cascade.cli show {file} --steps | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+def test_closed_standard_output_is_quiet(file: str) -> None:
+    line = f"{sys.executable} -m cascade.cli show {file} >&-"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (0, 2) and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_full_disk_gives_the_reason(file: str) -> None:
+    line = f"{sys.executable} -m cascade.cli show {file} > /dev/full"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"error[C612]: cannot write standard output: {os.strerror(errno.ENOSPC)}\n"
+
+
+def test_interrupt_exits_with_130_within_a_second(tmp_path: Path) -> None:
+    path = tmp_path / "slow.cascade"
+    path.write_text("cascade slow(A[N,N], B[N,N]) -> Z[N,N] { Z[m,n] = sum[k] exp(A[m,k] * B[k,n]) }\n")
+    command = [sys.executable, "-m", "cascade.cli", "run", str(path), "-s", "N=3000"]
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(5)
+    assert running.poll() is None, running.communicate()
+    started = time.monotonic()
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=10)
+    assert running.returncode == 130 and (out, err) == ("", "")
+    assert time.monotonic() - started < 1
+
+
+def test_terminal_gets_colour_and_a_pipe_does_not(file: str) -> None:
+    forced = process("show", file, env={**os.environ, "FORCE_COLOR": "1", "TERM": "xterm-256color"})
+    assert "\x1b[" in forced.stdout
+    assert "\x1b[" not in process("show", file).stdout
+
+
+def test_version() -> None:
+    assert process("--version").stdout == f"cascadec, version {cli.package.__version__}\n"

@@ -144,7 +144,7 @@ class Evaluation:
         wanted = v.union(value.ranks, tuple(ranks))
         fixed = frozenset(ranks)
         there = value.data.shape if value.present is None else value.present.shape
-        shape = dict(zip(value.ranks, torch.broadcast_shapes(value.data.shape, there), strict=True))
+        shape = {r: b if a == 1 else a for r, a, b in zip(value.ranks, value.data.shape, there, strict=True)}
         extents = [self.window(r)[1] - self.window(r)[0] if r in fixed else shape[r] for r in wanted]
         return v.expand(value, wanted, extents)
 
@@ -251,8 +251,10 @@ class Evaluation:
             present = v.both(present, there, None if bool(inside.all()) else inside)
             places.append(place.clamp(first, max(first, last)) - first)
         if stored.data.numel() == 0:
-            empty = torch.zeros(torch.broadcast_shapes(*(place.shape for place in places)), device=self.state.device)
-            return Value(empty.to(stored.data.dtype), ranks, stored.dtype, empty.bool(), stored.weak)
+            nothing = torch.zeros((1,) * len(ranks), dtype=stored.data.dtype, device=self.state.device)
+            extents = [self.window(rank)[1] - self.window(rank)[0] for rank in ranks]
+            empty = nothing.expand(tuple(extents))
+            return Value(empty, ranks, stored.dtype, empty.bool(), stored.weak)
         if stored.present is not None:
             present = v.both(present, stored.present[tuple(places)])
         return Value(stored.data[tuple(places)], ranks, stored.dtype, present, stored.weak)

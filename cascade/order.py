@@ -44,9 +44,8 @@ def units(statements: Sequence[Stmt], fused: tuple[Fuse, ...]) -> list[Unit]:
         members = tuple(statements[i] for i in component)
         if len(groups) > 1 or (groups and any(i not in inside for i in component)):
             raise _no_order(groups, members)
-        group = next(iter(groups.values()), None)
-        cyclic = group is None and (len(component) > 1 or component[0] in edges[component[0]])
-        found.append(Unit(members, group, cyclic))
+        cyclic = not groups and (len(component) > 1 or component[0] in edges[component[0]])
+        found.append(Unit(members, next(iter(groups.values()), None), cyclic))
     return found
 
 

@@ -30,8 +30,8 @@ def may_be_absent(cascade: Cascade) -> frozenset[str]:
 def _statement(stmt: Stmt, absent: Collection[str], cascade: Cascade) -> bool:
     match stmt:
         case Einsum():
-            inits = any(_expression(init.expr, absent, None, cascade) for init in stmt.inits)
-            return inits or stmt.where is not None or _expression(stmt.expr, absent, stmt.where, cascade)
+            inits = any(lacks(init.expr, absent, None, cascade) for init in stmt.inits)
+            return inits or stmt.where is not None or lacks(stmt.expr, absent, stmt.where, cascade)
         case TopK():
             return True  # fewer coordinates than k leave the rest absent
         case Call():
@@ -40,9 +40,11 @@ def _statement(stmt: Stmt, absent: Collection[str], cascade: Cascade) -> bool:
             assert_never(stmt)
 
 
-def _expression(expr: Expr, absent: Collection[str], where: Expr | None, cascade: Cascade) -> bool:
+def lacks(expr: Expr, absent: Collection[str], where: Expr | None, cascade: Cascade) -> bool:
+    """Whether an expression of a statement with the filter `where` may be absent, the tensors `absent` being so."""
+
     def inside(part: Expr) -> bool:
-        return _expression(part, absent, where, cascade)
+        return lacks(part, absent, where, cascade)
 
     match expr:
         case Const() | Rank() | Extent() | Local():

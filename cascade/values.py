@@ -173,7 +173,7 @@ def apply(op: str, args: Sequence[Value], precision: Precision) -> Value:
         return _default(data, masks, ranks, dtype, weak)
     if op == "select":
         chosen = align(args[0].data.bool(), args[0].ranks, ranks)
-        return Value(torch.where(chosen, *data), ranks, dtype, both(*masks), weak)
+        return Value(torch.where(chosen, data[0], data[1]), ranks, dtype, both(*masks), weak)
     if op in ("floordiv", "mod", "pow") and dtype not in FLOATS:
         _check_integer_operands(op, data[1], both(*masks))
         data[1] = data[1].masked_fill(data[1] == 0, 1) if op != "pow" else data[1].clamp(min=0)
@@ -189,9 +189,9 @@ def _computed_in(op: str, operands: Sequence[Value], result: Typed) -> tuple[DTy
 
 def _default(data: list[Tensor], masks: list[Tensor | None], ranks: tuple[str, ...], dtype: DType, weak: bool) -> Value:
     if masks[0] is None:
-        return Value(torch.broadcast_tensors(*data)[0], ranks, dtype, None, weak)
+        return Value(data[0], ranks, dtype, None, weak)
     present = None if masks[1] is None else masks[0] | masks[1]
-    return Value(torch.where(masks[0], *data), ranks, dtype, present, weak)
+    return Value(torch.where(masks[0], data[0], data[1]), ranks, dtype, present, weak)
 
 
 def _check_integer_operands(op: str, right: Tensor, present: Tensor | None) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import assert_never
 
 from cascade.ir import (
-    Apply, Call, Cascade, Cast, Const, Einsum, Expr, Extent, Function, Local, Rank, Read, Reduce, Stmt, Target, TopK,
-    Use,
+    Apply, Call, Cascade, Cast, Const, Einsum, Expr, Extent, Function, Local, Param, Rank, Read, Reduce, Result, Stmt,
+    Target, TopK, Use,
 )  # fmt: skip
 
 
@@ -164,7 +164,8 @@ def substitute(expr: Expr, ranks: Mapping[str, Expr], locals_: Mapping[str, Expr
 def names(cascade: Cascade) -> set[str]:
     """Every name that the cascade uses for a tensor, a rank variable, a symbol, a definition or a stream."""
     found = {cascade.name}
-    for decl in (*cascade.params, *cascade.results):
+    declared: tuple[Param | Result, ...] = (*cascade.params, *cascade.results)
+    for decl in declared:
         found.update((decl.name, *(size for size in decl.shape if isinstance(size, str))))
     for stmt in cascade.body:
         found.update(defines(stmt))

@@ -15,7 +15,8 @@ import cascade as cs
 TEXT = """
 # Half-split rotary embedding: coordinate e turns with its partner half a head away, by an angle of its position.
 cascade turn(X[T,H,E], angle[T,E]) -> Y[T,H,E] {
-    Y[t,h,e] = X[t,h,e] * cos(angle[t,e]) + select(e < E // 2, -X[t,h,(e + E//2) % E], X[t,h,(e + E//2) % E]) * sin(angle[t,e])
+    R[t,h,e] = select(e < E // 2, -1, 1) * X[t,h,(e + E//2) % E]
+    Y[t,h,e] = X[t,h,e] * cos(angle[t,e]) + R[t,h,e] * sin(angle[t,e])
 }
 
 cascade mix(X[T,D], angle[T,E], g[D], Wq[D,H,E], Wk[D,H,E], Wv[D,H,E], Wo[H,E,D]) -> Y[T,D] {

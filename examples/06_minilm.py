@@ -46,7 +46,8 @@ class MiniLM:
         """The published weights, float32."""
         from safetensors.torch import load_file
 
-        return cls({name: w.float() for name, w in load_file(model_folder() / "model.safetensors").items() if w.is_floating_point()})
+        tensors = load_file(model_folder() / "model.safetensors")
+        return cls({name: tensor.float() for name, tensor in tensors.items() if tensor.is_floating_point()})
 
     def _norm(self, name: str) -> tuple[Tensor, Tensor]:
         return self.weights[f"{name}.LayerNorm.weight"], self.weights[f"{name}.LayerNorm.bias"]
@@ -63,11 +64,16 @@ class MiniLM:
             tensors += [weight.unflatten(0, (HEADS, -1)), bias.unflatten(0, (HEADS, -1))]
         weight, bias = self._dense(f"{at}.attention.output.dense")
         tensors += [weight.unflatten(1, (HEADS, -1)), bias, *self._norm(f"{at}.attention.output")]
-        tensors += [*self._dense(f"{at}.intermediate.dense"), *self._dense(f"{at}.output.dense"), *self._norm(f"{at}.output")]
+        for part in ("intermediate.dense", "output.dense"):
+            tensors += self._dense(f"{at}.{part}")
+        tensors += self._norm(f"{at}.output")
         return tensors
 
     def __call__(self, ids: Tensor, length: Tensor) -> Tensor:
-        """Embeddings [B, 384] of sentences `ids` [B, T], of which the first `length` [B] tokens count; 0 for length 0."""
+        """Embeddings [B, 384] of sentences `ids` [B, T], of which the first `length` [B] tokens count.
+
+        A sentence of length 0 has the embedding 0.
+        """
         words = self.weights["embeddings.word_embeddings.weight"]
         places = self.weights["embeddings.position_embeddings.weight"][: ids.shape[1]]
         kind = self.weights["embeddings.token_type_embeddings.weight"][0]

@@ -365,6 +365,46 @@ def test_renaming_ranks_does_not_capture() -> None:
     )
 
 
+def test_a_reduction_over_the_rank_that_it_is_read_at_is_kept_apart() -> None:
+    def totals(X):
+        i, j = cs.ranks("i j")
+        return cs.sum[j](X[i, j])[j]
+
+    check(
+        totals,
+        """
+        cascade totals(X[J,J]) -> out[J] {
+            out[j] = sum[j_1] X[j,j_1]
+        }
+        """,
+    )
+
+
+def test_a_filter_applies_to_the_expression_as_written() -> None:
+    def normalised(x):
+        i, n = cs.ranks("i n")
+        return x[i, n] / cs.sum[n](x[i, n])
+
+    def filtered(X):
+        m, n = cs.ranks("m n")
+        live = (X[m, n] / cs.sum[n](X[m, n])).where(n <= m)
+        total = cs.sum[n](X[m, n]).where(n <= m)
+        # What a helper does over ranks of its own is not filtered by ranks of the caller.
+        whole = normalised(X)[m, n].where(n <= m)
+        return live, total, whole
+
+    check(
+        filtered,
+        """
+        cascade filtered(X[M,N]) -> live[M,N], total[M], whole[M,N] {
+            live[m,n] = X[m,n] / sum[n] X[m,n] where n <= m
+            total[m] = sum[n] X[m,n] where n <= m
+            whole[m,n] = X[m,n] / sum[n_1] X[m,n_1] where n <= m
+        }
+        """,
+    )
+
+
 def test_names_that_clash_get_suffixes() -> None:
     def clashing(T, b):
         B, t, max = cs.ranks("b t max")
@@ -813,6 +853,19 @@ def test_whole_tensors_need_shapes() -> None:
     refused(mixed, "C411", "(x[i, j] * 2) @ w", shapes={"x": (2, 3), "w": (3, 4)})
     refused(product, "C412", "x @ w", shapes={"x": (2, 3), "w": (4, 5)})
     refused(kept, "C423", "x.mean(-1, keepdim=True)", shapes={"x": (2, 3)})
+
+
+def test_extents_that_nothing_shows() -> None:
+    def heads(x, w):
+        q = (x @ w).view(2, 3, 2, 4)
+        return torch.einsum("bmhe,bnhe->bhmn", q, q)
+
+    def counted(x):
+        i, k = cs.ranks("i k=4")
+        return x[i] * cs.sum[k](k)
+
+    refused(heads, "C426", "(x @ w).view(2, 3, 2, 4)", shapes={"x": (2, 3, 8), "w": (8, 8)})
+    refused(counted, "C426", 'cs.ranks("i k=4")')
 
 
 def test_torch_functions_without_a_form() -> None:

@@ -55,7 +55,8 @@ def parse_program(text: str, name: str = "<text>") -> tuple[Cascade, ...]:
         raise ParseError(ordered(found))
     program = build(texts, library_names())
     found += program.found
-    cascades = [d for d in map(program.complete, program.own) if isinstance(d, Cascade)]
+    names = [name for name in program.own if isinstance(program.definitions[name], Cascade)]
+    cascades = [d for d in map(program.complete, names) if isinstance(d, Cascade)]
     if found:
         found += unsaid(cascades, found, program)
         raise ParseError(ordered(found))

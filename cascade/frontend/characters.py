@@ -71,6 +71,8 @@ def advice(run: str) -> str:
     meant = "".join(MEANT.get(char, LOOKALIKES.get(char, unicodedata.normalize("NFKC", char))) for char in run)
     if meant.isascii() and meant.isprintable() and meant.strip():
         return f"write {meant.strip()}"
+    if run.isspace():
+        return "write an ordinary blank"
     if not run.isprintable():
         return "delete it"
     return "names are written with the letters a-z and A-Z, digits and _"

@@ -50,7 +50,7 @@ def diagnose(source: Source, found: list[Diagnostic]) -> tuple[Definitions | Non
     assembly = Assembly(found)
     for piece in cutter.pieces:
         if len(found) >= MAX_FOUND:
-            break
+            return None, found
         assembly.take(piece)
     if not found:
         found.append(whole_text(words))
@@ -76,22 +76,26 @@ class Assembly:
     body: list[Equation] = field(default_factory=list)
     directives: list[Directive] = field(default_factory=list)
     whole: bool = True  # no header or `def` is lost
-    dangling: bool = False  # the line before ended where an operand was expected
+    broken_off: str | None = None  # the help for the statement before, if it ended too early
 
     def take(self, piece: Piece) -> None:
         """The next piece."""
-        if self.dangling and piece.rule == "statement" and all(word.type != "EQUAL" for word in piece.words):
-            return  # the rest of the expression that was broken off
+        equation = piece.rule == "statement" and any(word.type == "EQUAL" for word in piece.words)
+        if piece.rule == "statement" and (self.broken_off == LIST_GOES_ON or (self.broken_off and not equation)):
+            self.broken_off = GOES_ON if self.broken_off == GOES_ON else None
+            return  # the rest of the statement before
         value: Any = None
-        self.dangling = False
+        self.broken_off = None
         if piece.sound and all(word.isascii() for word in piece.words):  # else its mistake is known
             try:
                 value = parse_piece(piece)
             except Mistake as mistake:
                 self.found.append(mistake.diagnostic)
-                self.dangling = mistake.diagnostic.help == GOES_ON
-                if self.dangling and mistake.diagnostic.span == piece.words[0].span and self.body:
+                help_ = mistake.diagnostic.help
+                self.broken_off = help_ if help_ in (GOES_ON, LIST_GOES_ON) else None
+                if self.broken_off and mistake.diagnostic.span == piece.words[0].span and self.body:
                     self.body[-1] = replace(self.body[-1], expr=None)  # it should have gone on here
+                    return
         if piece.rule == "statement":
             value = value or lost(piece.words)
             self.body += [value] if value else []
@@ -126,7 +130,9 @@ def lost(words: list[Word]) -> Equation | None:
         if word.type == "NAME" and depth == 0:
             left.append(Read(str(word), (), span=word.span))
         depth += {"LSQB": 1, "RSQB": -1}.get(word.type, 0)
-    return Equation((left[0],), None, None, (), None, words[0].span.to(words[-1].span)) if left else None
+    if len(words) > 1 and words[0].type == "NAME" and words[1].type == "LSQB":
+        return Equation((left[0],), None, None, (), None, words[0].span.to(words[-1].span))
+    return None
 
 
 # --- one piece -------------------------------------------------------------------------------------------------------
@@ -156,7 +162,8 @@ def explain(rule: str, words: Sequence[Word], at: int) -> Mistake:
     before = words[at - 1] if at else None
     found = words[at] if at < len(words) and words[at].type != "_NL" else None
     where = found.span if found is not None else after(before) if before is not None else None
-    if found is not None and found in RESERVED and "NAME" in accepts and not takes_operand(accepts):
+    goes_on = before is None and found is not None and found.type in INFIXES
+    if found is not None and found in RESERVED and "NAME" in accepts and not takes_operand(accepts) and not goes_on:
         return Mistake("C201", f"'{found}' is reserved", where, f"choose another name, such as {found}1")
     if before is not None and before.type == "REDUCER" and "LSQB" in accepts and not starts_operand(found):
         return Mistake("C201", f"'{before}' is reserved", before, f"choose another name, such as {before}1")
@@ -213,6 +220,8 @@ INSTEAD = {
     "$": "names are written with letters, digits and _",
 }
 GOES_ON = "an expression goes on at the next line inside of parentheses"
+LIST_GOES_ON = "a list goes on in the same line"
+INFIXES = ("PLUS", "MINUS", "TIMES", "AND", "OR", "COMPARE")
 EXTENTS = "a declaration lists extents, as in A[M,K]; a scalar is declared a[]"
 
 
@@ -226,7 +235,9 @@ def hint(rule: str, accepts: frozenset[str], before: Word | None, found: Word | 
         return f"the ranks that {before} works along stand in brackets: {before}[k] x"
     if kind == "$END" and takes_operand(accepts):
         return GOES_ON
-    if before is None and kind in ("PLUS", "MINUS", "TIMES", "AND", "OR", "COMPARE"):
+    if kind == "$END" and last == "COMMA":
+        return LIST_GOES_ON
+    if before is None and kind in INFIXES:
         return GOES_ON
     if "EQUAL" in accepts and rule in ("statement", "function"):
         return equation_hint(rule, kind, found)

@@ -13,10 +13,10 @@ from typing import Any
 
 from cascade import ops
 from cascade.errors import quoted_list
+from cascade.frontend.forms import Applied, Casting, Choice, Chosen, Fold, Invocation, Loop, Ordered, Scan, SizeOf
 from cascade.frontend.frames import Placed, fail, place, user_frame
 from cascade.frontend.notation import (
-    Applied, Casting, Choice, Chosen, Fold, Invocation, Loop, Notation, Operand, Ordered, PreviousValue,
-    RankVariable, Scan, SizeOf, Tensor, Value, along_ranks, filtered, free, operand, pointwise,
+    Notation, Operand, PreviousValue, RankVariable, Tensor, Value, along_ranks, filtered, free, operand, plural, pointwise,
     rank_list, together, union, without,
 )  # fmt: skip
 from cascade.ir import Cascade, Definition, DType, Function
@@ -33,7 +33,7 @@ class PointwiseFunction:
 
     def __call__(self, *operands: object) -> Value:
         if len(operands) != self.arity:
-            given = f"{self.name} takes {self.arity} operands, not {len(operands)}"
+            given = f"{self.name} takes {plural(self.arity, 'operand')}, not {len(operands)}"
             also = f"; the reducer is cs.{self.name}[n](x)" if self.name in ops.REDUCERS else ""
             raise fail("C415", given, f"cs.{self.name}({', '.join('abc'[: self.arity])}){also}")
         return pointwise(self.name, *operands)
@@ -132,9 +132,9 @@ def apply_function(name: str, along: tuple[RankVariable, ...], *operands: object
     ranks_ = f"[{', '.join(function.ranks)}]" if function.ranks else ""
     form = f"cs.{name}{ranks_}({', '.join(function.params)})"
     if formal_ranks(function, tuple(str(rank.key) for rank in along)) is None:
-        raise fail("C407", f"{name} works along {len(function.ranks)} ranks, not {len(along)}", form)
+        raise fail("C407", f"{name} works along {plural(len(function.ranks), 'rank')}, not {len(along)}", form)
     if len(operands) != len(function.params):
-        raise fail("C415", f"{name} takes {len(function.params)} operands, not {len(operands)}", form)
+        raise fail("C415", f"{name} takes {plural(len(function.params), 'operand')}, not {len(operands)}", form)
     args = tuple(_indexed(o, name) for o in operands)
     return Value(Applied(name, along), args, ranks=kept_ranks(function, along, args))
 

@@ -1,9 +1,8 @@
-"""The names of a traced cascade: tensors, rank variables, and the symbols of the extents, which are found here too.
+"""The names of a traced cascade: tensors, rank variables, and the symbols of extents.
 
-Two ranks have one extent where they stand at one position of a tensor. A group of ranks of one extent gets the symbol
-that the user gave it (`ranks("t=T")`), else the first name that a rank of it has in upper case. Ranks that nobody named
-share the letter of their group. A rank is a variable of its statement: two of one name and one extent keep the name
-where they never meet, and take a suffix where they do.
+A group of ranks of one extent gets the symbol that the user gave it (`ranks("t=T")`), else the first name that a rank
+of it has, in upper case. Ranks that nobody named share the letter of their group. A rank is a variable of its
+statement: two of one name and one extent keep the name where they never meet, and take a suffix where they do.
 """
 
 from __future__ import annotations
@@ -11,187 +10,24 @@ from __future__ import annotations
 import dataclasses
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cascade import ir
 from cascade.errors import Note, Span
-from cascade.frontend.emit import Emitter, Program, position, symbol
+from cascade.frontend.emit import Emitter, position, symbol
+from cascade.frontend.extents import Extents, find_extents
+from cascade.frontend.forms import Invocation
 from cascade.frontend.frames import fail
 from cascade.frontend.functions import library_definitions
-from cascade.frontend.notation import At, Element, Invocation, RankVariable, Tensor, Value
+from cascade.frontend.notation import Tensor, Value
+from cascade.frontend.program import Program
 from cascade.frontend.uses import ordered_uses
 from cascade.ops import RESERVED
-from cascade.walk import expressions, fresh, map_expressions, rewrite, targets, walk
+from cascade.scopes import signatures
+from cascade.walk import children, expressions, fresh, map_expressions, rewrite, targets, walk
 
 LETTERS = "IJKLMNPQRSUVWXYZ"
-
-
-# --- extents ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True, eq=False)
-class Extents:
-    """Groups of ranks and positions of tensors that have one extent."""
-
-    parent: dict[str, str] = field(default_factory=dict)
-    fixed: dict[str, tuple[ir.Size, Span | None]] = field(default_factory=dict)  # of a group's root
-    plain: dict[str, str] = field(default_factory=dict)  # root -> the first rank that is an index of a parameter there
-    declared: set[str] = field(default_factory=set)  # roots of groups with a position of a parameter
-    symbols: dict[str, str] = field(default_factory=dict)  # the user's symbols -> one rank or position of each
-    called: list[tuple[str, str]] = field(default_factory=list)  # ranks or positions, and a called cascade's symbol
-
-    def root(self, node: str) -> str:
-        while (above := self.parent.get(node, node)) != node:
-            self.parent[node] = self.parent.get(above, above)
-            node = above
-        return node
-
-    def fix(self, node: str, size: ir.Size, span: Span | None) -> None:
-        """State the extent of a group; groups of one symbol are one."""
-        if isinstance(size, str):
-            self.unite(self.symbols.setdefault(size, node), node)
-        root = self.root(node)
-        known, other = self.fixed.setdefault(root, (size, span))
-        if known != size:
-            note = Note(f"it is {known} here", other) if other else None
-            help = "ranks that index one dimension have one extent: give them one number, or one symbol"
-            raise fail("C416", f"the extent of one dimension is both {known} and {size}", help, at=span, note=note)
-
-    def unite(self, a: str, b: str) -> None:
-        """State that two ranks or positions have one extent."""
-        a, b = self.root(a), self.root(b)
-        if a == b:
-            return
-        self.parent[b] = a
-        if b in self.plain:
-            self.plain.setdefault(a, self.plain.pop(b))
-        if b in self.declared:
-            self.declared.add(a)
-        if b in self.fixed:
-            self.fix(a, *self.fixed.pop(b))
-
-
-def find_extents(program: Program, emitter: Emitter, stmts: Sequence[ir.Stmt], params: Sequence[Tensor]) -> Extents:
-    """Every group that the statements show."""
-    extents = Extents()
-    orders = {target.name: target.ranks for stmt in stmts for target in targets(stmt)}
-    for tensor in params:
-        _state_sizes(extents, tensor)
-    for name, rank in emitter.ranks.items():
-        if rank.size is not None:
-            extents.fix(name, rank.size, rank.span)
-    for pair in emitter.equal:
-        extents.unite(*pair)
-    for value in program.values:
-        _state_value(extents, value)
-    reads = [node for stmt in stmts for expr in expressions(stmt) for node in walk(expr) if isinstance(node, ir.Read)]
-    for read in reads:
-        for index, item in enumerate(read.index):
-            if isinstance(item, ir.Rank):
-                extents.unite(_dimension(orders, read.tensor, index), item.name)
-    for stmt in stmts:
-        if isinstance(stmt, ir.TopK):
-            _state_count(extents, stmt)
-    for call in program.calls:
-        _state_call(extents, call, orders)
-    _prefer_first(extents, reads, params)
-    _settle_shifted(extents, reads, orders)
-    _settle_chosen(extents, reads, orders, stmts)
-    return extents
-
-
-def _dimension(orders: Mapping[str, Sequence[str]], tensor: str, index: int) -> str:
-    """The extent of a dimension: that of its rank for a statement, else its own."""
-    return orders[tensor][index] if tensor in orders else position(tensor, index)
-
-
-def _state_sizes(extents: Extents, tensor: Tensor) -> None:
-    for index in range(tensor.rank_count or 0):
-        node = position(symbol(tensor), index)
-        extents.declared.add(extents.root(node))
-        size = tensor.sizes[index] if tensor.sizes is not None else None
-        if isinstance(size, str) or index in tensor.ones:
-            extents.fix(node, 1 if size is None else size, tensor.span)
-
-
-def _state_value(extents: Extents, value: Value) -> None:
-    """What a value shows by itself, wherever and however it is written out."""
-    if isinstance(value.form, Element):
-        for index, operand in enumerate(value.operands):
-            if isinstance(operand, RankVariable):
-                extents.unite(position(symbol(value.form.tensor), index), symbol(operand))
-    if isinstance(value.form, At):
-        for rank, size in value.form.sizes:
-            extents.fix(symbol(rank), size, value.span)
-
-
-def _state_count(extents: Extents, stmt: ir.TopK) -> None:
-    """The kept rank of a top-k has the extent `k`."""
-    inside = {node.name for node in walk(stmt.body) if isinstance(node, ir.Rank)}
-    kept = next(rank for rank in stmt.values.ranks if rank not in inside)
-    if isinstance(stmt.k, int):
-        extents.fix(kept, stmt.k, stmt.span)
-    else:
-        extents.unite(kept, stmt.k)
-    for a, b in zip(stmt.values.ranks, stmt.coords.ranks, strict=True):
-        extents.unite(a, b)
-
-
-def _state_call(extents: Extents, call: Invocation, orders: Mapping[str, Sequence[str]]) -> None:
-    """The sizes of a called cascade are those of the tensors it is given."""
-    known: dict[str, str] = {}
-    shapes = [decl.shape for decl in call.callee.params] + [decl.shape for decl in call.callee.results]
-    for shape, tensor in zip(shapes, (*call.args, *call.results), strict=True):
-        for index, size in enumerate(shape):
-            node = _dimension(orders, symbol(tensor), index)
-            if isinstance(size, int):
-                extents.fix(node, size, call.place.span)
-            else:
-                extents.unite(known.setdefault(size, node), node)
-                extents.called.append((node, size))
-
-
-def _prefer_first(extents: Extents, reads: Iterable[ir.Read], params: Iterable[Tensor]) -> None:
-    """Remember the first rank that indexes each dimension of a parameter, whose name becomes the symbol."""
-    names = {symbol(tensor) for tensor in params}
-    for read in reads:
-        for item in read.index:
-            if isinstance(item, ir.Rank) and read.tensor in names:
-                extents.plain.setdefault(extents.root(item.name), item.name)
-
-
-def _settle_shifted(extents: Extents, reads: Iterable[ir.Read], orders: Mapping[str, Sequence[str]]) -> None:
-    """`X[b, t + w]`: a rank that is only ever shifted has the extent of the dimension it is shifted in."""
-    for read in reads:
-        for index, item in enumerate(read.index):
-            rank = _shifted(item)
-            if rank is None:
-                continue
-            root = extents.root(rank)
-            if root not in extents.declared and root not in extents.fixed:
-                extents.unite(_dimension(orders, read.tensor, index), rank)
-
-
-def _settle_chosen(
-    extents: Extents, reads: Iterable[ir.Read], orders: Mapping[str, Sequence[str]], stmts: Iterable[ir.Stmt]
-) -> None:
-    """`W[I[t, j], d]` with I from a choice along n: a dimension that is only ever chosen from has the extent of n."""
-    chosen = {stmt.coords.name: stmt.rank for stmt in stmts if isinstance(stmt, ir.TopK)}
-    for read in reads:
-        for index, item in enumerate(read.index):
-            node = extents.root(_dimension(orders, read.tensor, index))
-            if isinstance(item, ir.Read) and item.tensor in chosen and node not in extents.plain:
-                extents.unite(chosen[item.tensor], node)
-
-
-def _shifted(index: ir.Expr) -> str | None:
-    """The rank at the start of a sum: t in `t + w` and `t - 1`."""
-    while isinstance(index, ir.Apply) and index.op in ("add", "sub"):
-        index = index.args[0]
-        if isinstance(index, ir.Rank):
-            return index.name
-    return None
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -213,10 +49,14 @@ class Naming:
         """Name a tensor."""
         self.tensors[thing] = fresh(legal(wanted) or "T", self.taken)
 
-    def rank_names(self, stmt: ir.Stmt, known: Mapping[str, str], *, named: bool) -> dict[str, str]:
-        """Names for the ranks of one statement, those the user named or the others, beside the `known` ones."""
+    def rank_names(
+        self, stmt: ir.Stmt, apart: Mapping[str, set[str]], known: Mapping[str, str], *, named: bool
+    ) -> dict[str, str]:
+        """Names for the ranks of one statement, those the user named or the others, beside the `known` ones.
+
+        `apart` has for every rank those that must not have its name there.
+        """
         found = dict(known)
-        used = set(known.values())
         for rank in ranks_of(stmt):
             variable = self.emitter.ranks[rank]
             if rank in found or variable.named is not named:
@@ -224,8 +64,8 @@ class Naming:
             root = self.extents.root(rank)
             wanted = legal(variable.name) if named else self._letter(root)
             wanted = wanted[:1].lower() + wanted[1:]
+            used = {found[other] for other in apart[rank] if other in found}
             found[rank] = next(name for name in suffixed(wanted) if name not in used and self._fits(name, root))
-            used.add(found[rank])
             self.rank_groups[found[rank]] = root
             self.taken.add(found[rank])
         return found
@@ -295,6 +135,58 @@ def letters() -> Iterator[str]:
         yield from (f"{letter}_{count}" for letter in LETTERS)
 
 
+def kept_apart(stmt: ir.Stmt, binding: Container[str]) -> dict[str, set[str]]:
+    """For each rank of a statement those that need another name: two that one place sees, and all that a filter names.
+
+    A reduction may bind a name that is free around it, `S[m,n] - max[n] S[m,n]`. `binding` are the functions that bind
+    the ranks they work along, as `mean` does.
+    """
+    apart: dict[str, set[str]] = {rank: set() for rank in ranks_of(stmt)}
+    bound: set[str] = set()
+
+    def part(some: Iterable[str], others: Iterable[str]) -> None:
+        for a in some:
+            for b in others:
+                if a != b:
+                    apart[a].add(b)
+                    apart[b].add(a)
+
+    def free(expr: ir.Expr) -> set[str]:
+        inner = {rank for child in children(expr) for rank in free(child)}
+        match expr:
+            case ir.Rank(name=name):
+                return {name}
+            case ir.Reduce(ranks=ranks):
+                pass
+            case ir.Use(function=function, ranks=ranks):
+                if function not in binding:
+                    return inner | set(ranks)
+            case _:
+                return inner
+        part(ranks, inner | set(ranks))
+        bound.update(ranks)
+        return inner - set(ranks)
+
+    outside = {rank for target in targets(stmt) for rank in target.ranks}
+    outside |= {rank for expr in expressions(stmt) for rank in free(expr)}
+    outside |= {stmt.rank} if isinstance(stmt, ir.TopK) else set()
+    part(outside, outside)
+    if isinstance(stmt, ir.Einsum | ir.TopK) and stmt.where is not None:
+        part(free(stmt.where), bound)  # a filter applies inside the reductions over a rank that it names
+    return apart
+
+
+def binding_functions(uses: Iterable[ir.Definition]) -> set[str]:
+    """The rank functions that bind every rank they work along, around all their operands."""
+    known = signatures(uses)
+    return {
+        name
+        for name, found in known.items()
+        if all(must is None or must >= set(found.function.ranks) for must in found.must)
+        and not found.free & set(found.function.ranks)
+    }
+
+
 def ranks_of(stmt: ir.Stmt) -> tuple[str, ...]:
     """The ranks of a statement, in the order in which its text has them."""
     found: dict[str, None] = {rank: None for target in targets(stmt) for rank in target.ranks}
@@ -357,39 +249,65 @@ def build(
     stmts = emitter.statements()
     extents = find_extents(program, emitter, stmts, params)
     uses = definitions(stmts, program.calls)
-    naming = Naming(extents, emitter, {name, *RESERVED, *(definition.name for definition in uses)})
+    naming = Naming(extents, emitter, set(RESERVED) | {definition.name for definition in uses})
+    name = fresh(name, set(naming.taken))
+    binding = binding_functions(uses)
+    apart = [kept_apart(stmt, binding) for stmt in stmts]
     for tensor in params:
         naming.name(symbol(tensor), tensor.name)
-    ranks = [naming.rank_names(stmt, {}, named=True) for stmt in stmts]
+    ranks = [naming.rank_names(stmt, kept, {}, named=True) for stmt, kept in zip(stmts, apart, strict=True)]
+    _check_stated(program, emitter, extents, stmts)
     defined = _name_defined(naming, program)
+    given = [_shape(naming, tensor) for tensor in params]
+    returned = [_result_shape(naming, program, result) for result in program.results]
+    for thing, wanted in defined:
+        if symbol(thing) not in naming.tensors:
+            naming.name(symbol(thing), wanted)
+    body = tuple(
+        renamed(stmt, naming, naming.rank_names(stmt, kept, known, named=False))
+        for stmt, kept, known in zip(stmts, apart, ranks, strict=True)
+    )
     inputs = tuple(
-        ir.Param(naming.tensors[symbol(t)], t.dtype_declared, _shape(naming, t), span=t.span) for t in params
+        ir.Param(naming.tensors[symbol(tensor)], tensor.dtype_declared, shape, span=tensor.span)
+        for tensor, shape in zip(params, given, strict=True)
     )
     results = tuple(
-        ir.Result(naming.tensors[symbol(t)], None, _result_shape(naming, program, t), fill, span=t.span)
-        for t, fill in zip(program.results, fills, strict=True)
+        ir.Result(naming.tensors[symbol(result)], None, shape, fill, span=result.span)
+        for result, shape, fill in zip(program.results, returned, fills, strict=True)
     )
-    for thing in defined:
-        if symbol(thing) not in naming.tensors:
-            naming.name(symbol(thing), program.recorder.hints.get(thing.key, ""))
-    ranks = [naming.rank_names(stmt, known, named=False) for stmt, known in zip(stmts, ranks, strict=True)]
-    body = tuple(renamed(stmt, naming, known) for stmt, known in zip(stmts, ranks, strict=True))
     return ir.Cascade(name, inputs, results, body, uses=uses, span=span)
 
 
-def _name_defined(naming: Naming, program: Program) -> list[Value | Tensor]:
-    """Everything that statements define, in order; what the user named and what is returned gets its name."""
-    defined: list[Value | Tensor] = [value for value in program.values if value.key in program.statements]
-    defined += [tensor for call in program.calls for tensor in call.results]
-    defined.sort(key=lambda thing: thing.key)
-    names = {**program.recorder.names, **program.names}
-    for thing in defined:
-        if wanted := legal(names.get(thing.key, "")):
+def _name_defined(naming: Naming, program: Program) -> list[tuple[Value | Tensor, str]]:
+    """Names what statements define by the user's variables as far as they are free; gives what all are to be called."""
+    made: list[Value | Tensor] = [value for value in program.values if value.key in program.statements]
+    made += [tensor for call in program.calls for tensor in call.results]
+    names = {**program.recorder.hints, **program.recorder.names, **program.names}
+    named = {**program.recorder.names, **program.names}
+    defined = [(thing, legal(names.get(thing.key, ""))) for thing in sorted(made, key=lambda thing: thing.key)]
+    for thing, wanted in defined:
+        if thing.key in named and wanted and wanted not in naming.taken:
             naming.name(symbol(thing), wanted)
     for result in program.results:
-        if symbol(result) not in naming.tensors:
+        if not legal(named.get(result.key, "")):
             naming.name(symbol(result), "out")
     return defined
+
+
+def _check_stated(program: Program, emitter: Emitter, extents: Extents, stmts: Iterable[ir.Stmt]) -> None:
+    """Refuse a rank with a given extent that no declaration can show: nothing else in a cascade states extents."""
+    shown = {*extents.declared, *(extents.root(node) for node, _ in extents.called)}
+    shown |= {extents.root(symbol(r)) for t in program.results if isinstance(t, Value) for r in program.order(t)}
+    for stmt in stmts:
+        if isinstance(stmt, ir.TopK):
+            shown |= {extents.root(rank) for rank in stmt.values.ranks}
+        for rank in ranks_of(stmt):
+            root = extents.root(rank)
+            if root in extents.fixed and root not in shown:
+                size, span = extents.fixed[root]
+                message = f"no parameter and no result has the dimension of extent {size} that this makes"
+                help = "give a parameter that shape, as in W[d, h, e] with e = ranks('e=64'), instead of splitting one"
+                raise fail("C426", message, help, at=span or stmt.span)
 
 
 def _shape(naming: Naming, tensor: Tensor) -> tuple[ir.Size, ...]:

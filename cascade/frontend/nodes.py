@@ -174,7 +174,7 @@ class Nodes(Transformer[Word, Any]):
 
     def apply(self, name: Word, ranks: tuple[Expr, ...], body: Expr) -> Use:
         if not all(isinstance(rank, Read) and not rank.index for rank in ranks):  # an element, then another operand
-            raise Mistake("C105", f"expected an operator after {name}[...], found an operand", body, PRODUCT)
+            raise Mistake("C105", f"expected an operator after {quote(name)}, found an operand", body, PRODUCT)
         return Use(own_name(name), rank_names(ranks), (body,), span=across(name, body))
 
     def negative(self, minus: Word, number: Const) -> Const:
@@ -320,5 +320,5 @@ def real(word: Word) -> float:
     """The value of a float literal, `inf` or `nan`."""
     value = float(word)
     if math.isinf(value) and word != "inf":
-        raise Mistake("C106", f"{word} is beyond the largest float, 1.7976931348623157e308", word, "write inf")
+        raise Mistake("C106", f"{quote(word)} is beyond the largest float, 1.7976931348623157e308", word, "write inf")
     return value

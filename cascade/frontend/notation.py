@@ -15,150 +15,14 @@ import importlib
 import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeAlias
 
 from cascade.errors import Note, Span, quoted_list
-from cascade.frontend.frames import Placed, Recorder, fail, place, user_frame
-from cascade.ir import Cascade, DType, Size
-
-# --- what a value is -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Literal:
-    """A number or a truth value."""
-
-    value: int | float | bool
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SizeOf:
-    """The extent of a rank, or of a position of a tensor."""
-
-    rank: RankVariable | None = None
-    tensor: Tensor | None = None
-    position: int = 0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Element:
-    """A parameter, or a result of a called cascade, at the coordinates that are the operands."""
-
-    tensor: Tensor
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class At:
-    """The first operand with its `ranks` replaced by the other operands; `rename`: by other ranks, all different.
-
-    `sizes` are the extents, by rank, that the replacement relies on.
-    """
-
-    ranks: tuple[RankVariable, ...]
-    rename: bool
-    sizes: tuple[tuple[RankVariable, int], ...] = ()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Ordered:
-    """The operand, with its ranks in the order that the user wrote."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Pointwise:
-    """A pointwise operation of `ops.OPS`."""
-
-    op: str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Casting:
-    """A rounding to a type."""
-
-    dtype: DType
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Fold:
-    """A primitive reduction."""
-
-    reducer: str
-    along: tuple[RankVariable, ...]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Applied:
-    """A rank function of the library."""
-
-    function: str
-    along: tuple[RankVariable, ...]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Filtered:
-    """The first operand where the second, a predicate, holds."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Choice:
-    """A `topk` over the operand (and the predicate after it), shared by its two values."""
-
-    along: RankVariable
-    k: int | SizeOf
-    kept: RankVariable
-    parts: list[Value] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Chosen:
-    """The values (0) or the coordinates (1) of a `topk`."""
-
-    choice: Choice
-    part: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Scan:
-    """An iterative statement; operands: the step, the initial values at -1, -2, ..., and a filter if `filtered`."""
-
-    loop: Loop
-    inits: int
-    filtered: bool
-
-
-@dataclass(slots=True, eq=False)
-class Loop:
-    """An iterative rank while its step is being traced; `value` is set once it has been."""
-
-    along: RankVariable
-    order: tuple[RankVariable, ...] | None
-    value: Value | None = None
-    asked: bool = False  # the step used its previous value
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Previous:
-    """The iterative tensor itself at the coordinates that are the operands (none: one step back)."""
-
-    loop: Loop
-
-
-Form: TypeAlias = (
-    Literal | SizeOf | Element | At | Ordered | Pointwise | Casting | Fold | Applied | Filtered | Chosen | Scan
-    | Previous
+from cascade.frontend.forms import (
+    At, Element, Filtered, Form, Invocation, Literal, Loop, Ordered, Pointwise, Previous, Scan, SizeOf,
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Invocation:
-    """A cascade used as a function of whole tensors."""
-
-    callee: Cascade
-    args: tuple[Tensor | Value, ...]
-    place: Placed
-    results: list[Tensor] = field(default_factory=list)
-
+from cascade.frontend.frames import Placed, Recorder, fail, place, user_frame
+from cascade.ir import DType, Size
 
 # --- the objects a user holds ----------------------------------------------------------------------------------------
 
@@ -217,6 +81,12 @@ class Notation(Placed):
 
     def __pos__(self) -> Notation:
         return self
+
+    def __round__(self) -> Value:
+        return pointwise("round", self)
+
+    def __floor__(self) -> Value:
+        return pointwise("floor", self)
 
     def __abs__(self) -> Value:
         return pointwise("abs", self)
@@ -340,7 +210,11 @@ class Tensorial(Notation):
         return _torch().attribute(self, name)
 
     def where(self, predicate: object, other: object = None) -> Value:
-        """This value where the predicate holds, absent elsewhere; given `other`, torch's meaning: `other` elsewhere."""
+        """This value where the predicate holds, absent elsewhere; given `other`, torch's meaning: `other` elsewhere.
+
+        The filter is that of a statement: it holds for the expression as it is written, inside its reductions over the
+        ranks that the predicate names too, but not inside what has a name, and so a statement, of its own.
+        """
         return filtered(self, predicate) if other is None else pointwise("select", predicate, self, other)
 
     def default(self, other: object) -> Value:
@@ -377,7 +251,9 @@ class Tensor(Tensorial):
             self.rank_count, self.read = len(items), span
         if self.rank_count != len(items):
             note = Note(f"{self.name} has {self.rank_count} here", self.read) if self.read else None
-            message = f"{self.name} is indexed by {_count(len(items))}, but it has {_count(self.rank_count)}"
+            message = (
+                f"{self.name} is indexed by {plural(len(items), 'rank')}, but it has {plural(self.rank_count, 'rank')}"
+            )
             raise fail("C404", message, "every dimension gets one index; X[()] is a scalar", note=note)
         return Value(Element(self), tuple(coordinate(item) for item in items), recorder=self.recorder)
 
@@ -410,7 +286,7 @@ class Value(Tensorial):
             return _subscript(self, items)
         if len(items) != len(order):
             listed = f" ({rank_list(self.ranks)})" if self.axes is None else ""
-            message = f"this value is indexed by {_count(len(items))}, but it has {_count(len(order))}{listed}"
+            message = f"this value is indexed by {plural(len(items), 'rank')}, but it has {plural(len(order), 'rank')}{listed}"
             raise fail("C404", message, "its ranks are those not reduced, in order of first appearance")
         index_of = [coordinate(item) for item in items]
         if self.axes is None and _same_ranks(index_of, self.ranks):
@@ -435,7 +311,7 @@ class PreviousValue(Notation):
         items = tuple(coordinate(item) for item in (index if isinstance(index, tuple) else (index,)))
         self.loop.asked = True
         if self.loop.order is not None and len(items) != len(self.loop.order):
-            message = f"the previous value is indexed by {_count(len(items))}, but it has {rank_list(self.loop.order)}"
+            message = f"the previous value is indexed by {plural(len(items), 'rank')}, but it has {rank_list(self.loop.order)}"
             raise fail("C404", message, "index the iterative rank at an earlier coordinate: prev[t - 1, d]")
         return Value(Previous(self.loop), items)
 
@@ -450,6 +326,8 @@ class Filled(Notation):
 
     def __init__(self, value: Tensorial, fill: float) -> None:
         super().__init__(place(user_frame()))
+        if not isinstance(fill, int | float):
+            raise fail("C409", f"{described(fill)} cannot be what is stored", "a number: .fill(-math.inf)")
         self.value, self.fill = value, fill
 
 
@@ -486,6 +364,8 @@ def ranks(names: str) -> Any:
 
     `ranks("k=64")` fixes the extent, `ranks("t=T")` names its shape symbol: ranks of one symbol have one extent.
     """
+    if not isinstance(names, str):
+        raise fail("C406", f"ranks are named in a string, not by {described(names)}", "ranks('b h m')")
     found = []
     for word in names.replace(",", " ").split():
         match = _RANK.fullmatch(word)
@@ -522,11 +402,12 @@ def _same_ranks(index: Sequence[Operand], group: Sequence[RankVariable]) -> bool
 
 def rank_list(group: Iterable[RankVariable]) -> str:
     """The names of ranks, for messages."""
-    return quoted_list(rank.name for rank in group)
+    return quoted_list(rank.name or "_" for rank in group)
 
 
-def _count(number: int) -> str:
-    return f"{number} rank" if number == 1 else f"{number} ranks"
+def plural(count: int, noun: str) -> str:
+    """`1 rank`, `3 ranks`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def along_ranks(written: object, what: str) -> tuple[RankVariable, ...]:
@@ -572,10 +453,11 @@ def operand(object_: object) -> Operand:
         case Filled():
             raise fail("C408", ".fill(c) is for a tensor that is returned", "inside an expression write .default(c)")
         case _:
-            raise fail("C409", f"{_described(object_)} cannot stand in an expression", _advice(object_))
+            raise fail("C409", f"{described(object_)} cannot stand in an expression", _advice(object_))
 
 
-def _described(object_: object) -> str:
+def described(object_: object) -> str:
+    """A Python object by its kind, for messages."""
     kind = type(object_)
     if kind.__module__.partition(".")[0] == "torch":
         return "a torch tensor that is not a parameter"

@@ -14,6 +14,7 @@ from cascade.frontend.tokens import Word
 
 OPENS = ("LPAR", "LSQB")
 CLOSES = {"RPAR": "LPAR", "RSQB": "LSQB", "RBRACE": "LBRACE"}
+PARTNER = {"(": ")", "[": "]", "{": "}"}
 NEVER_ENCLOSED = ("CASCADE", "DEF", "SCHEDULE", "EQUAL", "LBRACE", "RBRACE")
 MAX_FOUND = 20
 EXAMPLE = """\
@@ -46,7 +47,8 @@ class Cutter:
         """All pieces of a text."""
         for number, word in enumerate(words):
             if len(self.found) >= MAX_FOUND:
-                break
+                self.whole = False
+                return
             if word.type == "_NL":
                 self.newline(word, words[number + 1].type if number + 1 < len(words) else "_NL")
             else:
@@ -137,7 +139,8 @@ class Cutter:
         """Reports the innermost open bracket and goes on after its piece: with the line of `word`, or `word` itself."""
         piece, opener = self.piece, self.open[-1]
         if piece is not None and piece.rule != "stray" and piece.sound:
-            self.complain("C104", f"'{opener}' is never closed", opener.span, whole=self.whole)
+            help_ = f"close it with '{PARTNER[opener]}'"
+            self.found.append(Diagnostic("C104", f"'{opener}' is never closed", opener.span, help_))
         self.open.clear()
         line: list[Word] = []
         if piece is not None:
@@ -175,7 +178,7 @@ class Cutter:
         if self.brace is not None and self.brace.type == "SCHEDULE":
             self.complain("C105", "expected '{' after 'schedule'", after(self.brace))
         elif self.brace is not None:
-            self.complain("C104", "'{' is never closed", self.brace.span)
+            self.found.append(Diagnostic("C104", "'{' is never closed", self.brace.span, "close it with '}'"))
         self.whole = False
 
     def header_without_brace(self, word: Word) -> None:

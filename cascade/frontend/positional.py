@@ -12,10 +12,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
+from cascade.frontend.forms import Applied, Fold, Literal, Loop, Ordered, Pointwise, Previous, Scan, SizeOf
 from cascade.frontend.frames import fail
 from cascade.frontend.notation import (
-    Applied, Fold, Literal, Loop, Operand, Ordered, Pointwise, Previous, RankVariable, Scan, SizeOf, Tensor, Value,
-    at, axes_of, broadcast, copy_axis, free, new_axis, operand, pointwise, rename, renaming, same_extent, without,
+    Operand, RankVariable, Tensor, Value, at, axes_of, broadcast, copy_axis, free, new_axis, operand, pointwise,
+    rename, renaming, same_extent, without,
 )  # fmt: skip
 
 Axis: TypeAlias = RankVariable | None

@@ -18,7 +18,7 @@ from cascade.ir import (
 )  # fmt: skip
 from cascade.ops import FUNCTIONS, REDUCERS
 from cascade.walk import children, with_children
-from cascade.wording import closest, pinpoint, quote
+from cascade.wording import MAX_NAME, closest, pinpoint, quote
 
 MAX_DEPTH = 200  # of an expression: whatever comes later may recurse into one
 
@@ -289,16 +289,16 @@ class Scope:
         """Why a name cannot be applied, and what may have been meant."""
         name, place = use.function, pinpoint(use.span, use.function)
         if name in self.tensors and use.ranks:
-            message = f"expected an operator after {name}[...], found an operand"
-            return Diagnostic("C105", message, use.args[0].span, PRODUCT)
+            raise Mistake("C105", f"expected an operator after {quote(name)}, found an operand", use.args[0], PRODUCT)
         if name in self.tensors:
             message = f"{quote(name)} is a tensor, not a function"
             return Diagnostic("C203", message, place, f"an element of it is {name}[...]; a product is {name} * (...)")
         known = [*self.callees, *FUNCTIONS, *REDUCERS]
         close = closest(name, known)
-        meant = f"did you mean {quote(close)}? " if close else ""
+        meant = f"did you mean {quote(close)}? or " if close else ""
         own = f"def {name}[n](x) = ..." if use.ranks else f"def {name}(x) = ..."
-        return Diagnostic("C203", f"function {quote(name)} is not defined", place, f"{meant}or define it: {own}")
+        help_ = f"{meant}define it: {own}" if len(name) < MAX_NAME else None
+        return Diagnostic("C203", f"function {quote(name)} is not defined", place, help_)
 
 
 def left_side(read: Read) -> Target:

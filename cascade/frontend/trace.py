@@ -27,7 +27,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from cascade.frontend.emit import Program
+from cascade.frontend.forms import Element, Ordered
 from cascade.frontend.frames import Recorder, definition_place, fail
 from cascade.frontend.functions import (
     LibraryFunction, abs, all, any, argmax, argmin, cast, clamp, cos, count, default, dtype_of, erf,
@@ -36,8 +36,9 @@ from cascade.frontend.functions import (
 )  # fmt: skip
 from cascade.frontend.naming import build, legal
 from cascade.frontend.notation import (
-    Element, Filled, Notation, Ordered, PreviousValue, RankVariable, Tensor, Value, new_axis, ranks, whole,
+    Filled, Notation, PreviousValue, RankVariable, Tensor, Value, described, new_axis, ranks, whole,
 )  # fmt: skip
+from cascade.frontend.program import Program
 from cascade.ir import Cascade, Const, DType, Size
 
 __all__ = [
@@ -159,7 +160,7 @@ def _results(function: Callable[..., Any], returned: Any) -> tuple[list[Value | 
     for item in returned if isinstance(returned, tuple | list) else (returned,):
         value, fill = (item.value, item.fill) if isinstance(item, Filled) else (item, 0)
         if not isinstance(value, Notation) or isinstance(value, PreviousValue | Filled):
-            what = "nothing" if value is None else f"a {type(value).__name__}"
+            what = "nothing" if value is None else described(value)
             what += " among its results" if value is not returned else ""
             help = "a traced function returns one tensor, or a tuple of them"
             raise fail("C418", f"{function.__name__} returns {what}", help, at=definition_place(function))

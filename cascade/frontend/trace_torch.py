@@ -15,11 +15,10 @@ from typing import Any
 
 from cascade import ops
 from cascade.errors import TraceError, quoted_list
+from cascade.frontend.forms import Filtered, Pointwise, SizeOf
 from cascade.frontend.frames import fail
 from cascade.frontend.functions import cast
-from cascade.frontend.notation import (
-    Filtered, Notation, Pointwise, SizeOf, Tensor, Value, axes_of, operand, pointwise,
-)  # fmt: skip
+from cascade.frontend.notation import Notation, Tensor, Value, axes_of, operand, pointwise
 from cascade.frontend.positional import (
     along_dimensions, cumulative, dimension, dimensions, einsum, extent, gather_rows, matmul, permute, reduce,
     repeat_interleave, reshape, squeeze, subscript, transpose, triangle, unsqueeze, view,

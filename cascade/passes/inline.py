@@ -6,7 +6,8 @@
                                               }
 
 An argument that the body of a `def` mentions more than once, and that is more than a read, gets a statement of its
-own, so that nothing is computed twice. A cascade used as a function contributes its statements under fresh names; its
+own, so that nothing is computed twice. How many coordinates are present (the divisor of a `mean`) is an extent where
+none can be absent. A cascade used as a function contributes its statements under fresh names; its
 results are filled where they may be absent, as they are when it runs on its own. Its schedule is left behind: how a
 part runs is for the whole to say.
 
@@ -16,19 +17,21 @@ Requires: well-formed. Ensures: inlined.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, assert_never
 
+from cascade.errors import Span
 from cascade.inference import Shapes, infer_shapes
 from cascade.ir import (
     Apply, Call, Cascade, Cast, Const, Einsum, Expr, Extent, Function, Init, Local, Param, Rank, Read, Reduce, Result,
     Size, Stmt, Target, TopK, Use,
 )  # fmt: skip
-from cascade.presence import may_be_absent
+from cascade.presence import lacks, may_be_absent
 from cascade.verify import Invariant, inlined, well_formed
 from cascade.walk import (
-    children, definition, fresh, map_expressions, names, part, substitute, targets, walk,
+    children, definition, free_ranks, fresh, map_expressions, names, part, rewrite, substitute, targets, walk,
     with_children,
 )  # fmt: skip
 
@@ -54,11 +57,13 @@ class _Expansion:
     cascade: Cascade
     shapes: Shapes = field(init=False)
     taken: set[str] = field(init=False)
+    absent: set[str] = field(init=False)
     done: list[Stmt] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.shapes = infer_shapes(self.cascade)
         self.taken = names(self.cascade)
+        self.absent = set(may_be_absent(self.cascade))
 
     def body(self) -> tuple[Stmt, ...]:
         for stmt in self.cascade.body:
@@ -96,13 +101,29 @@ class _Expansion:
             return expr
         function = definition(self.cascade, expr.function)
         assert isinstance(function, Function)
-        mentions = [node.name for node in walk(function.body) if isinstance(node, Local)]
+        given = dict(zip(function.params, expr.args, strict=True))
+        body = self._counted(_along(function, expr), given, where)
+        mentions = _mentions(body)
         arguments = {
             name: self._named(arg, left, name, where, inner) if mentions.count(name) > 1 else arg
-            for name, arg in zip(function.params, expr.args, strict=True)
+            for name, arg in given.items()
         }
-        body = substitute(_along(function, expr), {}, arguments)
-        return self._expand(body, left, where, scope)  # a definition may use others
+        return self._expand(substitute(body, {}, arguments), left, where, scope)  # a definition may use others
+
+    def _counted(self, body: Expr, given: Mapping[str, Expr], where: Expr | None) -> Expr:
+        """The body of a `def` with counts of parameters that are never absent replaced by the extents they are."""
+
+        def change(expr: Expr) -> Expr:
+            if not (isinstance(expr, Reduce) and expr.reducer == "count" and isinstance(expr.body, Local)):
+                return expr
+            filtered = where is not None and not set(free_ranks(where)).isdisjoint(expr.ranks)
+            if filtered or lacks(given[expr.body.name], self.absent, where, self.cascade):
+                return expr
+            sizes = [_size(self.shapes.ranks[rank], expr.span) for rank in expr.ranks]
+            return functools.reduce(lambda a, b: Apply("mul", (a, b), span=expr.span), sizes)
+
+        simpler = rewrite(body, change)
+        return simpler if set(_mentions(simpler)) == set(_mentions(body)) else body  # no rank may go unbound
 
     def _named(self, arg: Expr, left: Target, name: str, where: Expr | None, scope: frozenset[str]) -> Expr:
         """The argument `name` by a tensor of its own, where it is more than a read or a number."""
@@ -111,6 +132,8 @@ class _Expansion:
         ranks, carried = part(arg, where, scope, left.ranks)
         target = Target(fresh(f"{left.name}_{name}", self.taken), ranks, span=arg.span)
         self.done.append(Einsum(target, arg, carried, span=arg.span))
+        if carried is not None or lacks(arg, self.absent, where, self.cascade):
+            self.absent.add(target.name)
         return _read(target)
 
     # --- cascades ----------------------------------------------------------------------------------------------------
@@ -170,6 +193,14 @@ class _Expansion:
         if result.dtype is not None:
             value = Cast(result.dtype, value, span=stmt.span)
         return Einsum(Target(name, tuple(ranks), span=stmt.span), value, span=stmt.span)
+
+
+def _mentions(body: Expr) -> list[str]:
+    return [node.name for node in walk(body) if isinstance(node, Local)]
+
+
+def _size(size: Size, span: Span | None) -> Expr:
+    return Const(size, span=span) if isinstance(size, int) else Extent(size, span=span)
 
 
 def _read(target: Target) -> Read:
@@ -234,8 +265,7 @@ class _Renaming:
             case Rank():
                 return dataclasses.replace(expr, name=self.ranks[expr.name])
             case Extent():
-                size = self.sizes.get(expr.name, expr.name)
-                return Const(size, span=expr.span) if isinstance(size, int) else Extent(size, span=expr.span)
+                return _size(self.sizes.get(expr.name, expr.name), expr.span)
             case Reduce():
                 return dataclasses.replace(expr, ranks=tuple(self.ranks[rank] for rank in expr.ranks))
             case _:

@@ -219,6 +219,21 @@ def test_convolution_and_strides() -> None:
     )
 
 
+def test_reversal() -> None:
+    def reverse(X):
+        t, d = cs.ranks("t d")
+        return X[t.extent - 1 - t, d]
+
+    check(
+        reverse,
+        """
+        cascade reverse(X[T,D]) -> out[T,D] {
+            out[t,d] = X[T-1-t,d]
+        }
+        """,
+    )
+
+
 # --- iterative ranks -------------------------------------------------------------------------------------------------
 
 

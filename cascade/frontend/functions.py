@@ -16,8 +16,8 @@ from cascade.errors import quoted_list
 from cascade.frontend.forms import Applied, Casting, Choice, Chosen, Fold, Invocation, Loop, Ordered, Scan, SizeOf
 from cascade.frontend.frames import Placed, fail, place, user_frame
 from cascade.frontend.notation import (
-    Notation, Operand, PreviousValue, RankVariable, Tensor, Value, along_ranks, filtered, free, operand, plural, pointwise,
-    rank_list, together, union, without,
+    Notation, Operand, PreviousValue, RankVariable, Tensor, Value, along_ranks, filtered, free, operand, plural,
+    pointwise, rank_list, together, union, without,
 )  # fmt: skip
 from cascade.ir import Cascade, Definition, DType, Function
 from cascade.scopes import along as formal_ranks, signatures

@@ -286,7 +286,8 @@ class Value(Tensorial):
             return _subscript(self, items)
         if len(items) != len(order):
             listed = f" ({rank_list(self.ranks)})" if self.axes is None else ""
-            message = f"this value is indexed by {plural(len(items), 'rank')}, but it has {plural(len(order), 'rank')}{listed}"
+            given, has = plural(len(items), "rank"), plural(len(order), "rank")
+            message = f"this value is indexed by {given}, but it has {has}{listed}"
             raise fail("C404", message, "its ranks are those not reduced, in order of first appearance")
         index_of = [coordinate(item) for item in items]
         if self.axes is None and _same_ranks(index_of, self.ranks):
@@ -311,7 +312,8 @@ class PreviousValue(Notation):
         items = tuple(coordinate(item) for item in (index if isinstance(index, tuple) else (index,)))
         self.loop.asked = True
         if self.loop.order is not None and len(items) != len(self.loop.order):
-            message = f"the previous value is indexed by {plural(len(items), 'rank')}, but it has {rank_list(self.loop.order)}"
+            given, has = plural(len(items), "rank"), rank_list(self.loop.order)
+            message = f"the previous value is indexed by {given}, but it has {has}"
             raise fail("C404", message, "index the iterative rank at an earlier coordinate: prev[t - 1, d]")
         return Value(Previous(self.loop), items)
 

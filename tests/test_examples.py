@@ -23,7 +23,8 @@ def test_example(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def sentences() -> list[str]:
     """50 sentences of 1 to 60 words, seeded."""
     rng = random.Random(0)
-    words = "the a compiler kernel matrix runs fast slowly dog river quantum of in over music stock green seven".split()
+    text = "the a compiler kernel matrix runs fast slowly dog river quantum of in over music stock green seven"
+    words = text.split()
     lengths = [1, 1, 2, 60, *(rng.randint(1, 40) for _ in range(46))]
     return [" ".join(rng.choice(words) for _ in range(length)) for length in lengths]
 

@@ -88,11 +88,10 @@ class Generator:
         if roll < 0.75:
             return Reduce(choice(list(REDUCERS)), ranks, first)
         forms: list[Expr] = [Apply("mul", (first, second)), Apply("neg", (first,)), Cast(choice(list(DType)), first)]
-        forms += [Use("point", (), (first,)), Use("mean", ranks, (first,)), Read("A", (first, second))][
-            : 2 if formal else 3
-        ]
+        forms += [Use("point", (), (first,)), Use("mean", ranks, (first,))]
         if not formal:
             forms += [Use("softmax", ranks, (first,)), Use("own", ranks, (first,)), Use("two", ranks, (first, second))]
+            forms.append(Read("A", (first, second)))
         return choice(forms)
 
     def statement(self, name: str) -> Stmt:
@@ -355,11 +354,9 @@ def test_an_unknown_cascade_is_answered_with_the_closest() -> None:
         parse_cascade(library_source().text or "", "x", pick="attentoin")
 
 
-WORDS = [
-    *"cascade schedule def where init fill topk and or not cast true inf sum[ max softmax [ ] ( ) { } = == ; , .".split(),
-    *": -> ?? < * // - + 1 2.5 1e9 A B x y n m # @ & $ exp( split mesh over at on into wait stream fuse".split(),
-    *("\n", "\r", "\t", "\0", "é", "\u202e"),
-]
+PIECES = """cascade schedule def where init fill topk and or not cast true inf sum[ max softmax exp( split mesh over at on into
+wait stream fuse [ ] ( ) { } = == ; , . : -> ?? < * // - + 1 2.5 1e9 A B x y n m # @ & $"""
+WORDS = [*PIECES.split(), "\n", "\r", "\t", "\0", "é", "\u202e"]
 
 
 def mutated(rng: random.Random, text: str) -> str:

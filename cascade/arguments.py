@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cascade.errors import CallError, Diagnostic, Span, quoted_list
-from cascade.inference import bind_sizes
+from cascade.inference import bind_sizes, declared_sizes
 from cascade.ir import Cascade, DType, Param, Result
 
 if TYPE_CHECKING:
@@ -158,8 +158,7 @@ def bind(cascade: Cascade, arrays: Sequence[Any], sizes: dict[str, Any]) -> dict
 
 def shape_symbols(cascade: Cascade) -> tuple[str, ...]:
     """The shape symbols of a cascade, in order of first appearance."""
-    declared: tuple[Param | Result, ...] = (*cascade.params, *cascade.results)
-    return tuple(dict.fromkeys(size for decl in declared for size in decl.shape if isinstance(size, str)))
+    return tuple(dict.fromkeys(size for size in declared_sizes(cascade) if isinstance(size, str)))
 
 
 def check_sizes(cascade: Cascade, sizes: dict[str, Any]) -> None:

@@ -266,5 +266,6 @@ def specialise(cascade: Cascade, sizes: Mapping[str, int], dtype: DType | None =
 
     params = tuple(shaped(p if p.dtype else dataclasses.replace(p, dtype=dtype)) for p in cascade.params)
     results = tuple(shaped(result) for result in cascade.results)
+    given = tuple(dataclasses.replace(extent, size=number(extent.size)) for extent in cascade.given)
     body, schedule = tuple(map(statement, cascade.body)), tuple(map(directive, cascade.schedule))
-    return dataclasses.replace(cascade, params=params, results=results, body=body, schedule=schedule)
+    return dataclasses.replace(cascade, params=params, results=results, body=body, schedule=schedule, given=given)

@@ -7,6 +7,7 @@ that names both places, a class without any cannot be inferred. Symbols are neve
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +15,8 @@ from typing import TypeAlias, TypeVar, assert_never
 
 from cascade.errors import CallError, Diagnostic, Note, Span, VerifyError, quoted_list
 from cascade.ir import (
-    Apply, Call, Cascade, Cast, Const, Definition, DType, Einsum, Expr, Extent, Function, Local, Param, Rank, Read,
-    Reduce, Result, Size, Stmt, TopK, Use,
+    Apply, Call, Cascade, Cast, Const, Definition, DType, Einsum, Expr, Extent, Function, Given, Local, Param, Rank,
+    Read, Reduce, Result, Size, Stmt, TopK, Use,
 )  # fmt: skip
 from cascade.ops import OPS, Kind
 from cascade.order import units
@@ -57,6 +58,19 @@ def infer_shapes(cascade: Cascade) -> Shapes:
     return found.shapes
 
 
+def stated(cascade: Cascade, extents: Mapping[str, Size]) -> Cascade:
+    """The cascade with exactly the extents given in its header that its body needs, where `extents` has them.
+
+    A rewrite may take away the read that gave a rank its extent, or the last statement that had the rank.
+    """
+    known = signatures(visible(cascade).values())
+    bare = dataclasses.replace(cascade, given=())
+    unknown = infer(bare, visible(bare), [facts(stmt, known) for stmt in bare.body]).unknown
+    places = {given.rank: given.span for given in cascade.given}
+    given = tuple(Given(rank, extents[rank], span=places.get(rank)) for rank in unknown if rank in extents)
+    return cascade if given == cascade.given else dataclasses.replace(cascade, given=given)
+
+
 def infer(cascade: Cascade, definitions: Mapping[str, Definition], known: Sequence[Facts]) -> Inference:
     """Extents and shapes with what stands in their way, for any cascade, valid or not."""
     table = _Extents()
@@ -64,6 +78,8 @@ def infer(cascade: Cascade, definitions: Mapping[str, Definition], known: Sequen
     for decl in declarations(cascade):
         for position, size in enumerate(decl.shape[: arity[decl.name]]):
             table.declare((decl.name, position), size, f"in {decl.name}", decl.span)
+    for given in cascade.given:
+        table.declare((given.rank, RANK), given.size, "in the header", given.span)
     for number, fact in enumerate(known):
         if isinstance(fact.stmt, Call):
             _unify_call(fact.stmt, number, definitions, arity, table)
@@ -75,6 +91,13 @@ def infer(cascade: Cascade, definitions: Mapping[str, Definition], known: Sequen
 def declarations(cascade: Cascade) -> tuple[Param | Result, ...]:
     """What the header of a cascade declares, parameters first."""
     return (*cascade.params, *cascade.results)
+
+
+def declared_sizes(cascade: Cascade) -> Iterator[Size]:
+    """Every extent that the header of a cascade states."""
+    for decl in declarations(cascade):
+        yield from decl.shape
+    yield from (given.size for given in cascade.given)
 
 
 def arities(cascade: Cascade, definitions: Mapping[str, Definition]) -> dict[str, int]:
@@ -277,8 +300,8 @@ def _rank_variables(known: Sequence[Facts]) -> Iterator[tuple[str, Span | None]]
 
 def _no_extent(rank: str, place: Span | None) -> Diagnostic:
     hint = (
-        f"use {quote(rank)} alone as an index of a tensor, as in X[{rank[:60]}], or declare the tensor that has it "
-        "as a result with a shape"
+        f"use {quote(rank)} alone as an index of a tensor, as in X[{rank[:60]}], or give the extent behind the "
+        f"results: with {rank[:60]} = {rank[:60].upper()}"
     )
     return Diagnostic("C221", f"the extent of {quote(rank)} cannot be inferred", place, hint)
 
@@ -487,7 +510,7 @@ def bind_sizes(cascade: Cascade, args: Mapping[str, tuple[int, ...]], given: Map
     """The number of every shape symbol, from the shapes of the arguments and the sizes given by name."""
     findings: list[Diagnostic] = []
     bound: dict[str, tuple[int, str]] = {}
-    symbols = dict.fromkeys(size for decl in declarations(cascade) for size in decl.shape if isinstance(size, str))
+    symbols = dict.fromkeys(size for size in declared_sizes(cascade) if isinstance(size, str))
     for symbol, value in given.items():
         findings += _refuse_size(symbol, value, symbols)
         bound[symbol] = value, "by keyword"

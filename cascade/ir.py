@@ -1,7 +1,8 @@
 """The one IR: a cascade of extended Einsums with optional scheduling directives. Frozen, printable, no behaviour.
 
-    Cascade   = name, Param*, Result*, Stmt*, Directive*, (Function | Cascade)*       what it uses travels with it
+    Cascade   = name, Param*, Result*, Given*, Stmt*, Directive*, (Function | Cascade)*   what it uses travels with it
     Param     = name ":"? DType? "[" Size* "]"             Result = Param and the fill of its absent coordinates
+    Given     = rank Size                                  with n = N: the extent of a rank that no shape gives
     Stmt      = Einsum(Target, Expr, where?, Init*)        Z[m,n] = sum[k] A[m,k] * B[k,n]   where n <= m
               | TopK(Target, Target, rank, k, Expr, ...)   G[t,j], I[t,j] = topk[n, 2] R[t,n]
               | Call(name*, callee, name*)                 A = attention(Q, K, V)
@@ -285,6 +286,14 @@ class Result(Node):
 
 
 @dataclass(frozen=True, slots=True)
+class Given(Node):
+    """`with n = N`: the extent of a rank variable, where no tensor is read or declared at it alone."""
+
+    rank: str
+    size: Size
+
+
+@dataclass(frozen=True, slots=True)
 class Function(Node):
     """A `def`: pointwise, or along formal ranks (one formal rank may stand for several actual ones)."""
 
@@ -304,6 +313,7 @@ class Cascade(Node):
     body: tuple[Stmt, ...]
     schedule: tuple[Directive, ...] = ()
     uses: tuple[Function | Cascade, ...] = ()
+    given: tuple[Given, ...] = ()
 
 
 Definition: TypeAlias = Function | Cascade

@@ -33,7 +33,8 @@ def render_alone(cascade: Cascade) -> str:
     """The cascade without what it uses."""
     params = ", ".join(render_declaration(param) for param in cascade.params)
     results = ", ".join(render_declaration(result) for result in cascade.results)
-    lines = [f"cascade {cascade.name}({params}) -> {results} {{"]
+    given = ", ".join(f"{extent.rank} = {extent.size}" for extent in cascade.given)
+    lines = [f"cascade {cascade.name}({params}) -> {results}{given and f' with {given}'} {{"]
     lines += [INDENT + render_stmt(stmt) for stmt in cascade.body]
     if cascade.schedule:
         lines.append("} schedule {")

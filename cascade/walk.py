@@ -167,6 +167,8 @@ def names(cascade: Cascade) -> set[str]:
     declared: tuple[Param | Result, ...] = (*cascade.params, *cascade.results)
     for decl in declared:
         found.update((decl.name, *(size for size in decl.shape if isinstance(size, str))))
+    for given in cascade.given:
+        found.update((given.rank, *((given.size,) if isinstance(given.size, str) else ())))
     for stmt in cascade.body:
         found.update(defines(stmt))
         found.update(reads(stmt))

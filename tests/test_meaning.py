@@ -182,12 +182,12 @@ def paged(Q, K, V, pages, len):
 
 
 @case(
-    attention("n < len[b]", "Q[b,h,m,e] * K[pages[b, n//4],h,n%4,e] / sqrt(E) * one[n]", ", pages: i64[B,L], len: i64[B], one[N]")
+    attention("n < len[b]", "Q[b,h,m,e] * K[pages[b, n//4],h,n%4,e] / sqrt(E)", ", pages: i64[B,L], len: i64[B]")
     .replace("K[B,H,N,E]", "K[C,H,W,E]").replace("V[B,H,N,F]", "V[C,H,W,F]")
-    .replace("V[b,h,n,f]", "V[pages[b, n//4],h,n%4,f] where n < len[b]"),
-    **POOL, one=torch.ones(12).double(),
+    .replace("V[b,h,n,f]", "V[pages[b, n//4],h,n%4,f] where n < len[b]").replace("O[B,H,M,F] {", "O[B,H,M,F] with n = N {"),
+    {"N": 12}, **POOL,
 )  # fmt: skip
-def paged_by_quotient_and_remainder(Q, K, V, pages, len, one):
+def paged_by_quotient_and_remainder(Q, K, V, pages, len):
     return gathered(Q, K, V, pages, len)
 
 
@@ -370,6 +370,20 @@ cascade outer(X[T,D], W[D,D]) -> Y[T,D] {
 )  # fmt: skip
 def a_cascade_in_a_cascade_gives_filled_results(X, W):
     return torch.where(torch.ones(4, 4).tril().bool(), X @ W, 9.0) * 2
+
+
+@case(
+    """cascade split(X[T,8]) -> Y[T,2,4] {
+    Y[t,h,e] = X[t,h*4+e]
+}
+cascade outer(X[T,8]) -> Z[T] {
+    Y = split(X)
+    Z[t] = sum[h,e] Y[t,h,e] * Y[t,h,e]
+}""",
+    X=randn(3, 8),
+)
+def a_callee_whose_result_gives_the_extents(X):
+    return (X * X).sum(-1)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

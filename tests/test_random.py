@@ -133,7 +133,7 @@ def test_random_bytes_and_mutated_programs_give_only_cascade_errors_in_time() ->
     outcomes = {"parsed": 0, "refused": 0}
     for number in range(MUTANTS):
         data = rng.randbytes(rng.randrange(200)) if number % 10 == 0 else mutated(rng.choice(seeds), rng)
-        started = time.perf_counter()
+        started = time.process_time()
         try:
             for cascade in parse_program(decode(data, "fuzz")):
                 verify(cascade)
@@ -142,7 +142,7 @@ def test_random_bytes_and_mutated_programs_give_only_cascade_errors_in_time() ->
         except CascadeError as error:
             assert str(error)
             outcomes["refused"] += 1
-        assert time.perf_counter() - started < SECONDS, data
+        assert time.process_time() - started < SECONDS, data
     assert min(outcomes.values()) > MUTANTS // 50, outcomes
 
 

@@ -46,11 +46,11 @@ def model(layers: int) -> str:
 
 
 def seconds(text: str) -> float:
-    started = time.perf_counter()
+    started = time.process_time()
     cascade = parse_program(text)[-1]
     verify(cascade)
     render(cascade)
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def test_2000_statements_take_seconds_and_grow_linearly() -> None:
@@ -62,20 +62,20 @@ def test_2000_statements_take_seconds_and_grow_linearly() -> None:
 
 def test_2000_statements_are_canonicalized_in_seconds() -> None:
     cascade = parse_program(model(100).replace("mean[d]", "sum[d]"))[-1]
-    started = time.perf_counter()
+    started = time.process_time()
     Canonicalize()(cascade)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_parses_and_verifies_in_a_fresh_process(path: Path) -> None:
     program = (
-        "import time; started = time.perf_counter()\n"
+        "import time; started = time.process_time()\n"
         "from cascade.frontend.build import parse_program\n"
         "from cascade.verify import verify\n"
-        "loaded = time.perf_counter()\n"
+        "loaded = time.process_time()\n"
         f"for cascade in parse_program(open({str(path)!r}).read()): verify(cascade)\n"
-        "print(time.perf_counter() - loaded)"
+        "print(time.process_time() - loaded)"
     )
     runs = [
         subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True) for _ in range(3)

@@ -870,7 +870,7 @@ def test_whole_tensors_need_shapes() -> None:
     refused(kept, "C423", "x.mean(-1, keepdim=True)", shapes={"x": (2, 3)})
 
 
-def test_extents_that_nothing_shows() -> None:
+def test_extents_that_nothing_shows_are_stated() -> None:
     def heads(x, w):
         q = (x @ w).view(2, 3, 2, 4)
         return torch.einsum("bmhe,bnhe->bhmn", q, q)
@@ -879,8 +879,14 @@ def test_extents_that_nothing_shows() -> None:
         i, k = cs.ranks("i k=4")
         return x[i] * cs.sum[k](k)
 
-    refused(heads, "C426", "(x @ w).view(2, 3, 2, 4)", shapes={"x": (2, 3, 8), "w": (8, 8)})
-    refused(counted, "C426", 'cs.ranks("i k=4")')
+    x, w = torch.randn(2, 3, 8).double(), torch.randn(8, 8).double()
+    wanted = heads(x, w)
+    made = cs.trace(heads, {"x": (2, 3, 8), "w": (8, 8)})
+    verify(made)
+    assert made.given and parse_cascade(render(made)) == made
+    found = run(made, {"x": x, "w": w})
+    torch.testing.assert_close(next(iter(found.values())), wanted)
+    assert [(given.rank, given.size) for given in cs.trace(counted).given] == [("k", 4)]
 
 
 def test_torch_functions_without_a_form() -> None:
@@ -900,6 +906,15 @@ def test_torch_functions_without_a_form() -> None:
     def cut(x):
         return x[:, 1:]
 
+    def flat(x):
+        return torch.softmax(x, 0)
+
+    def unsized(x):
+        return F.rms_norm(x, (3,))
+
+    def far(x):
+        return x.sum(2)
+
     def dropped(x):
         return F.dropout(x, 0.5)
 
@@ -908,8 +923,11 @@ def test_torch_functions_without_a_form() -> None:
     assert "bessel" in str(refused(unknown, "C421", "torch.special.bessel_j0(x)", shapes=shapes))
     assert "softmax" in str(refused(misspelled, "C421", "x.sofmax", shapes=shapes))
     assert "x = x.add(...)" in str(refused(stored, "C421", "x.add_", shapes=shapes))
-    refused(cut, "C422", "x[:, 1:]", shapes=shapes)
+    refused(cut, "C427", "x[:, 1:]", shapes=shapes)
     refused(dropped, "C421", "F.dropout(x, 0.5)", shapes=shapes)
+    refused(flat, "C422", "torch.softmax(x, 0)", shapes={"x": (1, 3)})
+    refused(unsized, "C427", "F.rms_norm(x, (3,))", shapes=shapes)
+    refused(far, "C427", "x.sum(2)", shapes=shapes)
 
 
 def test_columns_are_characters() -> None:

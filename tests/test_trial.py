@@ -12,8 +12,8 @@ from cascade.ir import DType
 from cascade.trial import agree, difference, highest_values, measure, param_types, random_inputs, small_sizes
 
 ATTENTION = """cascade attention(Q[M,E], K[N,E], V[N,F], bias[N]) -> O[M,F] {
-    S[m,n] = sum[e] Q[m,e] * K[n,e]
-    P[m,n] = exp(S[m,n] + bias[n] - (max[n] S[m,n] + bias[n]))
+    S[m,n] = (sum[e] Q[m,e] * K[n,e]) + bias[n]
+    P[m,n] = exp(S[m,n] - max[n] S[m,n])
     O[m,f] = sum[n] P[m,n] / (sum[n] P[m,n]) * V[n,f]
 }"""
 
@@ -51,7 +51,7 @@ def test_inputs_are_the_same_for_the_same_seed() -> None:
 
 
 def test_small_sizes_leave_room_for_topk() -> None:
-    cascade = parse_cascade("cascade c(X[T,N]) -> G[T,J], I[T,J] { G[t,j], I[t,j] = topk[n, 9] X[t,n] }")
+    cascade = parse_cascade("cascade c(X[T,N]) -> G[T,9], I[T,9] { G[t,j], I[t,j] = topk[n, 9] X[t,n] }")
     assert small_sizes(cascade, {})["N"] == 9
 
 
@@ -59,8 +59,8 @@ def test_small_sizes_leave_room_for_topk() -> None:
     ("change", "found"),
     [
         (("P[m,n] / (sum[n] P[m,n])", "P[m,n]"), True),
-        (("+ bias[n] - (max", "- (max"), True),
-        (("S[m,n] + bias[n])", "S[m,n] + 0 * bias[n])"), False),  # any shift will do
+        (("+ bias[n]", "- bias[n]"), True),
+        (("max[n]", "min[n]"), False),  # any shift will do
         (("sum[n] P[m,n] / (sum[n] P[m,n]) * V[n,f]", "(sum[n] P[m,n] * V[n,f]) / (sum[n] P[m,n])"), False),
     ],
 )
@@ -71,8 +71,8 @@ def test_difference_of_meaning(change: tuple[str, str], found: bool) -> None:
 
 
 def test_difference_looks_at_what_is_not_finite() -> None:
-    before = parse_cascade("cascade c(X[N]) -> Y[N] { Y[n] = 1 / (n - 1) }".replace("X[N]", "X[N]"))
-    after = parse_cascade("cascade c(X[N]) -> Y[N] { Y[n] = 1 / (1 - n) * -1 }")
+    before = parse_cascade("cascade c(X[N]) -> Y[N] { Y[n] = X[n] * 0 + 1.0 / (n - 1) }")
+    after = parse_cascade("cascade c(X[N]) -> Y[N] { Y[n] = X[n] * 0 - 1.0 / (1 - n) }")
     assert "not finite" in difference(before, after)
 
 
@@ -112,10 +112,8 @@ def test_one_bad_row_is_found() -> None:
     gold = torch.randn(100, 64, dtype=torch.float64)
     eager = gold.float()
     ours = eager.clone()
-    ours[17] += 1.5e-7 * gold[17].sign()
-    ours[17, 0] = eager[17, 0]
-    verdict = agree(ours, gold, eager)
-    assert not verdict.ok and verdict.reason
+    ours[17] += 2.2e-7 * gold[17].sign()
+    assert agree(ours, gold, eager).reason == "a row's error"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

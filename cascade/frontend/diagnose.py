@@ -111,8 +111,9 @@ class Assembly:
     def end(self) -> None:
         """The end of the cascade at hand."""
         if self.header is not None:
-            name, params, results, span = self.header
-            self.done.append(CascadeText(name, params, results, tuple(self.body), tuple(self.directives), span))
+            name, params, results, given, span = self.header
+            body, directives = tuple(self.body), tuple(self.directives)
+            self.done.append(CascadeText(name, params, results, given, body, directives, span))
         self.header, self.body, self.directives = None, [], []
 
     def definitions(self) -> Definitions | None:

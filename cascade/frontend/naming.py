@@ -23,6 +23,7 @@ from cascade.frontend.functions import library_definitions
 from cascade.frontend.notation import Tensor, Value
 from cascade.frontend.program import Program
 from cascade.frontend.uses import ordered_uses
+from cascade.inference import stated
 from cascade.ops import RESERVED
 from cascade.scopes import signatures
 from cascade.walk import children, expressions, fresh, map_expressions, rewrite, targets, walk
@@ -256,7 +257,6 @@ def build(
     for tensor in params:
         naming.name(symbol(tensor), tensor.name)
     ranks = [naming.rank_names(stmt, kept, {}, named=True) for stmt, kept in zip(stmts, apart, strict=True)]
-    _check_stated(program, emitter, extents, stmts)
     defined = _name_defined(naming, program)
     given = [_shape(naming, tensor) for tensor in params]
     returned = [_result_shape(naming, program, result) for result in program.results]
@@ -275,7 +275,8 @@ def build(
         ir.Result(naming.tensors[symbol(result)], None, shape, fill, span=result.span)
         for result, shape, fill in zip(program.results, returned, fills, strict=True)
     )
-    return ir.Cascade(name, inputs, results, body, uses=uses, span=span)
+    sizes = {rank: extents.fixed[root][0] for rank, root in naming.rank_groups.items() if root in extents.fixed}
+    return stated(ir.Cascade(name, inputs, results, body, uses=uses, span=span), sizes)
 
 
 def _name_defined(naming: Naming, program: Program) -> list[tuple[Value | Tensor, str]]:
@@ -292,22 +293,6 @@ def _name_defined(naming: Naming, program: Program) -> list[tuple[Value | Tensor
         if not legal(named.get(result.key, "")):
             naming.name(symbol(result), "out")
     return defined
-
-
-def _check_stated(program: Program, emitter: Emitter, extents: Extents, stmts: Iterable[ir.Stmt]) -> None:
-    """Refuse a rank with a given extent that no declaration can show: nothing else in a cascade states extents."""
-    shown = {*extents.declared, *(extents.root(node) for node, _ in extents.called)}
-    shown |= {extents.root(symbol(r)) for t in program.results if isinstance(t, Value) for r in program.order(t)}
-    for stmt in stmts:
-        if isinstance(stmt, ir.TopK):
-            shown |= {extents.root(rank) for rank in stmt.values.ranks}
-        for rank in ranks_of(stmt):
-            root = extents.root(rank)
-            if root in extents.fixed and root not in shown:
-                size, span = extents.fixed[root]
-                message = f"no parameter and no result has the dimension of extent {size} that this makes"
-                help = "give a parameter that shape, as in W[d, h, e] with e = ranks('e=64'), instead of splitting one"
-                raise fail("C426", message, help, at=span or stmt.span)
 
 
 def _shape(naming: Naming, tensor: Tensor) -> tuple[ir.Size, ...]:

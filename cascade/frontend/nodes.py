@@ -17,8 +17,8 @@ from lark import Transformer, v_args
 from cascade.errors import Diagnostic, Span, quoted_list
 from cascade.frontend.tokens import Word
 from cascade.ir import (
-    Apply, Cast, Const, Directive, DType, Expr, Fuse, Mesh, Param, Part, Read, Reduce, Result, Shard, Size, Split,
-    Stream, Tile, Use, Wait,
+    Apply, Cast, Const, Directive, DType, Expr, Fuse, Given, Mesh, Param, Part, Read, Reduce, Result, Shard, Size,
+    Split, Stream, Tile, Use, Wait,
 )  # fmt: skip
 from cascade.ops import FUNCTIONS, INFIX, REDUCERS, RESERVED
 from cascade.wording import closest, quote
@@ -73,13 +73,14 @@ class CascadeText:
     name: Word
     params: tuple[Param, ...]
     results: tuple[Result, ...]
+    given: tuple[Given, ...]
     body: tuple[Equation, ...]
     schedule: tuple[Directive, ...]
     span: Span
 
 
 DefinitionText: TypeAlias = FunctionText | CascadeText
-Header: TypeAlias = tuple[Word, tuple[Param, ...], tuple[Result, ...], Span]
+Header: TypeAlias = tuple[Word, tuple[Param, ...], tuple[Result, ...], tuple[Given, ...], Span]
 
 
 # --- rules -----------------------------------------------------------------------------------------------------------
@@ -95,15 +96,21 @@ class Nodes(Transformer[Word, Any]):
     def cascade(
         self, header: Header, body: tuple[Equation, ...], schedule: tuple[Directive, ...] | None
     ) -> CascadeText:
-        return CascadeText(*header[:3], body, schedule or (), header[3])
+        return CascadeText(*header[:4], body, schedule or (), header[4])
 
     def header(
         self, word: Word, name: Word, _open: Word, params: tuple[Param, ...] | None, _close: Word, _arrow: Word,
-        results: tuple[Result, ...],
+        results: tuple[Result, ...], given: tuple[Given, ...] | None,
     ) -> Header:  # fmt: skip
         if name.type == "REDUCER":
             own_name(name)
-        return name, params or (), results, across(word, results[-1])
+        return name, params or (), results, given or (), across(word, given[-1] if given else results[-1])
+
+    def extents(self, _with: Word, *given: Given) -> tuple[Given, ...]:
+        return given
+
+    def given(self, rank: Word, extent: Word) -> Given:
+        return Given(own_name(rank), size(extent), span=across(rank, extent))
 
     def body(self, *statements: Equation) -> tuple[Equation, ...]:
         return statements
@@ -267,7 +274,7 @@ class Nodes(Transformer[Word, Any]):
 PRODUCT = "a product is written with '*'"
 
 
-def across(first: Word | Expr | Param | Result | Part, last: Word | Expr | Param | Result | Part) -> Span:
+def across(first: Word | Expr | Param | Part, last: Word | Expr | Param | Result | Given | Part) -> Span:
     """From the start of one node to the end of another."""
     start = first.span
     assert start is not None  # every node of the frontend has a span

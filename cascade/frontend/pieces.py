@@ -74,7 +74,7 @@ class Cutter:
         kind = word.type
         if self.open and kind in NEVER_ENCLOSED and self.new_piece_at(word):
             self.unclosed(word)
-        elif self.piece and self.piece.rule == "header" and kind in ("EQUAL", "DEF", "CASCADE", "RBRACE"):
+        elif self.piece and self.piece.rule == "header" and self.ends_header(kind):
             self.header_without_brace(word)
         elif kind in ("CASCADE", "DEF") and self.piece is None:
             if self.inside in ("body", "schedule", "brace"):
@@ -89,6 +89,11 @@ class Cutter:
             self.inside, self.brace = "brace", word
         else:
             self.add(word)
+
+    def ends_header(self, kind: str) -> bool:
+        """Whether a word shows that the brace after a header is missing; `with n = N` belongs to it."""
+        assert self.piece is not None
+        return kind in ("DEF", "CASCADE", "RBRACE") or (kind == "EQUAL" and "with" not in self.piece.words)
 
     def add(self, word: Word) -> None:
         """A word of a piece."""

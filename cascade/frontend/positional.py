@@ -33,7 +33,7 @@ def dimension(axes: Sequence[Axis], dim: object, extra: int = 0) -> int:
     count = len(axes) + extra
     if isinstance(dim, bool) or not isinstance(dim, int) or not -count <= dim < count:
         help = "dimensions count from 0, or from the end: -1"
-        raise fail("C422", f"there is no dimension {dim!r} in a tensor of {len(axes)}", help)
+        raise fail("C427", f"there is no dimension {dim!r} in a tensor of {len(axes)}", help)
     return dim % count
 
 
@@ -120,7 +120,7 @@ def matmul(a: object, b: object) -> Value:
     """`a @ b`, with torch's rules for vectors and batches."""
     shapes = [len(axes_of(operand(o))) for o in (a, b)]
     if 0 in shapes:
-        raise fail("C422", "a scalar has no matrix product", "multiply with *")
+        raise fail("C427", "a scalar has no matrix product", "multiply with *")
     upper = "ABCDEFGHI"  # letters for dimensions that have no names: lower case ones would become their names
     batch = [upper[: max(0, count - 2)] for count in shapes]
     longest = max(batch, key=len)
@@ -139,13 +139,17 @@ def einsum(equation: str, operands: Sequence[object]) -> Value:
         output = "".join(sorted(c for c in set(inputs) - {","} if inputs.count(c) == 1))
     if not all(letters.isalpha() for letters in labels if letters) or len(set(output)) != len(output):
         help = "one letter a dimension, no ellipsis, no letter twice in the output"
-        raise fail("C422", f"this equation of einsum is not supported: {equation}", help)
+        raise fail("C427", f"this equation of einsum is not supported: {equation}", help)
     counts = [len(axes_of(operand(o))) for o in operands]
     if counts != [len(letters) for letters in labels]:
         help = f"the tensors have {', '.join(map(str, counts))} dimensions"
-        raise fail("C422", f"the equation of einsum does not fit its tensors: {equation}", help)
+        raise fail("C427", f"the equation of einsum does not fit its tensors: {equation}", help)
     if unknown := sorted(set(output) - set(inputs)):
-        raise fail("C422", f"einsum's output has {unknown[0]!r}, which no input has: {equation}")
+        raise fail(
+            "C427",
+            f"einsum's output has {unknown[0]!r}, which no input has: {equation}",
+            "letters of the output stand in an input",
+        )
     return contract(operands, labels, output)
 
 
@@ -157,7 +161,7 @@ def permute(x: object, order: Sequence[object]) -> Value:
     axes = axes_of(value)
     dims = [dimension(axes, dim) for dim in order]
     if sorted(dims) != list(range(len(axes))):
-        raise fail("C422", f"{tuple(order)} is no order of {len(axes)} dimensions", "name every dimension once")
+        raise fail("C427", f"{tuple(order)} is no order of {len(axes)} dimensions", "name every dimension once")
     return view(value, [axes[dim] for dim in dims])
 
 
@@ -202,7 +206,7 @@ def subscript(value: Value, items: Sequence[object]) -> Value:
         elif isinstance(item, slice):
             if not (item.start is None and item.stop is None and item.step is None):
                 help = "keep part of a rank by a predicate, x[t, d].where(t < 4), or shift it, x[t + 1, d]"
-                raise fail("C422", "a slice that drops elements has no form in the language", help)
+                raise fail("C427", "a slice that drops elements has no form in the language", help)
             kept.append(next(axes))
         else:
             kept.extend(_select(next(axes), item, chosen))
@@ -228,7 +232,7 @@ def gather_rows(table: object, index: object) -> Value:
     """`table[index]`: the rows of a table that an integer tensor lists."""
     value = operand(table)
     if not isinstance(value, Value):
-        raise fail("C422", "a coordinate is no table")
+        raise fail("C427", "a coordinate is no table", "F.embedding(ids, table)")
     return subscript(value, [index])
 
 
@@ -238,11 +242,12 @@ def repeat_interleave(x: object, repeats: object, dim: object) -> Value:
     axes = list(axes_of(value))
     i = dimension(axes, dim)
     axis = axes[i]
-    if isinstance(repeats, bool) or not isinstance(repeats, int) or axis is None or not isinstance(value, Value):
-        help = "k.repeat_interleave(4, dim=1)"
-        raise fail("C422", "repeat_interleave needs a number of repeats, and a dimension longer than 1", help)
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or not isinstance(value, Value):
+        raise fail("C427", "repeat_interleave needs a number of repeats", "k.repeat_interleave(4, dim=1)")
+    if axis is None:
+        raise fail("C422", "repeat_interleave repeats a dimension of extent 1 here", "broadcasting does the same")
     if axis.example is None:
-        raise fail("C422", "repeat_interleave needs the extent of its dimension", "give example shapes as numbers")
+        raise fail("C427", "repeat_interleave needs the extent of its dimension", "give example shapes as numbers")
     longer = new_axis(axis.example * repeats, axis.example * repeats)
     axes[i] = longer
     new: list[Operand] = [longer // repeats if rank is axis else rank for rank in value.ranks]
@@ -257,7 +262,7 @@ def reshape(x: object, shape: Sequence[object]) -> Value:
     known = [size for size in sizes if size is not None]
     wanted = [_number(item) for item in shape]
     if len(known) != len(sizes) or not isinstance(value, Value) or None in wanted or wanted.count(-1) > 1:
-        raise fail("C422", "this reshape needs sizes that are known while tracing", "give numbers, and example shapes")
+        raise fail("C427", "this reshape needs sizes that are known while tracing", "give numbers, and example shapes")
     numbers = [size for size in wanted if size is not None]
     total = math.prod(known)
     rest = math.prod(size for size in numbers if size != -1)
@@ -331,7 +336,8 @@ def triangle(x: object, lower: bool, diagonal: object = 0) -> Value:
     axes = axes_of(value)
     row, column = axes[-2:] if len(axes) > 1 else (None, None)
     if row is None or column is None:
-        raise fail("C422", "a triangle needs two dimensions longer than 1")
+        help = "x.tril() of a matrix; the sizes come from the example shapes"
+        raise fail("C422", "a triangle needs two dimensions longer than 1", help)
     test = (column - row <= diagonal) if lower else (column - row >= diagonal)
     return pointwise("select", view(test, (row, column)), value, 0)
 

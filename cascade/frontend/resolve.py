@@ -63,9 +63,11 @@ def resolve_cascade(text: CascadeText, callees: Mapping[str, Callee]) -> Resolve
     """The cascade, without what it uses."""
     declared: tuple[Param | Result, ...] = (*text.params, *text.results)
     sizes = {size for decl in declared for size in decl.shape if isinstance(size, str)}
+    sizes |= {given.size for given in text.given if isinstance(given.size, str)}
     scope = Scope(callees, symbols={size for size in sizes if size[0].isupper()})
     scope.tensors.update(decl.name for decl in declared)
     scope.tensors.update(target.tensor for equation in text.body for target in equation.targets)
+    scope.ranks.update(given.rank for given in text.given)
     doubtful: list[Span] = []
     lost: list[Span] = []
     whole: set[int] = set()  # the statements whose ranks are known
@@ -84,7 +86,9 @@ def resolve_cascade(text: CascadeText, callees: Mapping[str, Callee]) -> Resolve
             lost.append(equation.span)
         elif len(scope.found) > before:
             doubtful.append(equation.span)
-    cascade = Cascade(str(text.name), text.params, text.results, tuple(body), text.schedule, span=text.span)
+    cascade = Cascade(
+        str(text.name), text.params, text.results, tuple(body), text.schedule, given=text.given, span=text.span
+    )
     return Resolved(cascade, tuple(scope.found), tuple(doubtful), tuple(lost))
 
 

@@ -13,6 +13,7 @@ from cascade.errors import Diagnostic, ParseError, Source, Span
 
 DIRECTIVES = ("mesh", "shard", "split", "fuse", "tile", "stream", "wait")
 CONNECTIVES = ("over", "into", "at", "on")
+AFTER_RESULT = ("RSQB", "INT", "FLOAT", "INF", "NAN", "TRUE", "FALSE")  # the end of a shape, or of a fill
 CONTINUES = ("WHERE", "INIT", "DEFAULT", "SCHEDULE")
 BYTE_ORDER_MARKS = (
     ("UTF-32", codecs.BOM_UTF32_LE),  # before UTF-16, whose mark is its beginning
@@ -77,6 +78,8 @@ def layout(raw: Iterable[Word], directive: bool = False) -> list[Word]:
             held = braces.pop() if braces else "body"
             if held != "set" and before not in ("_NL", "LBRACE"):
                 out.append(word.retyped("_NL"))
+        elif kind == "NAME" and header and word == "with" and before in AFTER_RESULT:
+            word = word.retyped("WITH")
         elif kind == "NAME" and braces[-1:] == ["schedule"]:
             word = schedule_word(word, before)
         elif kind in CONTINUES and before == "_NL" and continues(out, kind):

@@ -44,7 +44,7 @@ def call(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     except TypeError as mismatch:
         parameters = inspect.signature(row).parameters.values()
         options = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default}" for p in parameters)
-        raise fail("C422", f"this form of torch.{name} is not supported: {mismatch}", f"{name}({options})") from None
+        raise fail("C427", f"this form of torch.{name} is not supported: {mismatch}", f"{name}({options})") from None
     return row(*args, **kwargs)
 
 
@@ -109,7 +109,7 @@ def _sub(input: Any, other: Any, *, alpha: float = 1) -> Value:
 
 def _div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Value:
     if rounding_mode not in (None, "floor"):
-        raise fail("C422", f"rounding_mode={rounding_mode!r} is not supported", "'floor', or none")
+        raise fail("C427", f"rounding_mode={rounding_mode!r} is not supported", "'floor', or none")
     return pointwise("floordiv" if rounding_mode else "div", input, other)
 
 
@@ -208,7 +208,7 @@ def _var(
 def _normalised(function: str) -> Callable[..., Value]:
     def row(input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Value:
         if dim is None:
-            raise fail("C422", f"{function} needs the dimension it works along", f"{function}(x, dim=-1)")
+            raise fail("C427", f"{function} needs the dimension it works along", f"{function}(x, dim=-1)")
         return along_dimensions(function, (dim,), input if dtype is None else cast(input, dtype))
 
     return row
@@ -217,7 +217,7 @@ def _normalised(function: str) -> Callable[..., Value]:
 def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Value:
     weight = 1 if weight is None else weight
     if eps is None:
-        raise fail("C422", "rms_norm needs its eps, whose default depends on the element type", "eps=1e-6")
+        raise fail("C427", "rms_norm needs its eps, whose default depends on the element type", "eps=1e-6")
     if eps == 1e-6:
         return along_dimensions("rmsnorm", _last(normalized_shape), input, weight)
     return along_dimensions("rmsnorm_eps", _last(normalized_shape), input, weight, eps)
@@ -274,7 +274,7 @@ def _attention(
         kind = dtype_known(attn_mask)
         if kind is None:
             help = "say so: trace(fn, shapes, dtypes={'mask': 'bool'}), or write q @ k.mT + mask and softmax yourself"
-            raise fail("C422", "whether attn_mask is Boolean is not known while tracing", help)
+            raise fail("C427", "whether attn_mask is Boolean is not known while tracing", help)
         scores = scores.where(attn_mask) if kind is DType.BOOL else scores + attn_mask
     return matmul(along_dimensions("softmax", (-1,), scores), value)
 
@@ -293,7 +293,7 @@ def _embedding(
     scale_grad_by_freq: bool = False, sparse: bool = False,
 ) -> Value:  # fmt: skip
     if max_norm is not None:
-        raise fail("C422", "embedding with max_norm stores into its table", "max_norm=None")
+        raise fail("C427", "embedding with max_norm stores into its table", "max_norm=None")
     return gather_rows(weight, input)
 
 
@@ -325,7 +325,7 @@ def _to(x: Any, dtype: Any) -> Value:
 
 def _no_type(dtype: Any) -> Value:
     help = "x.to(torch.bfloat16) rounds; a cascade runs on the device of its tensors"
-    raise fail("C422", f"to({dtype!r}) is not supported", help)
+    raise fail("C427", f"to({dtype!r}) is not supported", help)
 
 
 def _casting(dtype: DType) -> Callable[..., Value]:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, assert_never
 
+from cascade.inference import infer_shapes, stated
 from cascade.ir import Call, Cascade, Einsum, Expr, Part, Rank, Read, Reduce, Stmt, Stream, Target, TopK, Wait
 from cascade.order import units
 from cascade.verify import Invariant, canonical, inlined, well_formed
@@ -39,7 +40,9 @@ class Canonicalize:
     def __call__(self, cascade: Cascade) -> Cascade:
         body = _in_order(_live(cascade, _Naming(names(cascade)).body(cascade.body)))
         unchanged = len(body) == len(cascade.body) and all(a is b for a, b in zip(body, cascade.body, strict=True))
-        return cascade if unchanged else dataclasses.replace(cascade, body=body)
+        if unchanged:
+            return cascade
+        return stated(dataclasses.replace(cascade, body=body), infer_shapes(cascade).ranks)
 
 
 @dataclass(slots=True, eq=False)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, assert_never
 
 from cascade.errors import Span
-from cascade.inference import Shapes, infer_shapes
+from cascade.inference import Shapes, infer_shapes, stated
 from cascade.ir import (
     Apply, Call, Cascade, Cast, Const, Einsum, Expr, Extent, Function, Init, Local, Param, Rank, Read, Reduce, Result,
     Size, Stmt, Target, TopK, Use,
@@ -47,7 +47,11 @@ class Inline:
     def __call__(self, cascade: Cascade) -> Cascade:
         if not cascade.uses:
             return cascade
-        return dataclasses.replace(cascade, body=_Expansion(cascade).body(), uses=())
+        expansion = _Expansion(cascade)
+        expanded = dataclasses.replace(cascade, body=expansion.body(), uses=())
+        if not any(isinstance(stmt, Call) for stmt in cascade.body):
+            return expanded
+        return stated(expanded, expansion.shapes.ranks)  # a callee's shapes are gone, the extents they gave are not
 
 
 @dataclass(slots=True, eq=False)

@@ -23,8 +23,8 @@ from cascade.verify.schedule import (
     check_groups, check_schedule_names, check_schedule_numbers, check_schedule_twice, check_waits, not_canonical,
 )  # fmt: skip
 from cascade.verify.statements import (
-    check_extents, check_fills, check_filters, check_indices, check_kinds, check_left, check_magnitudes, check_operands,
-    check_reads, check_reduced, check_right, check_topk,
+    check_extents, check_fills, check_filters, check_given, check_indices, check_kinds, check_left, check_magnitudes,
+    check_operands, check_reads, check_reduced, check_right, check_topk,
 )  # fmt: skip
 from cascade.verify.uses import check_calls, check_function, check_recursion, check_uses
 from cascade.walk import defines, expressions, reads, walk
@@ -52,6 +52,7 @@ RULES: tuple[Rule, ...] = (
     check_calls,
     check_topk,
     check_extents,
+    check_given,
     check_magnitudes,
     check_fills,
     check_cycles,

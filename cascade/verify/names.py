@@ -71,6 +71,10 @@ def introduced(program: Program) -> Iterator[tuple[str, str, Span | None]]:
         for size in decl.shape:
             if isinstance(size, str):
                 yield SYMBOL, size, decl.span
+    for given in program.cascade.given:
+        yield RANK, given.rank, given.span
+        if isinstance(given.size, str):
+            yield SYMBOL, given.size, given.span
     for fact in program.facts:
         stmt = fact.stmt
         for target in targets(stmt):

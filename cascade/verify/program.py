@@ -60,6 +60,9 @@ def program_of(cascade: Cascade, around: Mapping[str, Definition]) -> Program:
         for size in decl.shape:
             if isinstance(size, str):
                 symbols.setdefault(size, decl.span)
+    for given in cascade.given:
+        if isinstance(given.size, str):
+            symbols.setdefault(given.size, given.span)
     found = infer(cascade, definitions, all_facts)
     arity = arities(cascade, definitions)
     return Program(cascade, definitions, known, all_facts, found, arity, places, owner, by_name, symbols)

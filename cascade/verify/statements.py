@@ -16,7 +16,7 @@ from cascade.ops import OPS, Kind
 from cascade.scopes import Binder, Facts, Ranks, Scan
 from cascade.verify.program import Program
 from cascade.walk import targets, walk
-from cascade.wording import closest, pinpoint, quote
+from cascade.wording import closest, pinpoint, quote, suggest
 
 # --- ranks -----------------------------------------------------------------------------------------------------------
 
@@ -422,6 +422,19 @@ def check_extents(program: Program) -> Iterator[Diagnostic]:
     yield from (found for name, found in program.inference.unknown.items() if name not in blamed)
 
 
+def check_given(program: Program) -> Iterator[Diagnostic]:
+    """C224: an extent behind the results is that of a rank variable of the body, and given once."""
+    ranks = {*program.inference.shapes.ranks, *program.inference.unknown}
+    seen: set[str] = set()
+    for given in program.cascade.given:
+        if given.rank in seen:
+            yield Diagnostic("C224", f"the extent of {quote(given.rank)} is given twice", given.span, "give it once")
+        elif given.rank not in ranks:
+            hint = suggest(given.rank, ranks, "rank variables here")
+            yield Diagnostic("C224", f"no statement has the rank {quote(given.rank)}", given.span, hint)
+        seen.add(given.rank)
+
+
 def check_magnitudes(program: Program) -> Iterator[Diagnostic]:
     """C222: extents are not negative, and no tensor has more elements than can be counted."""
     for decl in declarations(program.cascade):
@@ -429,6 +442,10 @@ def check_magnitudes(program: Program) -> Iterator[Diagnostic]:
             if isinstance(size, int) and size < 0:
                 place = pinpoint(decl.span, str(size), "[")
                 yield Diagnostic("C222", f"an extent of {quote(decl.name)} is {size}", place, "extents are 0 or more")
+    for given in program.cascade.given:
+        if isinstance(given.size, int) and given.size < 0:
+            message = f"the extent of {quote(given.rank)} is {given.size}"
+            yield Diagnostic("C222", message, given.span, "extents are 0 or more")
     for name, shape in program.inference.shapes.tensors.items():
         sizes = tuple(size for size in shape if isinstance(size, int))
         elements = math.prod(sizes)

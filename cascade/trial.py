@@ -28,6 +28,7 @@ SMALL = (3, 4, 5, 2)  # extents of symbols that nobody gave, in turn
 MAX_POINTS = 1 << 22  # points of an iteration space above which a trial is not tiny
 FEW = 3  # the largest value of an integer that neither indexes nor is compared with a rank
 INTEGERS = (DType.I8, DType.I32, DType.I64)
+ARITHMETIC = ("add", "sub", "mul", "floordiv", "mod", "neg", "min", "max", "clamp", "default")
 COMPARISONS = ("lt", "le", "gt", "ge")
 
 
@@ -52,16 +53,40 @@ def extent(size: Size, sizes: Mapping[str, int]) -> int:
 def param_types(cascade: Cascade, default: DType) -> dict[str, DType]:
     """The type of every parameter: the declared one; integer for an untyped one that is used as such; `default`."""
     integral: set[str] = set()
-    for stmt in Inline()(cascade).body:
-        for expr in expressions(stmt):
-            for node in walk(expr):
-                if isinstance(node, Read):
-                    inside = (part for index in node.index for part in walk(index))
-                    integral.update(part.tensor for part in inside if isinstance(part, Read))
+    flat = Inline()(cascade)
+    for stmt in flat.body:
+        for node in (node for expr in expressions(stmt) for node in walk(expr)):
+            if isinstance(node, Read):
+                integral.update(name for index in node.index for name in params_below(flat, index))
         where = None if not isinstance(stmt, Einsum | TopK) else stmt.where
         if where is not None and not any(isinstance(n, Const) and isinstance(n.value, float) for n in walk(where)):
-            integral.update(node.tensor for node in walk(where) if isinstance(node, Read))
+            integral.update(params_below(flat, where))
     return {p.name: p.dtype or (DType.I64 if p.name in integral else default) for p in cascade.params}
+
+
+def params_below(cascade: Cascade, expr: Expr) -> tuple[str, ...]:
+    """The parameters that the expression reads, through the integer arithmetic that defines what it reads."""
+    params = {param.name for param in cascade.params}
+    seen: dict[str, None] = {}
+    todo = [node.tensor for node in walk(expr) if isinstance(node, Read)]
+    while todo:
+        name = todo.pop()
+        if name not in seen:
+            seen[name] = None
+            stmt = definition(cascade, name)
+            if stmt is not None and all(is_integer_arithmetic(node) for node in walk(stmt.expr)):
+                todo.extend(reads(stmt))
+    return tuple(name for name in seen if name in params)
+
+
+def definition(cascade: Cascade, name: str) -> Einsum | None:
+    """The Einsum that defines the tensor, if one does."""
+    return next((s for s in cascade.body if isinstance(s, Einsum) and s.target.name == name), None)
+
+
+def is_integer_arithmetic(expr: Expr) -> bool:
+    """Whether the node keeps integers what they are; an `argmax` gives integers of anything."""
+    return isinstance(expr, Const | Rank | Extent | Read) or (isinstance(expr, Apply) and expr.op in ARITHMETIC)
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------------
@@ -116,7 +141,7 @@ class _Bounds:
 
     def indexing(self, index: Expr, size: int) -> dict[str, int]:
         """The largest value of each parameter in an index expression that keeps it below `size`."""
-        names = self.params_below(index)
+        names = params_below(self.cascade, index)
         if not names:
             return {}
         fits = (high for high in range(max(size - 1, 0), 0, -1) if self.largest(index, high) < size)
@@ -127,24 +152,9 @@ class _Bounds:
         ranks = [n.name for n in walk(node) if isinstance(n, Rank)]
         if not ranks:
             return {}
-        return dict.fromkeys(self.params_below(node), max(extent(self.shapes.ranks[r], self.sizes) for r in ranks))
-
-    def params_below(self, expr: Expr) -> tuple[str, ...]:
-        """The parameters that the expression reads, through the definitions of what it reads."""
-        params = {param.name for param in self.cascade.params}
-        seen: dict[str, None] = {}
-        todo = [node.tensor for node in walk(expr) if isinstance(node, Read)]
-        while todo:
-            name = todo.pop()
-            if name not in seen:
-                seen[name] = None
-                stmt = self.definition(name)
-                todo.extend(() if stmt is None else reads(stmt))
-        return tuple(name for name in seen if name in params)
-
-    def definition(self, name: str) -> Einsum | None:
-        """The Einsum that defines the tensor, if one does."""
-        return next((s for s in self.cascade.body if isinstance(s, Einsum) and s.target.name == name), None)
+        return dict.fromkeys(
+            params_below(self.cascade, node), max(extent(self.shapes.ranks[r], self.sizes) for r in ranks)
+        )
 
     def largest(self, expr: Expr, high: int) -> int:
         """An upper bound of the expression where every parameter is at most `high`."""
@@ -159,7 +169,7 @@ class _Bounds:
                 return 0, max(0, extent(self.shapes.ranks[expr.name], self.sizes) - 1)
             case Extent():
                 return self.sizes[expr.name], self.sizes[expr.name]
-            case Read() if (stmt := self.definition(expr.tensor)) is not None and not stmt.inits:
+            case Read() if (stmt := definition(self.cascade, expr.tensor)) is not None and not stmt.inits:
                 return self.interval(stmt.expr, high)
             case Apply(op="add" | "sub" | "mul" | "floordiv" | "mod" | "neg"):
                 return combined(expr.op, [self.interval(child, high) for child in children(expr)])

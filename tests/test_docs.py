@@ -43,7 +43,7 @@ def test_a_shell_command_prints_what_the_readme_shows(command: str, output: str,
     (tmp_path / "broken.cascade").write_text(BROKEN)
     program, *words = command.split()
     assert program == "cascadec"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     argv = [sys.executable, "-m", "cascade.cli", *words]
     done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == (1 if "broken" in command else 0), done.stderr

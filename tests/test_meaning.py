@@ -405,7 +405,8 @@ def test_masked_nan_reaches_nothing_and_live_nan_exactly_its_readers() -> None:
     clean = run(cascade, {"Q": Q, "K": K, "V": VV, "len": lengths})["O"]
     dirty_k, dirty_v = K.clone(), VV.clone()
     dirty_k[0, :, 4:], dirty_v[1, :, 2:] = math.nan, math.inf
-    assert torch.equal(run(cascade, {"Q": Q, "K": dirty_k, "V": dirty_v, "len": lengths})["O"], clean)
+    cleaned = run(cascade, {"Q": Q, "K": dirty_k, "V": dirty_v, "len": lengths})["O"]
+    assert torch.allclose(cleaned, clean, rtol=0, atol=1e-12)
     live = VV.clone()
     live[1, 2, 0, 3] = math.nan
     found = run(cascade, {"Q": Q, "K": K, "V": live, "len": lengths})["O"]
@@ -416,3 +417,17 @@ def _only(like: Tensor, b: int, h: int, f: int) -> Tensor:
     mask = torch.zeros_like(like, dtype=torch.bool)
     mask[b, h, :, f] = True
     return mask
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_meaning_on_the_device_of_the_tensors() -> None:
+    for case in CASES:
+        inputs = {name: tensor.cuda() for name, tensor in case.inputs.items()}
+        expected = case.expected(**case.inputs)
+        for have, want in zip(
+            run(parse_cascade(case.text), inputs, case.sizes, Precision.REFERENCE).values(),
+            expected if isinstance(expected, tuple) else (expected,),
+            strict=True,
+        ):
+            assert have.is_cuda, case.name
+            assert torch.allclose(have.cpu().double(), want.double(), rtol=0, atol=1e-12), case.name

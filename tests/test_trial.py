@@ -27,17 +27,21 @@ ATTENTION = """cascade attention(Q[M,E], K[N,E], V[N,F], bias[N]) -> O[M,F] {
         ("Y[t,d] = W[I[t]+t,d]", 4),
         ("Y[t,d] = W[I[t]//2,d]", 8),
         ("J[t] = I[t] + 6; Y[t,d] = W[J[t],d]", 2),
-        ("Y[t,d] = (max[v] W[v,d] where v < I[t])", 9),
+        ("Y[t,d] = max[v] W[v,d] where v < I[t]", 9),
         ("Y[t,d] = W[0,d] where I[t] != 0", None),
     ],
 )
 def test_integers_fit_what_they_index(statement: str, high: int | None) -> None:
-    statement = statement.replace("(max[v] W[v,d] where v < I[t])", "max[v] W[v,d] where v < I[t]")
     cascade = parse_cascade(f"cascade c(W[V,D], I[T]) -> Y[T,D] {{ {statement} }}")
     sizes = {"V": 9, "D": 2, "T": 5}
     assert highest_values(cascade, sizes).get("I") == high
     assert param_types(cascade, DType.F16) == {"W": DType.F16, "I": DType.I64}
     run(cascade, random_inputs(cascade, sizes, param_types(cascade, DType.F32)), sizes)
+
+
+def test_what_argmax_takes_is_no_integer() -> None:
+    cascade = parse_cascade("cascade c(W[V,D], R[T,V]) -> Y[T,D] { I[t] = argmax[v] R[t,v]; Y[t,d] = W[I[t],d] }")
+    assert param_types(cascade, DType.F32)["R"] is DType.F32
 
 
 def test_inputs_are_the_same_for_the_same_seed() -> None:

@@ -424,7 +424,7 @@ def check_extents(program: Program) -> Iterator[Diagnostic]:
 
 def check_given(program: Program) -> Iterator[Diagnostic]:
     """C224: an extent behind the results is that of a rank variable of the body, and given once."""
-    ranks = {*program.inference.shapes.ranks, *program.inference.unknown}
+    ranks = (*program.inference.shapes.ranks, *program.inference.unknown)
     seen: set[str] = set()
     for given in program.cascade.given:
         if given.rank in seen:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cascade.compiled import compile as compile_
 from cascade.errors import TraceError
 from cascade.frontend import trace as cs
 from cascade.frontend.build import parse_cascade
@@ -745,7 +746,7 @@ def test_python_control_flow_on_values() -> None:
     refused(branching, "C401", "x[i] > 0")
     refused(chained, "C401", "0 <= i < j")
     assert "shapes=" in str(refused(looping, "C402", "list(x)"))
-    refused(rooting, "C402", "math.sqrt(x.shape[-1])", shapes={"x": (4,)})
+    refused(rooting, "C402", "math.sqrt(x.shape[-1])", shapes={"x": ("T",)})
     refused(storing, "C403", "x[i] = 0".removesuffix(" = 0"))
 
 
@@ -936,3 +937,16 @@ def test_columns_are_characters() -> None:
         return (é := "ü") and x[i] + é
 
     refused(accented, "C409", "x[i] + é")
+
+
+def test_an_extent_that_python_asks_for_is_fixed() -> None:
+    def scaled(q, k):
+        return q @ k.mT / math.sqrt(q.shape[-1]) + len(range(q.shape[0]))
+
+    made = cs.trace(scaled, {"q": (5, 16), "k": (7, 16)})
+    assert [param.shape for param in made.params] == [(5, 16), ("I", 16)]
+    assert "/ 4.0" in render(made)
+    compiled = compile_(scaled)
+    for rows, width in ((5, 16), (6, 16), (5, 4)):
+        q, k = torch.randn(rows, width), torch.randn(7, width)
+        torch.testing.assert_close(compiled(q, k), scaled(q, k))

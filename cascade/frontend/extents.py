@@ -101,7 +101,7 @@ def _state_sizes(extents: Extents, tensor: Tensor) -> None:
         node = position(symbol(tensor), index)
         extents.declared.add(extents.root(node))
         size = tensor.sizes[index] if tensor.sizes is not None else None
-        if isinstance(size, str) or index in tensor.ones:
+        if isinstance(size, str) or index in tensor.relied:
             extents.fix(node, 1 if size is None else size, tensor.span)
 
 

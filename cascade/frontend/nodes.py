@@ -141,6 +141,9 @@ class Nodes(Transformer[Word, Any]):
     def sizes(self, *sizes: Word) -> tuple[Size, ...]:
         return tuple(size(word) for word in sizes)
 
+    def below_zero(self, minus: Word, number: Word) -> Word:
+        raise Mistake("C222", f"an extent is -{number}", minus, "extents are 0 or more")
+
     # --- statements
 
     def equation(

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeAlias
 
-from cascade.errors import Note, Span, quoted_list
+from cascade.errors import Note, Span, TraceError, quoted_list
 from cascade.frontend.forms import (
     At, Element, Filtered, Form, Invocation, Literal, Loop, Ordered, Pointwise, Previous, Scan, SizeOf,
 )  # fmt: skip
@@ -138,24 +138,39 @@ class Notation(Placed):
             "(...).where(n <= m), choose with cs.select(cond, a, b), and use cs.max(a, b) for the larger of two",
         )
 
-    def _number(self, wanted: str, instead: str) -> NoReturn:
+    def _unknown(self, wanted: str, instead: str) -> TraceError:
         message = f"Python asks for this as {wanted}, which is not known while the function is traced"
-        raise fail("C402", message, instead)
+        return fail("C402", message, instead)
+
+    def _extent(self, wanted: str, instead: str) -> int:
+        """The extent that this is, where example shapes tell: from now on the dimension has exactly that extent."""
+        match getattr(self, "form", None):
+            case SizeOf(rank=RankVariable(example=int() as example, size=int() | None) as rank):
+                rank.size = example
+                return example
+            case SizeOf(tensor=Tensor(sizes=tuple() as sizes) as tensor, position=position):
+                example = sizes[position]
+                if isinstance(example, int):
+                    tensor.relied.add(position)
+                    return example
+        raise self._unknown(wanted, instead)
 
     def __float__(self) -> float:
-        self._number("a number", "compute with it instead: cs.sqrt(x), x ** -0.5, cs.exp(x)")
+        return float(self._extent("a number", "compute with it instead: cs.sqrt(x), x ** -0.5, cs.exp(x)"))
 
     def __int__(self) -> int:
-        self._number("a number", "compute with it instead: x // 2, cs.floor(x); cs.cast(x, 'i64') rounds to an integer")
+        return self._extent(
+            "a number", "compute with it instead: x // 2, cs.floor(x); cs.cast(x, 'i64') rounds to an integer"
+        )
 
     def __index__(self) -> int:
-        self._number("an integer", "a loop over a rank is a reduction, cs.sum[n](x), or a scan, cs.scan[t](...)")
+        return self._extent("an integer", "a loop over a rank is a reduction, cs.sum[n](x), or a scan, cs.scan[t](...)")
 
     def __len__(self) -> int:
-        self._number("a length", "the extent of a rank is n.extent")
+        raise self._unknown("a length", "the extent of a rank is n.extent")
 
     def __iter__(self) -> NoReturn:
-        self._number(
+        raise self._unknown(
             "a sequence",
             "there is nothing to loop over in one tensor: write cs.sum[n](x) or cs.scan[t](...); a parameter that is "
             "a list of tensors needs its structure: call the compiled function once, or give trace(fn, shapes=...)",
@@ -229,7 +244,7 @@ class Tensorial(Notation):
 class Tensor(Tensorial):
     """A parameter of the traced function, or a result of a cascade it calls: to be indexed, or used whole."""
 
-    __slots__ = ("name", "recorder", "sizes", "rank_count", "read", "origin", "ones", "dtype_declared")
+    __slots__ = ("name", "recorder", "sizes", "rank_count", "read", "origin", "relied", "dtype_declared")
 
     def __init__(
         self, name: str, recorder: Recorder, sizes: tuple[Size | None, ...] | None, span: Span | None = None,
@@ -240,7 +255,7 @@ class Tensor(Tensorial):
         self.name, self.recorder, self.sizes, self.origin = name, recorder, sizes, origin
         self.rank_count = None if sizes is None else len(sizes)
         self.read: Span | None = None
-        self.ones: set[int] = set()  # the positions that torch's rules took as of extent 1
+        self.relied: set[int] = set()  # the positions of which the trace took the example extent
 
     def __getitem__(self, index: object) -> Value:
         items = index if isinstance(index, tuple) else (index,)
@@ -493,7 +508,7 @@ def whole(tensor: Tensor) -> Value:
         )
         raise fail("C410", f"{tensor.name} is used whole, and its shape is not known", help)
     axes = tuple(None if size == 1 else new_axis(size if isinstance(size, int) else None) for size in tensor.sizes)
-    tensor.ones.update(position for position, axis in enumerate(axes) if axis is None)
+    tensor.relied.update(position for position, axis in enumerate(axes) if axis is None)
     index = tuple(Value(Literal(0)) if axis is None else axis for axis in axes)
     return Value(Element(tensor), index, axes=axes, recorder=tensor.recorder)
 

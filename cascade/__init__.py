@@ -35,12 +35,23 @@ _ENTRIES = frozenset({"compile", "parse", "Compiled"})
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name.startswith("_"):
         raise AttributeError(f"module 'cascade' has no attribute {name!r}")
+    if name not in __all__:
+        return _from_library(name)
     home = "compiled" if name in _ENTRIES else "errors" if name.endswith("Error") else "frontend.trace"
     value = getattr(importlib.import_module(f"cascade.{home}"), name)
     globals()[name] = value
     return value
+
+
+def _from_library(name: str) -> Any:
+    """A definition of the library, for traced functions: `cs.rmsnorm[d](x, g)`, `cs.attention(Q, K, V)`."""
+    trace = importlib.import_module("cascade.frontend.trace")
+    try:
+        return trace.library_callable(name)
+    except KeyError:
+        raise AttributeError(f"neither module 'cascade' nor its library has {name!r}") from None
 
 
 def __dir__() -> list[str]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import cascade
 from cascade.compiled import compile as compile_
 from cascade.errors import TraceError
 from cascade.frontend import trace as cs
@@ -950,3 +951,28 @@ def test_an_extent_that_python_asks_for_is_fixed() -> None:
     for rows, width in ((5, 16), (6, 16), (5, 4)):
         q, k = torch.randn(rows, width), torch.randn(7, width)
         torch.testing.assert_close(compiled(q, k), scaled(q, k))
+
+
+def test_the_library_is_at_hand_in_python() -> None:
+    def block(X, g):
+        t, d = cs.ranks("t d")
+        N = cascade.rmsnorm[d](X[t, d], g[d])
+        Y = cascade.softcap(N, 2.0)
+        return Y[t, d]
+
+    x = torch.randn(3, 8)
+    wanted = 2 * torch.tanh(F.rms_norm(x, (8,), None, 1e-6) / 2)
+    torch.testing.assert_close(compile_(block)(x, torch.ones(8)), wanted)
+    assert not hasattr(cascade, "rmsnrm")
+
+
+def test_a_compiled_cascade_is_a_function_in_another() -> None:
+    product = cascade.parse("cascade mm(A[M,K], B[K,N]) -> C[M,N] { C[m,n] = A[m,k] * B[k,n] }")
+
+    def layer(X, W):
+        t, f = cs.ranks("t f")
+        Y = product(X, W)
+        return cs.relu(Y[t, f])[t, f]
+
+    x, w = torch.randn(3, 4), torch.randn(4, 5)
+    torch.testing.assert_close(compile_(layer)(x, w), (x @ w).relu())

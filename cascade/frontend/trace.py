@@ -194,7 +194,10 @@ def _copy(tensor: Tensor) -> Value:
 
 
 def library_callable(name: str) -> Callable[..., Any]:
-    """A definition of the library as a function of notation: `rmsnorm[d](x, g)`, `attention(Q, K, V)`."""
+    """A definition of the library as a function of notation: `rmsnorm[d](x, g)`, `attention(Q, K, V)`.
+
+    KeyError where the library has none of that name.
+    """
     definition = library(name)
     if isinstance(definition, Cascade):
         return lambda *tensors: invoke(definition, *tensors)

@@ -25,10 +25,12 @@ from torch import Tensor
 from cascade import values as v
 from cascade.evaluate import Evaluation, State, Stored, Windows, materialised
 from cascade.inference import FLOATS, bind_sizes, infer_shapes
-from cascade.ir import Call, Cascade, DType, Einsum, Fuse, Param, Reduce, Result, Stmt, Target, Tile, TopK, Use
+from cascade.ir import (
+    Call, Cascade, DType, Einsum, Fuse, Param, Rank, Read, Reduce, Result, Stmt, Target, Tile, TopK, Use,
+)  # fmt: skip
 from cascade.order import iterative_rank, order_within_step, units
 from cascade.values import Precision, Value
-from cascade.walk import definition, free_ranks, targets, walk
+from cascade.walk import defines, definition, expressions, free_ranks, targets, walk
 
 __all__ = ["Precision", "run"]
 
@@ -51,7 +53,7 @@ def run(
     shapes = infer_shapes(cascade)
     extents = bind_sizes(cascade, {name: tuple(tensor.shape) for name, tensor in inputs.items()}, sizes or {})
     device = next((tensor.device for tensor in inputs.values()), torch.device("cpu"))
-    machine = _Machine(cascade, shapes, extents, precision, device, block=block)
+    machine = _Machine(cascade, shapes, extents, precision, device, block=block, passing=passing_ranks(cascade))
     for param in cascade.params:
         machine.store[param.name] = _given(param, inputs[param.name], precision)
     machine.run(cascade.body, {}, groups(cascade))
@@ -61,6 +63,40 @@ def run(
 def groups(cascade: Cascade) -> tuple[Fuse, ...]:
     """The fused groups of the schedule, outermost first."""
     return tuple(directive for directive in cascade.schedule if isinstance(directive, Fuse))
+
+
+def passing_ranks(cascade: Cascade) -> dict[str, frozenset[str]]:
+    """The fused ranks along which a tensor need not outlive its block: nobody outside its group reads it.
+
+    Such a tensor is held one block at a time, which is what keeps the memory of a streamed group bounded.
+    """
+    if not groups(cascade):
+        return {}
+    kept = {result.name for result in cascade.results}
+    kept.update(name for unit in units(cascade.body, ()) if unit.cyclic for s in unit.statements for name in defines(s))
+    own = {target.name: target.ranks for stmt in cascade.body for target in targets(stmt)}
+    found: dict[str, set[str]] = {}
+    for group in groups(cascade):
+        for stmt in cascade.body:
+            for target in targets(stmt):
+                if target.name in group.statements and target.name not in kept and group.rank in target.ranks:
+                    found.setdefault(target.name, set()).add(group.rank)
+    for group in groups(cascade):
+        for stmt in cascade.body:
+            inside = not set(defines(stmt)).isdisjoint(group.statements)
+            for name, plain in _positions_read(stmt, own):
+                if name in found and not (inside and group.rank in plain):
+                    found[name].discard(group.rank)
+    return {name: frozenset(ranks) for name, ranks in found.items()}
+
+
+def _positions_read(stmt: Stmt, own: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[str, set[str]]]:
+    """The tensors that a statement reads, each with its ranks that stand plainly at their own position."""
+    if isinstance(stmt, Call):
+        yield from ((name, set()) for name in stmt.args)
+    for read in (node for expr in expressions(stmt) for node in walk(expr) if isinstance(node, Read)):
+        pairs = zip(read.index, own.get(read.tensor, ()), strict=False)
+        yield read.tensor, {rank for index, rank in pairs if isinstance(index, Rank) and index.name == rank}
 
 
 def _given(param: Param, tensor: Tensor, precision: Precision) -> Stored:
@@ -73,6 +109,7 @@ class _Machine(State):
     """The execution of a cascade: units in order, each statement over its windows, results into the store."""
 
     block: int | None = None
+    passing: Mapping[str, frozenset[str]] = field(default_factory=dict)  # see `passing_ranks`
     extremes: dict[str, Value] = field(default_factory=dict)  # the best values behind a streamed argmax or argmin
 
     # --- order of execution ------------------------------------------------------------------------------------------
@@ -110,7 +147,7 @@ class _Machine(State):
         for stmt in ordered:  # over an empty rank no step allocates
             for target in targets(stmt):
                 if target.name not in self.store:
-                    self._allocate(target, DType.F32, (0,) * len(target.ranks), weak=False)
+                    self._allocate(target, DType.F32, {rank: self.full(rank) for rank in target.ranks}, weak=False)
 
     def _initialise(self, stmt: Einsum) -> None:
         """The initial values, stored at the negative coordinates of the iterative rank."""
@@ -145,6 +182,7 @@ class _Machine(State):
             return stop - start
 
         along = {rank for node in walk(stmt.expr) if isinstance(node, (Reduce, Use)) for rank in node.ranks}
+        along |= self.passing.get(stmt.target.name, frozenset())  # a block of those is held whole
         free = [rank for rank in stmt.target.ranks if rank not in along]
         largest = max((math.prod(map(length, ranks)) for ranks in materialised(stmt)), default=0)
         if largest <= MAX_ELEMENTS or not free:
@@ -237,6 +275,7 @@ class _Machine(State):
         }
         extents = bind_sizes(callee, {name: tuple(s.data.shape) for name, s in arguments.items()}, given)
         inner = _Machine(callee, shapes, extents, self.precision, self.device, dict(arguments), block=self.block)
+        inner.passing = passing_ranks(callee)
         inner.run(callee.body, {}, groups(callee))
         for result in callee.results:
             self.store[wanted[result.name]] = inner.output(result)
@@ -248,13 +287,19 @@ class _Machine(State):
         if self.precision is Precision.EAGER and not value.weak:
             value = v.cast(value, value.dtype, self.precision)
         low = low or (0,) * len(target.ranks)
-        whole = all(here[rank] == self.full(rank) for rank in target.ranks) and not any(low)
-        if whole:
-            self.store[target.name] = Stored(value.data, value.dtype, value.present, (), value.weak)
+        passing = self.passing.get(target.name, frozenset())
+        held = {
+            rank: here[rank] if rank in passing else (first, self.full(rank)[1])
+            for rank, first in zip(target.ranks, low, strict=True)
+        }
+        if all(here[rank] == held[rank] for rank in target.ranks):
+            starts = tuple(start for start, _ in held.values())
+            first = starts if any(starts) else ()
+            self.store[target.name] = Stored(value.data, value.dtype, value.present, first, value.weak)
             return
-        if target.name not in self.store:
-            self._allocate(target, value.dtype, low, value.weak)
-        stored = self.store[target.name]
+        stored = self.store.get(target.name)
+        if stored is None or [stored.at(d) for d in range(len(held))] != [start for start, _ in held.values()]:
+            stored = self._allocate(target, value.dtype, held, value.weak)
         if stored.dtype is not value.dtype or stored.weak != value.weak:
             self._retype(stored, value)
         place = stored.place(here[rank] for rank in target.ranks)
@@ -264,15 +309,16 @@ class _Machine(State):
         if stored.present is not None:
             stored.present[place] = True if value.present is None else value.present
 
-    def _allocate(self, target: Target, dtype: DType, low: tuple[int, ...], weak: bool) -> None:
-        shape = [self.full(rank)[1] - first for rank, first in zip(target.ranks, low, strict=True)]
+    def _allocate(self, target: Target, dtype: DType, held: Windows, weak: bool) -> Stored:
+        """Room for a tensor at these coordinates, NaN until it is written."""
         storage = torch.float64 if weak and dtype in FLOATS else self.precision.storage(dtype)
         fill: float | int | bool = math.nan if storage.is_floating_point else 0
         if storage is torch.int64:
             fill = torch.iinfo(storage).min // 2
-        self.store[target.name] = Stored(
-            torch.full(shape, fill, dtype=storage, device=self.device), dtype, None, low, weak
-        )
+        data = torch.full(lengths(held), fill, dtype=storage, device=self.device)
+        stored = Stored(data, dtype, None, tuple(start for start, _ in held.values()), weak)
+        self.store[target.name] = stored
+        return stored
 
     def _retype(self, stored: Stored, value: Value) -> None:
         """A recurrence may start from a constant and go on with a typed tensor: the stored type follows."""

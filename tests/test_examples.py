@@ -45,6 +45,7 @@ def stock_embeddings(ids: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(pooled, dim=-1)
 
 
+@pytest.mark.campaign
 def test_minilm_gives_the_embeddings_of_the_stock_encoder() -> None:
     ids, length = minilm.tokenize(sentences())
     assert len(ids) == 50 and int(length.min()) <= 3

@@ -126,7 +126,7 @@ class Evaluation:
             case Read():
                 return self._read(expr)
             case Apply():
-                return v.apply(expr.op, [self.value(arg) for arg in expr.args], self.state.precision)
+                return self._apply(expr)
             case Cast():
                 return v.cast(self.value(expr.arg), expr.dtype, self.state.precision)
             case Reduce():
@@ -135,6 +135,12 @@ class Evaluation:
                 return self._use(expr)
             case _:
                 assert_never(expr)
+
+    def _apply(self, expr: Apply) -> Value:
+        args = [self.value(arg) for arg in expr.args]
+        if expr.op in v.PARTIAL and (mask := self.filter_in_scope()) is not None:
+            args[-1] = v.keep(args[-1], mask)  # what the filter removes need not have a value
+        return v.apply(expr.op, args, self.state.precision, expr.span)
 
     def window(self, rank: str) -> tuple[int, int]:
         return self.windows.get(rank) or self.state.full(rank)
@@ -242,6 +248,11 @@ class Evaluation:
         places: list[Tensor] = []
         present: Tensor | None = None
         for d, (index, value) in enumerate(zip(expr.index, indices, strict=True)):
+            if value.dtype in FLOATS:
+                hint = "index with integers: cast(x, i64) rounds, or pass an integer tensor"
+                raise CallError(
+                    Diagnostic("C312", f"an index of '{expr.tensor}' is {value.dtype.value}", index.span, hint)
+                )
             place = v.align(value.data, value.ranks, ranks)
             there = None if value.present is None else v.align(value.present, value.ranks, ranks)
             first, last = stored.at(d), stored.at(d) + stored.data.shape[d] - 1

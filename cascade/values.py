@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade.errors import CallError, Diagnostic
+from cascade.errors import CallError, Diagnostic, Span
 from cascade.inference import FLOATS, Typed, meet, type_of_apply, type_of_reduce
 from cascade.ir import Const, DType
 from cascade.ops import REDUCERS
@@ -117,6 +117,8 @@ def convert(value: Value, dtype: DType, weak: bool, precision: Precision) -> Ten
     return value.data.to(target)
 
 
+PARTIAL = ("floordiv", "mod", "pow")  # of integers, these have no value for some right operands
+
 _POINTWISE: dict[str, Callable[..., Tensor]] = {
     "or": torch.logical_or,
     "and": torch.logical_and,
@@ -160,8 +162,8 @@ _POINTWISE: dict[str, Callable[..., Tensor]] = {
 """What every pointwise operation computes; `default` and `select` have arms of their own in `apply`."""
 
 
-def apply(op: str, args: Sequence[Value], precision: Precision) -> Value:
-    """A pointwise operation; present where all operands are, `default` where either is."""
+def apply(op: str, args: Sequence[Value], precision: Precision, span: Span | None = None) -> Value:
+    """A pointwise operation; present where all operands are, `default` where either is. `span` is for errors."""
     ranks = union(*(arg.ranks for arg in args))
     operands = args[1:] if op == "select" else args
     result_type = type_of_apply(op, [typed(arg) for arg in args])
@@ -174,8 +176,8 @@ def apply(op: str, args: Sequence[Value], precision: Precision) -> Value:
     if op == "select":
         chosen = align(args[0].data.bool(), args[0].ranks, ranks)
         return Value(torch.where(chosen, data[0], data[1]), ranks, dtype, both(*masks), weak)
-    if op in ("floordiv", "mod", "pow") and dtype not in FLOATS:
-        _check_integer_operands(op, data[1], both(*masks))
+    if op in PARTIAL and dtype not in FLOATS:
+        _check_integer_operands(op, data[1], both(*masks), span)
         data[1] = data[1].masked_fill(data[1] == 0, 1) if op != "pow" else data[1].clamp(min=0)
     return Value(_POINTWISE[op](*data), ranks, result_type.dtype, both(*masks), result_type.weak)
 
@@ -194,12 +196,13 @@ def _default(data: list[Tensor], masks: list[Tensor | None], ranks: tuple[str, .
     return Value(torch.where(masks[0], data[0], data[1]), ranks, dtype, present, weak)
 
 
-def _check_integer_operands(op: str, right: Tensor, present: Tensor | None) -> None:
+def _check_integer_operands(op: str, right: Tensor, present: Tensor | None, span: Span | None) -> None:
     """Integer division by zero and integer powers below zero have no value: say so instead of inventing one."""
     bad = right < 0 if op == "pow" else right == 0
     if bool((bad if present is None else bad & present).any()):
         what = "an integer raised to a negative power" if op == "pow" else "an integer divided by zero"
-        raise CallError(Diagnostic("C310", what, help="make an operand a float, or filter these coordinates (`where`)"))
+        hint = "make an operand a float, or filter these coordinates with `where`"
+        raise CallError(Diagnostic("C310", what, span, hint))
 
 
 def cast(value: Value, dtype: DType, precision: Precision) -> Value:

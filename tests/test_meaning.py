@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cascade.errors import CallError
 from cascade.frontend.build import parse_cascade
 from cascade.interp import Precision, run
 from cascade.pipeline import run_pipeline
@@ -431,3 +432,23 @@ def test_meaning_on_the_device_of_the_tensors() -> None:
         ):
             assert have.is_cuda, case.name
             assert torch.allclose(have.cpu().double(), want.double(), rtol=0, atol=1e-12), case.name
+
+
+@pytest.mark.parametrize(
+    ("text", "inputs", "code", "place"),
+    [
+        ("Y[t] = A[t] // I[t]", {"A": torch.tensor([7, 7]), "I": torch.tensor([2, 0])}, "C310", (2, 12)),
+        ("Y[t] = A[I[t]]", {"A": torch.tensor([7, 7]), "I": torch.tensor([1, 2])}, "C311", (2, 14)),
+        ("Y[t] = A[I[t]]", {"A": torch.tensor([7, 7]), "I": torch.tensor([0.0, 1.0])}, "C312", (2, 14)),
+    ],
+)
+def test_data_that_has_no_meaning_is_an_error_with_its_place(
+    text: str, inputs: dict[str, Tensor], code: str, place: tuple[int, int]
+) -> None:
+    cascade = parse_cascade(f"cascade c(A[T], I[T]) -> Y[T] {{\n    {text}\n}}")
+    with pytest.raises(CallError) as caught:
+        run(cascade, inputs)
+    (found,) = caught.value.diagnostics
+    assert found.code == code and found.span is not None and (found.span.line, found.span.column) == place
+    filtered = parse_cascade(f"cascade c(A[T], I[T]) -> Y[T] {{\n    {text} where t < 1\n}}")
+    assert code == "C312" or int(run(filtered, inputs)["Y"][1]) == 0

@@ -19,11 +19,11 @@ from cascade.frontend.pieces import EXAMPLE
 from cascade.frontend.resolve import Callee, Resolved, resolve_cascade, resolve_function
 from cascade.frontend.tokens import decode
 from cascade.frontend.uses import callees_first, needs, reachable
-from cascade.ir import Cascade, Definition, Function, Stmt
-from cascade.ops import FUNCTIONS
+from cascade.ir import Cascade, Definition, Function, Stmt, Use
+from cascade.ops import FUNCTIONS, LIBRARY_REDUCTIONS, REDUCERS
 from cascade.scopes import signatures
 from cascade.verify import findings
-from cascade.walk import fresh
+from cascade.walk import fresh, walk
 from cascade.wording import quote, suggest
 
 __all__ = ["decode", "library_uses", "parse_cascade", "parse_program"]
@@ -117,14 +117,14 @@ def build(texts: Iterable[DefinitionText], borrowed: dict[str, bool]) -> Program
     program = Program()
     unique = list(once(texts, program))
     callees = {name: Callee(name, cascade) for name, cascade in borrowed.items()}
-    taken = set(callees) | {str(text.name) for text in unique}
+    taken = set(callees) | {key(text) for text in unique}
     for text in unique:
-        name = str(text.name)
+        name = key(text)
         # a `def` may take the name of a built-in function; in the IR it has another, so that text is read alike by all
         own = fresh(f"{name}_def", taken) if isinstance(text, FunctionText) and name in FUNCTIONS else name
         callees[name] = Callee(own, isinstance(text, CascadeText))
     for text in unique:
-        own = callees[str(text.name)].name
+        own = callees[key(text)].name
         program.own.append(own)
         resolved = resolve(text, own, callees)
         program.definitions[own] = resolved.definition
@@ -137,6 +137,21 @@ def build(texts: Iterable[DefinitionText], borrowed: dict[str, bool]) -> Program
     return program
 
 
+def key(text: DefinitionText) -> str:
+    """What a definition is known by.
+
+    A cascade that is named like a reducer, or like the function along ranks that it uses, stands apart: the name means
+    the reducer or the function, and no other cascade can call this one.
+    """
+    if not isinstance(text, CascadeText):
+        return str(text.name)
+    apart = text.name in (*REDUCERS, *LIBRARY_REDUCTIONS)
+    if not apart and text.name in library_names():
+        nodes = (node for equation in text.body if equation.expr is not None for node in walk(equation.expr))
+        apart = any(isinstance(node, Use) and node.function == text.name and node.ranks for node in nodes)
+    return f"cascade {text.name}" if apart else str(text.name)
+
+
 def resolve(text: DefinitionText, name: str, callees: dict[str, Callee]) -> Resolved:
     """One definition under its name in the IR."""
     return resolve_function(text, name, callees) if isinstance(text, FunctionText) else resolve_cascade(text, callees)
@@ -146,7 +161,7 @@ def once(texts: Iterable[DefinitionText], program: Program) -> Iterator[Definiti
     """The definitions of different names; C204 for the others."""
     first: dict[str, DefinitionText] = {}
     for text in texts:
-        before = first.setdefault(str(text.name), text)
+        before = first.setdefault(key(text), text)
         if before is text:
             yield text
             continue

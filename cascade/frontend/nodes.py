@@ -102,8 +102,6 @@ class Nodes(Transformer[Word, Any]):
         self, word: Word, name: Word, _open: Word, params: tuple[Param, ...] | None, _close: Word, _arrow: Word,
         results: tuple[Result, ...], given: tuple[Given, ...] | None,
     ) -> Header:  # fmt: skip
-        if name.type == "REDUCER":
-            own_name(name)
         return name, params or (), results, given or (), across(word, given[-1] if given else results[-1])
 
     def extents(self, _with: Word, *given: Given) -> tuple[Given, ...]:

@@ -58,8 +58,8 @@ def _place(role: str, name: str, span: Span | None) -> Span | None:
 
 
 def _refuse_definition(name: str, span: Span | None) -> Iterator[Diagnostic]:
-    """C201 for the name of a cascade: reducers and words of the grammar would not be read back."""
-    if not NAME.fullmatch(name) or name in WORDS[:15] or name in (*REDUCERS, *LIBRARY_REDUCTIONS):
+    """C201 for the name of a cascade: words of the grammar would not be read back."""
+    if not NAME.fullmatch(name) or name in WORDS[:15]:
         what = "is reserved" if NAME.fullmatch(name) else "is no name"
         yield Diagnostic("C201", f"{quote(name)} {what}", pinpoint(span, name), "name the cascade otherwise")
 

@@ -11,14 +11,25 @@ from dataclasses import dataclass, field
 
 import torch
 
+from cascade.frontend.build import library_uses
 from cascade.ir import (
-    Apply, Cascade, Const, Einsum, Expr, Extent, Init, Param, Rank, Read, Reduce, Result, Stmt, Target, TopK,
+    Apply, Cascade, Const, Einsum, Expr, Extent, Init, Param, Rank, Read, Reduce, Result, Stmt, Target, TopK, Use,
 )  # fmt: skip
-from cascade.walk import defines, free_ranks, reads
+from cascade.scopes import scan, signatures
+from cascade.walk import defines, expressions, reads, walk
 
 RANKS = ("i", "j", "k", "l")
 MONOTONE = ("tanh", "sigmoid", "sin", "cos", "abs", "relu")
 REDUCERS = ("sum", "sum", "sum", "max", "min", "prod", "count")
+
+
+LIBRARY = ("mean", "softmax", "logsumexp")
+KNOWN = signatures(library_uses(LIBRARY))
+
+
+def free_ranks(expr: Expr) -> tuple[str, ...]:
+    """The ranks that an expression leaves free, seen through the functions of the library."""
+    return tuple(scan(expr, KNOWN).free)
 
 
 def symbol(rank: str) -> str:
@@ -145,12 +156,20 @@ class Builder:
         return Apply("tanh", (self.reduction(),))
 
     def reduction(self) -> Expr:
+        if self.rng.random() < 0.25:
+            return self.library()
         body = Apply("mul", (self.map(1), self.read())) if self.rng.random() < 0.5 else self.map(1)
         ranks = free_ranks(body)
         if not ranks:
             return body
         chosen = tuple(self.rng.sample(ranks, min(len(ranks), self.rng.choice((1, 1, 2)))))
         return Reduce(self.rng.choice(REDUCERS), chosen, body)
+
+    def library(self) -> Expr:
+        """A function of the library along one rank."""
+        body = self.map(1)
+        ranks = free_ranks(body)
+        return Use(self.rng.choice(LIBRARY), (self.rng.choice(ranks),), (body,)) if ranks else body
 
     def predicate(self, expr: Expr, left: tuple[str, ...]) -> Expr | None:
         """A filter over the left side, and over what the top reduction binds."""
@@ -179,7 +198,9 @@ class Builder:
         params += [
             Param(name, None, self.shape((here,))) for name, (here, _) in self.index_params.items() if name in read
         ]
-        return Cascade("random_cascade", tuple(params), results, tuple(self.body))
+        nodes = [node for stmt in self.body for expr in expressions(stmt) for node in walk(expr)]
+        uses = library_uses({node.function for node in nodes if isinstance(node, Use)})
+        return Cascade("random_cascade", tuple(params), results, tuple(self.body), (), uses)
 
     def shape(self, ranks: tuple[str, ...]) -> tuple[int | str, ...]:
         return tuple(2 if rank == "z" else symbol(rank) for rank in ranks)
@@ -258,6 +279,8 @@ def python_expr(expr: Expr, own: str = "") -> str:
             return f"{expr.tensor}[{', '.join(map(python_expr, expr.index))}]"
         case Reduce():
             return f"cs.{expr.reducer}[{', '.join(expr.ranks)}]({python_expr(expr.body, own)})"
+        case Use():
+            return f"cs.{expr.function}[{', '.join(expr.ranks)}]({python_expr(expr.args[0], own)})"
         case Apply(op="not"):
             return f"~({python_expr(expr.args[0], own)})"
         case Apply(op=op) if op in INFIX:

@@ -20,6 +20,7 @@ from cascade.inference import infer_dtypes
 from cascade.interp import Precision, run
 from cascade.ir import Cascade, Einsum, Fuse, Rank, Read, Reduce, Tile, TopK
 from cascade.passes.canonicalize import Canonicalize
+from cascade.passes.inline import Inline
 from cascade.text import render
 from cascade.values import FROM_TORCH
 from cascade.verify import verify
@@ -80,7 +81,11 @@ def test_random_cascades_keep_their_text_their_python_form_and_their_meaning(par
         checked += 1
         assert parse_cascade(render(cascade)) == cascade, render(cascade)
         wanted = run(cascade, inputs, precision=Precision.REFERENCE)
-        canonical = Canonicalize()(cascade)
+        inlined = Inline()(cascade)
+        verify(inlined)
+        assert parse_cascade(render(inlined)) == inlined
+        assert same(run(inlined, inputs, precision=Precision.REFERENCE), wanted), (seed, render(cascade))
+        canonical = Canonicalize()(inlined)
         verify(canonical)
         assert parse_cascade(render(canonical)) == canonical
         assert same(run(canonical, inputs, precision=Precision.REFERENCE), wanted), (seed, render(cascade))

@@ -407,7 +407,8 @@ class CascadeHighlighter(RegexHighlighter):
     """Colours for program text on a terminal."""
 
     highlights = [  # noqa: RUF012  (rich's class attribute)
-        r"(?P<keyword>\b(cascade|schedule|def|where|init|fill|topk|and|or|not|cast|fuse|tile|split|shard|mesh|stream|wait|over|into|at|on)\b)",
+        r"(?P<keyword>\b(cascade|schedule|def|where|init|fill|topk|and|or|not|cast|fuse|tile|split|shard|mesh|stream|wait|over|into|at|on"
+        r"|fold|state|update|merge|finalize|empty)\b)",
         r"(?P<reducer>\b[a-z]\w*(?=\[[^\]]*\] ))",
         r"(?P<number>(?<![\w.])\d+(\.\d+)?(e[+-]?\d+)?\b)",
         r"(?P<tensor>\b\w+(?=\[))",

@@ -24,11 +24,11 @@ from cascade.arguments import (
 from cascade.errors import CallError, CommandError, Diagnostic, TraceError
 from cascade.frontend.build import parse_cascade
 from cascade.frontend.tokens import decode
-from cascade.ir import Cascade, Const, Directive, DType, Expr, Extent, Mesh, Size, Split, Stmt, TopK
+from cascade.ir import Cascade, Const, Directive, DType, Expr, Extent, Fold, Mesh, Size, Split, Stmt, TopK
 from cascade.pipeline import Trace, run_pipeline
 from cascade.text import render
 from cascade.verify import verify
-from cascade.walk import map_expressions, rewrite
+from cascade.walk import map_expressions, map_fold, rewrite
 
 SHAPE_NEEDED = "C410"  # the trace of a function that computes with whole tensors, whose rank count only a call tells
 EXTENT_ONE = ("C422", "C423")  # a dimension is 1 in this call, and was taken for one to broadcast
@@ -260,6 +260,8 @@ def specialise(cascade: Cascade, sizes: Mapping[str, int], dtype: DType | None =
         return dataclasses.replace(stmt, k=number(stmt.k)) if isinstance(stmt, TopK) else stmt
 
     def directive(item: Directive) -> Directive:
+        if isinstance(item, Fold):
+            return map_fold(item, lambda expr: rewrite(expr, constant))
         if isinstance(item, Mesh):
             return dataclasses.replace(item, size=number(item.size))
         return dataclasses.replace(item, parts=number(item.parts)) if isinstance(item, Split) and item.parts else item

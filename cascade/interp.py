@@ -6,6 +6,9 @@ streaming, stepping and bounded memory with one mechanism:
 * a fused group (`fuse {R, P} over n`) runs its statements block by block along n, carrying partial reductions from
   block to block. A statement of the group that reads a reduction of the same group sees the partial value, and one
   that reads ahead of the block sees NaN: an illegal fusion changes the numbers.
+* a fold (`fold n { ... }`) does the same with a state that depends on itself: what the earlier blocks left is moved
+  into the new state by `merge` before it is folded in. Where a `split` cuts its rank, each part starts from nothing and
+  the states of the parts are merged in a tree: a wrong merge changes the numbers.
 * statements that read each other at earlier coordinates of a rank run one coordinate at a time along it.
 * a statement whose intermediate would be large is evaluated in stretches of one of its ranks.
 
@@ -14,10 +17,12 @@ streaming, stepping and bounded memory with one mechanism:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import assert_never
+from itertools import pairwise
+from typing import TypeAlias, assert_never
 
 import torch
 from torch import Tensor
@@ -26,13 +31,23 @@ from cascade import values as v
 from cascade.evaluate import Evaluation, State, Stored, Windows, materialised
 from cascade.inference import FLOATS, bind_sizes, infer_shapes
 from cascade.ir import (
-    Call, Cascade, DType, Einsum, Fuse, Param, Rank, Read, Reduce, Result, Stmt, Target, Tile, TopK, Use,
+    Apply, Call, Cascade, DType, Einsum, Expr, Fold, Fuse, Param, Rank, Read, Reduce, Result, Split, Stmt, Target, Tile,
+    TopK, Use,
 )  # fmt: skip
-from cascade.order import iterative_rank, order_within_step, units
+from cascade.ops import REDUCERS
+from cascade.order import Group, iterative_rank, members, order_within_step, units
 from cascade.values import Precision, Value
-from cascade.walk import defines, definition, expressions, free_ranks, targets, walk
+from cascade.walk import defines, definition, expressions, free_ranks, reads, targets, walk
 
 __all__ = ["Precision", "run"]
+
+Partial: TypeAlias = tuple[Value, ...]
+"""A reduction of some coordinates: its value, and what else it takes to fold it further."""
+
+PartState: TypeAlias = dict[str, Partial]
+"""The state of a fold over a part of its rank, by the first name that each statement defines; empty for nothing yet."""
+
+EXTREMES = {"argmax": "max", "argmin": "min"}  # what stands behind a coordinate
 
 DEFAULT_BLOCK = 64  # coordinates of a fused rank that one block covers, where no tile says otherwise
 MAX_ELEMENTS = 1 << 27  # elements of an intermediate above which a statement is evaluated in stretches
@@ -60,9 +75,9 @@ def run(
     return {result.name: machine.result(result) for result in cascade.results}
 
 
-def groups(cascade: Cascade) -> tuple[Fuse, ...]:
-    """The fused groups of the schedule, outermost first."""
-    return tuple(directive for directive in cascade.schedule if isinstance(directive, Fuse))
+def groups(cascade: Cascade) -> tuple[Group, ...]:
+    """The fused groups and folds of the schedule, outermost first."""
+    return tuple(directive for directive in cascade.schedule if isinstance(directive, (Fuse, Fold)))
 
 
 def passing_ranks(cascade: Cascade) -> dict[str, frozenset[str]]:
@@ -79,11 +94,11 @@ def passing_ranks(cascade: Cascade) -> dict[str, frozenset[str]]:
     for group in groups(cascade):
         for stmt in cascade.body:
             for target in targets(stmt):
-                if target.name in group.statements and target.name not in kept and group.rank in target.ranks:
+                if target.name in members(group) and target.name not in kept and group.rank in target.ranks:
                     found.setdefault(target.name, set()).add(group.rank)
     for group in groups(cascade):
         for stmt in cascade.body:
-            inside = not set(defines(stmt)).isdisjoint(group.statements)
+            inside = not set(defines(stmt)).isdisjoint(members(group))
             for name, plain in _positions_read(stmt, own):
                 if name in found and not (inside and group.rank in plain):
                     found[name].discard(group.rank)
@@ -114,10 +129,12 @@ class _Machine(State):
 
     # --- order of execution ------------------------------------------------------------------------------------------
 
-    def run(self, statements: Sequence[Stmt], windows: Windows, fused: tuple[Fuse, ...]) -> None:
+    def run(self, statements: Sequence[Stmt], windows: Windows, fused: tuple[Group, ...]) -> None:
         """The statements in dependency order, groups block by block, cycles coordinate by coordinate."""
         for unit in units(statements, fused):
-            if unit.group is not None:
+            if isinstance(unit.group, Fold):
+                self._fold(unit.group, unit.statements, windows)
+            elif unit.group is not None:
                 rest = tuple(group for group in fused if group is not unit.group)
                 for stretch in self._blocks(unit.group.rank, windows):
                     self.run(unit.statements, {**windows, unit.group.rank: stretch}, rest)
@@ -196,70 +213,188 @@ class _Machine(State):
 
     def _einsum(self, stmt: Einsum, windows: Windows) -> None:
         target = stmt.target
-        value = Evaluation(self, stmt, windows).statement(stmt.expr)
         here = {rank: windows.get(rank, self.full(rank)) for rank in target.ranks}
-        value = v.expand(value, target.ranks, lengths(here))
-        if isinstance(stmt.expr, Reduce):
-            streamed = [rank for rank in stmt.expr.ranks if rank in windows and rank not in target.ranks]
-            if streamed:
-                first = all(windows[rank][0] == 0 for rank in streamed)
-                value = self._carry(stmt, stmt.expr, value, windows, here, first)
-        self._write(target, value, here, _low(stmt))
-
-    def _carry(
-        self, stmt: Einsum, reduction: Reduce, value: Value, windows: Windows, here: Windows, first: bool
-    ) -> Value:
-        """The partial reduction of this block folded into what the earlier blocks left."""
-        name, reducer = stmt.target.name, reduction.reducer
-        old = None if first else self._slice(stmt.target, here)
-        if reducer not in ("argmax", "argmin"):
-            return value if old is None else v.merge(reducer, old, value, self.precision)
-        fold = "max" if reducer == "argmax" else "min"
-        companion = replace(stmt, expr=replace(reduction, reducer=fold))
-        best = Evaluation(self, companion, windows).statement(companion.expr)
-        best = v.expand(best, stmt.target.ranks, lengths(here))
-        value = replace(value, data=value.data + windows[reduction.ranks[0]][0])
-        if old is None:
-            self.extremes[name] = best
-            return value
-        before = self.extremes[name]
-        self.extremes[name] = merged = v.merge(fold, before, best, self.precision)
-        stays = (merged.data == before.data) | before.data.isnan()
-        if before.present is not None:
-            stays = stays & before.present
-        return Value(torch.where(stays, old.data, value.data), value.ranks, DType.I64, merged.present)
+        streamed = [rank for rank in _reduced(stmt) if rank in windows and rank not in target.ranks]
+        if not streamed:
+            value = Evaluation(self, stmt, windows).statement(stmt.expr)
+            self._write(target, v.expand(value, target.ranks, lengths(here)), here, _low(stmt))
+            return
+        found = self._partial(stmt, windows)
+        if not all(windows[rank][0] == 0 for rank in streamed):
+            found = self._joined(stmt, self._held(stmt, here), found)
+        self._hold(stmt, found, here)
 
     def _top_k(self, stmt: TopK, windows: Windows) -> None:
-        kept = next(rank for rank in stmt.values.ranks if rank not in free_ranks(stmt.body))
-        k = self.extent(stmt.k)
-        evaluation = Evaluation(self, stmt, windows)
-        body = evaluation.spread(evaluation.statement(stmt.body, (stmt.rank,)), (stmt.rank,))
-        best, where = v.top_k(body, stmt.rank, k, kept)
-        where = replace(where, data=where.data + windows.get(stmt.rank, (0, 0))[0])
         here = {rank: windows.get(rank, self.full(rank)) for rank in stmt.values.ranks}
-        best = v.expand(best, stmt.values.ranks, lengths(here))
-        where = v.expand(where, stmt.values.ranks, lengths(here))
+        found = self._partial(stmt, windows)
         if stmt.rank in windows and windows[stmt.rank][0] > 0:
-            best, where = self._carry_top_k(stmt, kept, k, best, where, here)
-        self._write(stmt.values, best, here, ())
-        self._write(stmt.coords, replace(where, ranks=stmt.values.ranks), here, ())
+            found = self._joined(stmt, self._held(stmt, here), found)
+        self._hold(stmt, found, here)
 
-    def _carry_top_k(
-        self, stmt: TopK, kept: str, k: int, best: Value, where: Value, here: Windows
-    ) -> tuple[Value, Value]:
-        """The k largest of the earlier blocks and of this one; earlier coordinates stand first, so ties keep them."""
-        axis = stmt.values.ranks.index(kept)
-        old_best, old_where = self._slice(stmt.values, here), self._slice(stmt.coords, here)
+    # --- partial reductions ------------------------------------------------------------------------------------------
+
+    def _partial(self, stmt: Einsum | TopK, windows: Windows) -> Partial:
+        """What a reduction gives over these windows alone: its value, and what else it takes to fold it further.
+
+        The coordinate of an extreme has the extreme with it, the kept values of a `topk` their coordinates.
+        """
+        ranks = targets(stmt)[0].ranks
+        extents = lengths({rank: windows.get(rank, self.full(rank)) for rank in ranks})
+        if isinstance(stmt, TopK):
+            evaluation = Evaluation(self, stmt, windows)
+            body = evaluation.spread(evaluation.statement(stmt.body, (stmt.rank,)), (stmt.rank,))
+            best, where = v.top_k(body, stmt.rank, self.extent(stmt.k), self._kept(stmt))
+            where = replace(where, data=where.data + windows.get(stmt.rank, (0, 0))[0])
+            return v.expand(best, ranks, extents), v.expand(where, ranks, extents)
+        value = v.expand(Evaluation(self, stmt, windows).statement(stmt.expr), ranks, extents)
+        reduction = stmt.expr
+        if not isinstance(reduction, Reduce) or reduction.reducer not in EXTREMES:
+            return (value,)
+        companion = replace(stmt, expr=replace(reduction, reducer=EXTREMES[reduction.reducer]))
+        best = v.expand(Evaluation(self, companion, windows).statement(companion.expr), ranks, extents)
+        return replace(value, data=value.data + windows.get(reduction.ranks[0], (0, 0))[0]), best
+
+    def _joined(self, stmt: Einsum | TopK, old: Partial, new: Partial) -> Partial:
+        """Two partial reductions folded into one, `old` from earlier coordinates than `new`."""
+        if isinstance(stmt, TopK):
+            return self._joined_top_k(stmt, old, new)
+        reducer = _reducer(stmt)
+        if reducer not in EXTREMES:
+            return (v.merge(reducer, old[0], new[0], self.precision),)
+        before = old[1]
+        best = v.merge(EXTREMES[reducer], before, new[1], self.precision)
+        stays = (best.data == before.data) | before.data.isnan()
+        if before.present is not None:
+            stays = stays & before.present
+        return Value(torch.where(stays, old[0].data, new[0].data), new[0].ranks, DType.I64, best.present), best
+
+    def _joined_top_k(self, stmt: TopK, old: Partial, new: Partial) -> Partial:
+        """The k largest of both; earlier coordinates stand first, so ties keep them."""
+        ranks, kept, k = stmt.values.ranks, self._kept(stmt), self.extent(stmt.k)
+        axis = ranks.index(kept)
         there = [
-            torch.ones_like(x.data, dtype=torch.bool) if x.present is None else x.present for x in (old_best, best)
+            torch.ones_like(x.data, dtype=torch.bool) if x.present is None else x.present for x in (old[0], new[0])
         ]
-        data = torch.cat([old_best.data, best.data.to(old_best.data.dtype)], axis)
-        both = Value(data, stmt.values.ranks, best.dtype, torch.cat(there, axis))
-        joined, chosen = v.top_k(both, kept, k, kept)
-        coordinates = v.align(torch.cat([old_where.data, where.data], axis), stmt.values.ranks, joined.ranks)
+        data = torch.cat([old[0].data, new[0].data.to(old[0].data.dtype)], axis)
+        joined, chosen = v.top_k(Value(data, ranks, new[0].dtype, torch.cat(there, axis)), kept, k, kept)
+        coordinates = v.align(torch.cat([old[1].data, new[1].data], axis), ranks, joined.ranks)
         kept_at = Value(coordinates.gather(-1, chosen.data), joined.ranks, DType.I64, joined.present)
-        ranks, extents = stmt.values.ranks, lengths(here)
+        extents = list(v.align(new[0].data, ranks, ranks).shape)
         return v.expand(joined, ranks, extents), v.expand(kept_at, ranks, extents)
+
+    def _kept(self, stmt: TopK) -> str:
+        """The rank of a `topk` that counts what it keeps."""
+        return next(rank for rank in stmt.values.ranks if rank not in free_ranks(stmt.body))
+
+    def _held(self, stmt: Einsum | TopK, here: Windows) -> Partial:
+        """The partial reduction that earlier windows left."""
+        held = tuple(self._slice(target, here) for target in targets(stmt))
+        best = self.extremes.get(targets(stmt)[0].name)
+        return held if best is None else (*held, best)
+
+    def _hold(self, stmt: Einsum | TopK, found: Partial, here: Windows) -> None:
+        """Stores a partial reduction, as the value that others see."""
+        for target, value in zip(targets(stmt), found, strict=False):
+            self._write(target, value, here, ())
+        if isinstance(stmt, Einsum) and len(found) > 1:
+            self.extremes[stmt.target.name] = found[1]
+
+    # --- folds -------------------------------------------------------------------------------------------------------
+
+    def _fold(self, fold: Fold, statements: Sequence[Stmt], windows: Windows) -> None:
+        """One trip over a rank with a state: each part from its first block to its last, then the parts merged."""
+        owner = {name: stmt for stmt in statements for name in defines(stmt)}
+        trip = _Trip(fold, tuple(dict.fromkeys(owner[name] for name in fold.update)), windows)
+        states: list[PartState] = []
+        for part in self._parts(fold.rank, windows):
+            state = self._first(trip) if not states else {}
+            for block in self._blocks(fold.rank, {**windows, fold.rank: part}):
+                state = self._step(trip, [state], {**windows, fold.rank: block})
+            states.append(state)
+        while len(states) > 1:
+            odd = states[-1:] if len(states) % 2 else []
+            states = [self._step(trip, pair, None) for pair in zip(states[::2], states[1::2], strict=False)] + odd
+
+    def _parts(self, rank: str, windows: Windows) -> list[tuple[int, int]]:
+        """The stretches that a `split` cuts a rank into; empty ones are left out."""
+        start, stop = windows.get(rank, self.full(rank))
+        split = next((item for item in self.cascade.schedule if isinstance(item, Split) and item.rank == rank), None)
+        if split is None:
+            return [(start, stop)]
+        count = 1 if split.parts is None else self.extent(split.parts)
+        cuts = split.cuts or tuple(start + (stop - start) * part // count for part in range(1, count))
+        edges = [start, *(min(max(cut, start), stop) for cut in cuts), stop]
+        return [pair for pair in pairwise(edges) if pair[0] < pair[1]] or [(start, stop)]
+
+    def _first(self, trip: _Trip) -> PartState:
+        """The state before the first element: nothing, but for the virtual elements that an `init` gives."""
+        first = {init.target.name: init for init in trip.fold.init if init.expr is not None}
+        state: PartState = {}
+        for stmt in trip.statements if first else ():
+            target = targets(stmt)[0]
+            init = first.get(target.name)
+            if init is not None and init.expr is not None:
+                state[target.name] = (self._element(target, init.expr, trip.windows),)
+                self._write(target, state[target.name][0], self._here(target, trip.windows), ())
+            elif trip.is_of_state(stmt) and all(name in self.store for name in reads(stmt)):
+                self._execute(stmt, trip.windows)  # what depends on the first state alone, for the inits behind it
+        return state
+
+    def _step(self, trip: _Trip, earlier: Sequence[PartState], block: Windows | None) -> PartState:
+        """One state of the states of some parts and, where one is given, of a block of the rank.
+
+        The statements run in order, so that each sees the new state of those before it.
+        """
+        after: PartState = {}
+        for stmt in trip.statements:
+            assert isinstance(stmt, (Einsum, TopK))
+            target = targets(stmt)[0]
+            if target.name in trip.fold.state:
+                found = [self._moved(trip, stmt, state) for state in earlier if target.name in state]
+                if block is not None:
+                    found.append(self._block(trip, stmt, block))
+                if not found:  # neither part has seen an element
+                    continue
+                after[target.name] = functools.reduce(functools.partial(self._joined, stmt), found)
+                self._hold(stmt, after[target.name], self._here(target, trip.windows))
+            elif trip.is_of_state(stmt):
+                self._execute(stmt, trip.windows)
+            elif block is not None and trip.reduces(stmt):  # of this block alone: a state joins it
+                self._hold(stmt, self._partial(stmt, block), self._here(target, trip.windows))
+            elif block is not None:
+                self._execute(stmt, block)
+        return after
+
+    def _block(self, trip: _Trip, stmt: Einsum | TopK, block: Windows) -> Partial:
+        """What a block gives to a state: its reduction, or that of the member which the state joins with others."""
+        if trip.reduces(stmt):
+            return self._partial(stmt, block)
+        joined = next(
+            node for node in walk(expressions(stmt)[0]) if isinstance(node, Read) and node.tensor in trip.inner
+        )
+        return (self._element(targets(stmt)[0], joined, trip.windows),)
+
+    def _moved(self, trip: _Trip, stmt: Einsum | TopK, state: PartState) -> Partial:
+        """What a state of some part counts for in the state at hand, by the merge of the fold."""
+        target = targets(stmt)[0]
+        merge = next(merge for merge in trip.fold.merge if merge.target.name == target.name)
+        if merge.expr == Read(f"{target.name}'", tuple(map(Rank, target.ranks))):
+            return state[target.name]
+        for other in trip.statements:
+            for position, part in enumerate(targets(other) if targets(other)[0].name in trip.fold.state else ()):
+                here = self._here(part, trip.windows)
+                value = state[targets(other)[0].name][position] if targets(other)[0].name in state else _absent(here)
+                low = tuple(start for start, _ in here.values())
+                self.store[f"{part.name}'"] = Stored(value.data, value.dtype, value.present, low, value.weak)
+        return (self._element(target, merge.expr, trip.windows),)
+
+    def _element(self, target: Target, expr: Expr, windows: Windows) -> Value:
+        """The value of an expression at the ranks of a target."""
+        value = Evaluation(self, Einsum(target, expr), windows).statement(expr)
+        return v.expand(value, target.ranks, lengths(self._here(target, windows)))
+
+    def _here(self, target: Target, windows: Windows) -> Windows:
+        return {rank: windows.get(rank, self.full(rank)) for rank in target.ranks}
 
     def _call(self, stmt: Call) -> None:
         callee = definition(self.cascade, stmt.callee)
@@ -345,6 +480,51 @@ class _Machine(State):
         exact = self.precision is Precision.REFERENCE and stored.dtype in FLOATS
         wanted = torch.float64 if exact else v.TORCH_TYPES[stored.dtype]
         return stored.data.to(wanted).clone(memory_format=torch.contiguous_format)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Trip:
+    """A fold at hand: its statements in order, and the windows of the ranks around it."""
+
+    fold: Fold
+    statements: tuple[Stmt, ...]
+    windows: Windows
+
+    def reduces(self, stmt: Stmt) -> bool:
+        """Whether the statement folds the rank of the trip."""
+        return self.fold.rank in _reduced(stmt)
+
+    def is_of_state(self, stmt: Stmt) -> bool:
+        """Whether the statement is a map of the state so far, without the rank."""
+        joins = targets(stmt)[0].name in self.fold.state
+        return not joins and not self.reduces(stmt) and self.fold.rank not in targets(stmt)[0].ranks
+
+    @property
+    def inner(self) -> set[str]:
+        """The reductions that a state joins with its virtual elements: they hold for a block only."""
+        names = (defines(stmt)[0] for stmt in self.statements if self.reduces(stmt))
+        return {name for name in names if name not in self.fold.state}
+
+
+def _reduced(stmt: Stmt) -> tuple[str, ...]:
+    """The ranks that a statement folds at its top."""
+    if isinstance(stmt, TopK):
+        return (stmt.rank,)
+    return stmt.expr.ranks if isinstance(stmt, Einsum) and isinstance(stmt.expr, Reduce) else ()
+
+
+def _reducer(stmt: Einsum) -> str:
+    """The reducer of a statement; of a map that joins a reduction with another value, the one whose operation it is."""
+    if isinstance(stmt.expr, Reduce):
+        return stmt.expr.reducer
+    assert isinstance(stmt.expr, Apply)
+    return next(row.name for row in REDUCERS.values() if row.op == stmt.expr.op)
+
+
+def _absent(here: Windows) -> Value:
+    """Nothing, at every coordinate of some windows."""
+    data = torch.zeros(lengths(here))
+    return Value(data, tuple(here), DType.F32, torch.zeros_like(data, dtype=torch.bool), weak=True)
 
 
 def lengths(windows: Windows) -> list[int]:

@@ -11,7 +11,8 @@
               | Use(function, rank*, Expr*)                softmax[n] x, silu(x): a `def`, of the file or the library
               | Local(name)                                a parameter, inside the body of a `def`
     Function  = name, rank*, name*, Expr                   def mean[n](x) = (sum[n] x) / (count[n] x)
-    Directive = Mesh | Shard | Split | Fuse | Tile | Stream | Wait
+    Directive = Mesh | Shard | Split | Fuse | Fold | Tile | Stream | Wait
+    Fold      = rank, state*, FoldInit*, update*, FoldMerge*, finalize*    one trip over n, with a state that is carried
 
 One name means one thing in a cascade: rank variables are lower case and have one extent each, shape symbols are upper
 case, everything that is declared or defined is a tensor. `where` filters the iteration space of its statement: it
@@ -238,6 +239,44 @@ class Fuse(Node):
 
 
 @dataclass(frozen=True, slots=True)
+class FoldInit(Node):
+    """`init D[m] = empty`: what a state is before the first element; `empty` (None) where it is nothing at all."""
+
+    target: Target
+    expr: Expr | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FoldMerge(Node):
+    """`merge D[m] = D'[m] * exp(R'[m] - R[m])`: what a partial state D' counts for in the state that it is merged into.
+
+    A read of `D'` is the state of a part of the rank, a read of `R` the merged state. The contributions of all parts
+    are folded with the reducer of `D`: so one expression gives streaming, tiling, splitting and trees of merges.
+    """
+
+    target: Target
+    expr: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Fold(Node):
+    """`fold n { ... }`: one trip over the rank computes all of `update`, carrying `state` from block to block.
+
+    Each state is a reduction over the rank among `update`, or a map of `update` that joins one with the virtual
+    elements of its `init`: `R[m] = max(X_max[m], sink)`. Statements of `update` run in order: those that keep the rank
+    hold for a block, those without it for the state so far; `merge` moves what was there before into the new state.
+    `finalize` are the statements behind the trip that turn the state into what the cascade defines.
+    """
+
+    rank: str
+    state: tuple[str, ...]
+    init: tuple[FoldInit, ...]
+    update: tuple[str, ...]
+    merge: tuple[FoldMerge, ...]
+    finalize: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Tile(Node):
     """`tile m = 128, n = 64`: block extents of ranks."""
 
@@ -260,7 +299,7 @@ class Wait(Node):
     on: Part
 
 
-Directive: TypeAlias = Mesh | Shard | Split | Fuse | Tile | Stream | Wait
+Directive: TypeAlias = Mesh | Shard | Split | Fuse | Fold | Tile | Stream | Wait
 
 
 # --- definitions -----------------------------------------------------------------------------------------------------

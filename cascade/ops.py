@@ -120,6 +120,7 @@ LIBRARY_REDUCTIONS = ("mean", "logsumexp", "softmax")
 WORDS = (
     "cascade", "schedule", "def", "where", "init", "fill", "topk", "and", "or", "not", "cast", "true", "false", "inf",
     "nan", "mesh", "shard", "split", "fuse", "tile", "stream", "wait", "over", "into", "at", "on",
+    "fold", "state", "update", "merge", "finalize", "empty",
 )  # fmt: skip
 RESERVED = frozenset(WORDS[:15]) | frozenset(FUNCTIONS) | frozenset(REDUCERS) | frozenset(LIBRARY_REDUCTIONS)
 """Names that no tensor, rank variable or symbol may take; the words of a schedule are free outside it."""

@@ -8,11 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import assert_never
+from typing import TypeAlias, assert_never
 
 from cascade.errors import Diagnostic, UnsupportedError, quoted_list
-from cascade.ir import Call, Einsum, Expr, Fuse, Rank, Read, Stmt, TopK
+from cascade.ir import Call, Einsum, Expr, Fold, Fuse, Rank, Read, Stmt, TopK
 from cascade.walk import defines, reads, targets, walk
+
+
+Group: TypeAlias = Fuse | Fold
+"""What runs as one trip over a rank."""
+
+
+def members(group: Group) -> tuple[str, ...]:
+    """The names of the statements that run block by block."""
+    return group.update if isinstance(group, Fold) else group.statements
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,16 +29,16 @@ class Unit:
     """What runs as one: a statement, the statements of a cycle, or those of a fused group."""
 
     statements: tuple[Stmt, ...]
-    group: Fuse | None = None
+    group: Group | None = None
     cyclic: bool = False
 
 
-def units(statements: Sequence[Stmt], fused: tuple[Fuse, ...]) -> list[Unit]:
+def units(statements: Sequence[Stmt], fused: tuple[Group, ...]) -> list[Unit]:
     """The statements as single ones, cycles and fused groups, in an order in which each finds what it reads."""
     owner: dict[str, int] = {name: i for i, stmt in enumerate(statements) for name in defines(stmt)}
-    inside: dict[int, Fuse] = {}
+    inside: dict[int, Group] = {}
     for group in fused:
-        for name in group.statements:
+        for name in members(group):
             if name in owner:
                 inside.setdefault(owner[name], group)
     edges = [[owner[name] for name in reads(stmt) if name in owner] for stmt in statements]
@@ -41,17 +50,17 @@ def units(statements: Sequence[Stmt], fused: tuple[Fuse, ...]) -> list[Unit]:
     found = []
     for component in components(edges):
         groups = {id(inside[i]): inside[i] for i in component if i in inside}
-        members = tuple(statements[i] for i in component)
+        together = tuple(statements[i] for i in component)
         if len(groups) > 1 or (groups and any(i not in inside for i in component)):
-            raise _no_order(groups, members)
+            raise _no_order(groups, together)
         cyclic = not groups and (len(component) > 1 or component[0] in edges[component[0]])
-        found.append(Unit(members, next(iter(groups.values()), None), cyclic))
+        found.append(Unit(together, next(iter(groups.values()), None), cyclic))
     return found
 
 
-def _no_order(groups: Mapping[int, Fuse], members: Sequence[Stmt]) -> UnsupportedError:
+def _no_order(groups: Mapping[int, Group], together: Sequence[Stmt]) -> UnsupportedError:
     group = next(iter(groups.values()))
-    others = [name for stmt in members for name in defines(stmt) if name not in group.statements]
+    others = [name for stmt in together for name in defines(stmt) if name not in members(group)]
     message = f"the group over '{group.rank}' needs {quoted_list(others)}, and {quoted_list(others)} needs the group"
     return UnsupportedError(Diagnostic("C501", message, group.span, help="put them into the group, or split the group"))
 

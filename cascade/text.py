@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple, assert_never
 
 from cascade.ir import (
-    Apply, Call, Cascade, Cast, Const, Directive, Einsum, Expr, Extent, Function, Fuse, Init, Local, Mesh, Param, Part,
-    Rank, Read, Reduce, Result, Shard, Split, Stmt, Stream, Target, Tile, TopK, Use, Wait,
+    Apply, Call, Cascade, Cast, Const, Directive, Einsum, Expr, Extent, Fold, Function, Fuse, Init, Local, Mesh, Param,
+    Part, Rank, Read, Reduce, Result, Shard, Split, Stmt, Stream, Target, Tile, TopK, Use, Wait,
 )  # fmt: skip
 from cascade.ops import LEVEL_COMPARE, LEVEL_PRODUCT, LEVEL_UNARY, LIBRARY_REDUCTIONS, OPS, REDUCERS, Op
 from cascade.walk import children
@@ -38,7 +38,7 @@ def render_alone(cascade: Cascade) -> str:
     lines += [INDENT + render_stmt(stmt) for stmt in cascade.body]
     if cascade.schedule:
         lines.append("} schedule {")
-        lines += [INDENT + render_directive(directive) for directive in cascade.schedule]
+        lines += [INDENT + line for directive in cascade.schedule for line in render_directive(directive).split("\n")]
     return "\n".join([*lines, "}"])
 
 
@@ -195,7 +195,7 @@ def _enclosed(piece: _Piece, level: int) -> str:
 
 
 def render_directive(directive: Directive) -> str:
-    """One directive on one line."""
+    """One directive on one line; a fold has a line for each of its parts."""
     match directive:
         case Mesh():
             return f"mesh {directive.axis} = {directive.size}"
@@ -206,6 +206,8 @@ def render_directive(directive: Directive) -> str:
             return f"split {directive.rank} " + (f"at {cuts}" if cuts else f"into {directive.parts}")
         case Fuse():
             return f"fuse {{{', '.join(directive.statements)}}} over {directive.rank}"
+        case Fold():
+            return _fold(directive)
         case Tile():
             return "tile " + ", ".join(f"{rank} = {size}" for rank, size in directive.sizes)
         case Stream():
@@ -214,6 +216,21 @@ def render_directive(directive: Directive) -> str:
             return f"wait {_part(directive.part)} on {_part(directive.on)}"
         case _:
             assert_never(directive)
+
+
+def _fold(fold: Fold) -> str:
+    lines = [f"state {', '.join(fold.state)}"] if fold.state else []
+    lines += [f"init {_target(init.target)} = {_fold_expr(init.expr)}" for init in fold.init]
+    lines += [f"update {', '.join(fold.update)}"] if fold.update else []
+    lines += [f"merge {_target(merge.target)} = {_fold_expr(merge.expr)}" for merge in fold.merge]
+    lines += [f"finalize {', '.join(fold.finalize)}"] if fold.finalize else []
+    return "\n".join([f"fold {fold.rank} {{", *(INDENT + line for line in lines), "}"])
+
+
+def _fold_expr(expr: Expr | None) -> str:
+    """The right side of an init or a merge; a scalar tensor that is called `empty` is not the word."""
+    text = "empty" if expr is None else render_expr(expr)
+    return f"({text})" if text == "empty" and expr is not None else text
 
 
 def _part(part: Part) -> str:

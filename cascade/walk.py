@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import assert_never
 
 from cascade.ir import (
-    Apply, Call, Cascade, Cast, Const, Einsum, Expr, Extent, Function, Local, Param, Rank, Read, Reduce, Result, Stmt,
-    Target, TopK, Use,
+    Apply, Call, Cascade, Cast, Const, Einsum, Expr, Extent, Fold, FoldInit, FoldMerge, Function, Local, Param, Rank,
+    Read, Reduce, Result, Stmt, Target, TopK, Use,
 )  # fmt: skip
 
 
@@ -125,6 +125,25 @@ def map_expressions(stmt: Stmt, change: Callable[[Expr], Expr]) -> Stmt:
             assert_never(stmt)
 
 
+def fold_parts(fold: Fold) -> tuple[FoldInit | FoldMerge, ...]:
+    """The first states and the merges of a fold."""
+    return (*fold.init, *fold.merge)
+
+
+def fold_expressions(fold: Fold) -> tuple[Expr, ...]:
+    """Every expression of a fold: its first states that are not empty, and its merges."""
+    return tuple(piece.expr for piece in fold_parts(fold) if piece.expr is not None)
+
+
+def map_fold(fold: Fold, change: Callable[[Expr], Expr]) -> Fold:
+    """The fold with `change` applied to each of its expressions as a whole."""
+    return dataclasses.replace(
+        fold,
+        init=tuple(i if i.expr is None else dataclasses.replace(i, expr=change(i.expr)) for i in fold.init),
+        merge=tuple(dataclasses.replace(merge, expr=change(merge.expr)) for merge in fold.merge),
+    )
+
+
 def targets(stmt: Stmt) -> tuple[Target, ...]:
     """The targets of a statement; a call defines whole tensors and has none with ranks."""
     match stmt:
@@ -176,8 +195,21 @@ def names(cascade: Cascade) -> set[str]:
             found.update(target.ranks)
         for expr in expressions(stmt):
             found.update(_names_in(expr))
+    for directive in cascade.schedule:
+        if isinstance(directive, Fold):
+            found.update(_names_of_fold(directive))
     found.update(definition.name for definition in cascade.uses)
     return found
+
+
+def _names_of_fold(fold: Fold) -> Iterator[str]:
+    """The names of a fold; a primed one says nothing but its state."""
+    yield from (fold.rank, *fold.state, *fold.update, *fold.finalize)
+    for piece in fold_parts(fold):
+        yield from (piece.target.name, *piece.target.ranks)
+    for expr in fold_expressions(fold):
+        yield from _names_in(expr)
+    yield from (name.removesuffix("'") for name in tensors_read(fold_expressions(fold)))
 
 
 def _names_in(expr: Expr) -> Iterator[str]:

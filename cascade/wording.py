@@ -9,12 +9,15 @@ from collections.abc import Iterable
 from cascade.errors import Span, quoted_list
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+PRIMED = re.compile(r"[A-Za-z_][A-Za-z0-9_]*'")  # a partial state, in the merge of a fold
 MAX_NAME = 60  # characters of a name that a message shows
 MAX_CANDIDATES = 5_000  # names that are compared with a misspelt one
 
 
 def quote(name: str) -> str:
     """The name in quotes, cut where it is long and inert where it is no name at all."""
+    if PRIMED.fullmatch(name) and len(name) <= MAX_NAME:
+        return f'"{name}"'
     shown = name if NAME.fullmatch(name) else ascii(name)[1:-1]
     return f"'{shown[:MAX_NAME]}...'" if len(shown) > MAX_NAME else f"'{shown}'"
 

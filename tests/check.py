@@ -8,9 +8,10 @@ A case file is a program with its own expected outcome:
     <expected text>
 
 The commands: `parse` and `show [--after PASS]` expect canonical text, `verify` expects `ok`, `trace [name]` runs
-Python source and expects the text of the function it compiles, and one or more spellings of passes, such as `inline
-canonicalize`, expect the text after them. A program that is refused expects the rendered diagnostics; positions are
-those in the case file. Passes are executed as well: the driver checks round trip and meaning after each of them.
+Python source and expects the text of the function it compiles, `pass-count [rank]` expects the passes over one rank or
+every rank, and one or more spellings of passes, such as `inline canonicalize`, expect the text after them. A program
+that is refused expects the rendered diagnostics; positions are those in the case file. Passes are executed as well: the
+driver checks round trip and meaning after each of them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from cascade.frontend.build import parse_cascade
 from cascade.ir import Cascade
 from cascade.passes import PASSES
 from cascade.passes.base import parse_pass
+from cascade.passes.pass_count import Passes, all_passes
 from cascade.pipeline import run_pipeline
 from cascade.text import render
 from cascade.verify import verify
@@ -135,6 +137,26 @@ def run_trace(case: Case) -> str:
     return render(cascade)
 
 
+def run_pass_count(case: Case) -> str:
+    """The passes over every rank of the canonical cascade, or over the one that the case names."""
+    counts = all_passes(run_pipeline(parsed(case), "canonicalize", check=2).final)
+    return "".join(passes_text(counts[rank]) for rank in case.options or counts)
+
+
+def passes_text(passes: Passes) -> str:
+    """`n: 3 passes, 5 phases`, and below it the passes over each input and the witness."""
+    levels = f" ({', '.join(passes.levels)})" if passes.levels != (passes.rank,) else ""
+    counts = f"{amount(passes.count, 'pass', 'passes')}, {amount(passes.phases, 'phase', 'phases')}"
+    inputs = ", ".join(f"{name} {count}" for name, count in passes.inputs.items()) or "none"
+    witness = ", ".join(passes.witness) or "none"
+    return f"{passes.rank}{levels}: {counts}\n  inputs: {inputs}\n  witness: {witness}\n"
+
+
+def amount(count: int, one: str, many: str) -> str:
+    """`1 pass`, `2 passes`."""
+    return f"{count} {one if count == 1 else many}"
+
+
 def run_passes(case: Case) -> str:
     """The text after the passes of the case, each checked by the driver, and the meaning on more inputs."""
     passes = [parse_pass(word, PASSES) for word in (case.command, *case.options)]
@@ -149,6 +171,7 @@ COMMANDS: dict[str, Callable[[Case], str]] = {
     "verify": run_verify,
     "show": run_show,
     "trace": run_trace,
+    "pass-count": run_pass_count,
 }
 
 

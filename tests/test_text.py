@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cascade.compiled import specialise
 from cascade.errors import CascadeError, ParseError, Span
 from cascade.frontend.build import decode, library_uses, parse_cascade, parse_program
 from cascade.frontend.library import library_names, library_source
@@ -21,13 +22,14 @@ from cascade.frontend.resolve import MAX_DEPTH
 from cascade.frontend.uses import needs, ordered_uses, reachable
 from cascade.interp import Precision, run
 from cascade.ir import (
-    Apply, Call, Cascade, Cast, Const, Definition, Directive, DType, Einsum, Expr, Extent, Function, Fuse, Init, Local,
-    Mesh, Param, Part, Rank, Read, Reduce, Result, Shard, Split, Stmt, Stream, Target, Tile, TopK, Use, Wait,
+    Apply, Call, Cascade, Cast, Const, Definition, Directive, DType, Einsum, Expr, Extent, Fold, FoldInit, FoldMerge,
+    Function, Fuse, Init, Local, Mesh, Param, Part, Rank, Read, Reduce, Result, Shard, Split, Stmt, Stream, Target,
+    Tile, TopK, Use, Wait,
 )  # fmt: skip
 from cascade.ops import LIBRARY_REDUCTIONS, OPS, REDUCERS
 from cascade.text import render, render_expr
 from cascade.verify import verify
-from cascade.walk import expressions, targets, walk
+from cascade.walk import expressions, fold_expressions, names, targets, walk
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.cascade"))
 HEAD = "cascade f(A[M,K], B[K,N]) -> Z[M,N] {\n"
@@ -106,6 +108,29 @@ class Generator:
         inits = tuple(Init("i", -1 - at, self.expr(1)) for at in range(self.rng.choice((0, 0, 1, 2))))
         return Einsum(Target(name, RANKS), self.expr(self.rng.randint(0, 5)), where, inits)
 
+    def fold(self) -> Fold:
+        """A fold with any of its parts left out, and the words of its own lines for names."""
+        names = ("Z0", "state", "init_0", "fold", "merge", "empty")
+
+        def some() -> tuple[str, ...]:
+            return tuple(self.rng.sample(names, self.rng.randint(0, 3)))
+
+        def left() -> Target:
+            return Target(self.rng.choice(names), tuple(self.rng.sample(RANKS, self.rng.randint(0, 2))))
+
+        def right() -> Expr:
+            partial = Read(f"{self.rng.choice(names)}'", self.rng.choice(((), (Rank("i"),))))
+            return self.rng.choice((partial, Read("empty", ()), Apply("mul", (partial, self.plain(2))), self.plain(3)))
+
+        inits = tuple(FoldInit(left(), self.rng.choice((None, right()))) for _ in range(self.rng.randint(0, 3)))
+        merges = tuple(FoldMerge(left(), right()) for _ in range(self.rng.randint(0, 3)))
+        return Fold(self.rng.choice(RANKS), some(), inits, some(), merges, some())
+
+    def plain(self, depth: int) -> Expr:
+        """An expression without functions of the program."""
+        found = self.expr(depth)
+        return found if not any(isinstance(node, Use) for node in walk(found)) else self.leaf(())
+
     def cascade(self) -> Cascade:
         inner = Cascade(
             "inner",
@@ -125,6 +150,8 @@ class Generator:
         params = (Param("A", DType.BF16, ("N", 3)), Param("B", None, ("M",)), Param("s", None, ()))
         results = (Result("Z0", None, ("N",), Const(self.rng.choice(NUMBERS))), Result("Z0", DType.BOOL, ()))
         schedule = tuple(self.rng.sample(SCHEDULE, self.rng.randint(0, 5)))
+        if any(targets(stmt) for stmt in body):  # else a bare name in a fold is no rank variable
+            schedule += tuple(self.fold() for _ in range(2))
         cascade = Cascade("random", params, results, body, schedule)
         graph = {**{d.name: needs(d) for d in found}, "random": needs(cascade)}
         used = [d for d in found if d.name in reachable("random", graph)]
@@ -227,6 +254,43 @@ def test_a_name_of_the_file_goes_before_the_library() -> None:
 def test_library_definitions_come_with_what_they_use() -> None:
     assert [d.name for d in library_uses(["layernorm"])] == ["mean", "layernorm_eps", "layernorm"]
     assert {d.name for d in library_uses(list(library_names()))} == set(library_names())
+
+
+FOLD = """\
+cascade f(S[M,N], s[M]) -> O[M] {
+    R[m] = max[n] S[m,n]
+    D[m] = sum[n] exp(S[m,n] - R[m])
+    O[m] = D[m] / N
+} schedule {
+    fold n {
+        state R, D
+        init R[m] = s[m] + N
+        init D[m] = empty
+        update R, D
+        merge R[m] = R'[m]
+        merge D[m] = D'[m] * exp(R'[m] - R[m]) * N
+        finalize O
+    }
+}
+"""
+
+
+def test_names_in_a_fold_are_resolved() -> None:
+    cascade = parse_cascade(FOLD)
+    (fold,) = cascade.schedule
+    assert isinstance(fold, Fold)
+    m = (Rank("m"),)
+    assert fold.init[0].expr == Apply("add", (Read("s", m), Extent("N"))) and fold.init[1].expr is None
+    assert fold.merge[0].expr == Read("R'", m)
+    assert names(cascade) == {*"fSMNsORDmn"}
+    assert all(node.span for expr in fold_expressions(fold) for node in walk(expr))
+    assert place(fold.span) == (6, 5, 13, 19)
+    assert place(fold.init[1].span) == (9, 14, 9, 26) and place(fold.merge[0].span) == (11, 9, 11, 27)
+
+
+def test_a_fold_is_specialised() -> None:
+    text = render(specialise(parse_cascade(FOLD), {"N": 8}))
+    assert "init R[m] = s[m] + 8" in text and "exp(R'[m] - R[m]) * 8" in text and "N" not in text
 
 
 # --- spans -----------------------------------------------------------------------------------------------------------
@@ -355,7 +419,7 @@ def test_an_unknown_cascade_is_answered_with_the_closest() -> None:
 
 
 PIECES = """cascade schedule def where init fill topk and or not cast true inf sum[ max softmax exp( split mesh over at on into
-wait stream fuse [ ] ( ) { } = == ; , . : -> ?? < * // - + 1 2.5 1e9 A B x y n m # @ & $"""
+wait stream fuse fold state update merge finalize empty R' [ ] ( ) { } = == ; , . : -> ?? < * // - + 1 2.5 1e9 A B x y n m # @ & $"""
 WORDS = [*PIECES.split(), "\n", "\r", "\t", "\0", "é", "\u202e"]
 
 

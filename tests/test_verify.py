@@ -20,13 +20,14 @@ from cascade.frontend.build import parse_cascade
 from cascade.inference import F8, FLOATS, bind_sizes, infer_dtypes, infer_shapes, promote
 from cascade.interp import Precision, run
 from cascade.ir import (
-    Apply, Cascade, Const, DType, Einsum, Expr, Extent, Fuse, Init, Mesh, Param, Part, Rank, Read, Reduce, Result,
-    Split, Stream, Target, Tile, TopK, Use, Wait,
+    Apply, Cascade, Const, DType, Einsum, Expr, Extent, Fold, FoldInit, FoldMerge, Fuse, Init, Mesh, Param, Part, Rank,
+    Read, Reduce, Result, Split, Stream, Target, Tile, TopK, Use, Wait,
 )  # fmt: skip
 from cascade.scopes import facts, scan, signatures, visible
 from cascade.values import FROM_TORCH
 from cascade.verify import canonical, findings, inlined, verify, well_formed
 from cascade.verify.program import strongly_connected
+from cascade.walk import rewrite
 from tests.generate import random_cascade
 
 ATTENTION = """
@@ -247,6 +248,63 @@ def test_groups_are_legal_where_streaming_them_is_right(size: int) -> None:
         assert (not findings(cascade)) == streams, group
 
 
+FOLDED = """
+cascade attention(S[M,N], V[N,F]) -> O[M,F] {
+    R[m] = max[n] S[m,n]
+    P[m,n] = exp(S[m,n] - R[m])
+    D[m] = sum[n] P[m,n]
+    T[m,f] = sum[n] P[m,n] * V[n,f]
+    O[m,f] = T[m,f] / D[m]
+} schedule {
+    fold n {
+        state R, D, T
+        init R[m] = empty
+        init D[m] = empty
+        init T[m,f] = empty
+        update R, P, D, T
+        merge R[m] = R'[m]
+        merge D[m] = D'[m] * exp(R'[m] - R[m])
+        merge T[m,f] = T'[m,f] * exp(R'[m] - R[m])
+        finalize O
+    }
+}
+"""
+
+
+def refolded(**changes: object) -> Cascade:
+    """Attention in one trip, with a changed fold."""
+    cascade = parse_cascade(FOLDED)
+    fold = cascade.schedule[0]
+    assert isinstance(fold, Fold)
+    return dataclasses.replace(cascade, schedule=(dataclasses.replace(fold, **changes),))  # type: ignore[arg-type]
+
+
+def test_a_fold_is_complete() -> None:
+    verify(refolded())
+    verify(refolded(finalize=()))
+    fold = refolded().schedule[0]
+    assert isinstance(fold, Fold)
+    for at in range(3):
+        for part in ("state", "init", "merge"):
+            rest = getattr(fold, part)[:at] + getattr(fold, part)[at + 1 :]
+            assert "C249" in codes(refolded(**{part: rest})), (part, at)
+    for at in range(4):  # nothing but the fold needs a block of P or an unfinished state
+        assert codes(refolded(update=fold.update[:at] + fold.update[at + 1 :])), at
+    assert set(codes(refolded(rank="f"))) >= {"C243", "C249"}
+
+
+def test_a_fold_is_updated_in_order() -> None:
+    for order in itertools.permutations("RPDT"):
+        allowed = order[:2] == ("R", "P")
+        assert (not findings(refolded(update=order))) == allowed, order
+
+
+def test_a_fold_keeps_what_it_mentions() -> None:
+    text = FOLDED.replace("} schedule", "    U[m] = R[m] * 2\n} schedule")
+    assert [found.message for found in canonical.holds(parse_cascade(text))] == ["nothing needs 'U'"]
+    assert canonical.holds(parse_cascade(text.replace("finalize O", "finalize O, U"))) == ()
+
+
 # --- invariants ------------------------------------------------------------------------------------------------------
 
 
@@ -321,6 +379,15 @@ def nonsense(rng: random.Random, depth: int) -> Expr:
     return rng.choice(forms)()
 
 
+def primed(rng: random.Random, expr: Expr) -> Expr:
+    """The expression with some reads of partial states."""
+
+    def change(node: Expr) -> Expr:
+        return Read(f"{node.tensor}'", node.index) if isinstance(node, Read) and rng.random() < 0.5 else node
+
+    return rewrite(expr, change)
+
+
 def rubbish(seed: int) -> Cascade:
     """A random cascade that is all but certain to be wrong."""
     rng = random.Random(seed)
@@ -345,10 +412,15 @@ def rubbish(seed: int) -> Cascade:
             else:
                 yield Einsum(target, expr, where, inits)
 
+    def fold() -> Fold:
+        inits = tuple(FoldInit(Target(rng.choice(NAMES), ranks()), rng.choice((None, nonsense(rng, 2)))) for _ in "ab")
+        merges = tuple(FoldMerge(Target(rng.choice(NAMES), ranks()), primed(rng, nonsense(rng, 2))) for _ in "ab")
+        return Fold(rng.choice(NAMES), ranks(), inits, ranks(), merges, ranks())
+
     part = Part(rng.choice(NAMES), rng.choice((None, 0, 5)))
     schedule = (
         Fuse(ranks(), rng.choice(NAMES)), Tile(((rng.choice(NAMES), rng.randint(-1, 4)),)), Stream("s", (part, part)),
-        Wait(part, part), Mesh("tp", rng.choice((0, "K"))), Split(rng.choice(NAMES), None, ()),
+        fold(), Wait(part, part), Mesh("tp", rng.choice((0, "K"))), Split(rng.choice(NAMES), None, ()),
     )  # fmt: skip
     params = tuple(Param(rng.choice(NAMES), rng.choice((None, DType.I8)), sizes()) for _ in range(rng.randint(0, 3)))
     results = tuple(Result(rng.choice(NAMES), DType.BOOL, sizes(), Const(0.5)) for _ in range(rng.randint(0, 2)))

@@ -14,10 +14,12 @@ from lark.exceptions import UnexpectedToken
 
 from cascade.errors import Diagnostic, Source
 from cascade.frontend.characters import character_mistakes
-from cascade.frontend.nodes import PRODUCT, CascadeText, DefinitionText, Equation, Header, Mistake
+from cascade.frontend.nodes import (
+    PRODUCT, CascadeText, Clause, DefinitionText, Equation, FoldHead, Header, Mistake, fold_of,
+)  # fmt: skip
 from cascade.frontend.parser import accepted, feed, finish, interactive, parse, scan
 from cascade.frontend.pieces import EXAMPLE, MAX_FOUND, Cutter, Piece, after
-from cascade.frontend.tokens import CONNECTIVES, DIRECTIVES, Word, layout
+from cascade.frontend.tokens import CLAUSES, CONNECTIVES, DIRECTIVES, Word, layout
 from cascade.ir import Directive, Read
 from cascade.ops import RESERVED
 from cascade.wording import closest, quote
@@ -75,6 +77,8 @@ class Assembly:
     header: Header | None = None
     body: list[Equation] = field(default_factory=list)
     directives: list[Directive] = field(default_factory=list)
+    head: FoldHead | None = None  # of the fold at hand, unless it has a mistake: then its lines are passed over
+    clauses: list[Clause | None] = field(default_factory=list)  # None for one that is lost
     whole: bool = True  # no header or `def` is lost
     broken_off: str | None = None  # the help for the statement before, if it ended too early
 
@@ -84,6 +88,8 @@ class Assembly:
         if piece.rule == "statement" and (self.broken_off == LIST_GOES_ON or (self.broken_off and not equation)):
             self.broken_off = GOES_ON if self.broken_off == GOES_ON else None
             return  # the rest of the statement before
+        if piece.rule in ("clause", "fold_end") and self.passed_over(piece):
+            return
         value: Any = None
         self.broken_off = None
         if piece.sound and all(word.isascii() for word in piece.words):  # else its mistake is known
@@ -93,20 +99,44 @@ class Assembly:
                 self.found.append(mistake.diagnostic)
                 help_ = mistake.diagnostic.help
                 self.broken_off = help_ if help_ in (GOES_ON, LIST_GOES_ON) else None
-                if self.broken_off and mistake.diagnostic.span == piece.words[0].span and self.body:
+                first = mistake.diagnostic.span == piece.words[0].span
+                if self.broken_off and first and piece.rule == "statement" and self.body:
                     self.body[-1] = replace(self.body[-1], expr=None)  # it should have gone on here
                     return
+        self.keep(piece, value)
+
+    def keep(self, piece: Piece, value: Any) -> None:
+        """Puts what the grammar made of a piece where it belongs; None where the piece is lost."""
         if piece.rule == "statement":
             value = value or lost(piece.words)
             self.body += [value] if value else []
         elif piece.rule == "directive":
             self.directives += [value] if value else []
+        elif piece.rule == "fold_head":
+            self.head, self.clauses = value, []
+        elif piece.rule == "clause":
+            self.clauses.append(value)
         elif piece.rule == "header":
             self.end()
             self.header = value
         else:
             self.done += [value] if value else []
-        self.whole &= value is not None or piece.rule == "directive"
+        self.whole &= value is not None or piece.rule in IN_SCHEDULE
+
+    def passed_over(self, piece: Piece) -> bool:
+        """Whether a piece of a fold is not to be parsed: its end, and what belongs to a mistake before."""
+        if self.head is None:
+            return True
+        if piece.rule == "clause":
+            return self.broken_off is not None and piece.words[0] not in CLAUSES
+        if len(piece.words) > 1:
+            found = piece.words[1]
+            message = f"expected the end of the line, found {quote(found)}"
+            self.found.append(Diagnostic("C105", message, found.span))
+        elif (clauses := [clause for clause in self.clauses if clause is not None]) == self.clauses:
+            self.directives.append(fold_of(self.head, clauses))
+        self.head = self.broken_off = None
+        return True
 
     def end(self) -> None:
         """The end of the cascade at hand."""
@@ -122,16 +152,19 @@ class Assembly:
         return tuple(self.done) if self.whole else None
 
 
+IN_SCHEDULE = ("directive", "fold_head", "clause")
+
+
 def lost(words: list[Word]) -> Equation | None:
     """A statement that cannot be read: only the names on its left are known."""
     left, depth = list[Read](), 0
     for word in words:
         if word.type == "EQUAL":
             return Equation(tuple(left), None, None, (), None, words[0].span.to(words[-1].span)) if left else None
-        if word.type == "NAME" and depth == 0:
-            left.append(Read(str(word), (), span=word.span))
+        if word.type in ("NAME", "PRIMED") and depth == 0:
+            left.append(Read(word.removesuffix("'"), (), span=word.span))
         depth += {"LSQB": 1, "RSQB": -1}.get(word.type, 0)
-    if len(words) > 1 and words[0].type == "NAME" and words[1].type == "LSQB":
+    if left and len(words) > 1 and words[0].type in ("NAME", "PRIMED") and words[1].type == "LSQB":
         return Equation((left[0],), None, None, (), None, words[0].span.to(words[-1].span))
     return None
 
@@ -141,7 +174,7 @@ def lost(words: list[Word]) -> Equation | None:
 
 def parse_piece(piece: Piece) -> Any:
     """What the grammar makes of a piece; raises its mistake."""
-    words = layout(piece.words, piece.rule == "directive")
+    words = layout(piece.words, WITHIN.get(piece.rule, ()))
     if piece.rule != "program":
         words.pop()
     parser, taken = interactive(piece.rule), 0
@@ -152,6 +185,9 @@ def parse_piece(piece: Piece) -> Any:
         return finish(parser)
     except UnexpectedToken:
         raise explain(piece.rule, words, taken) from None
+
+
+WITHIN = {"directive": ("schedule",), "fold_head": ("schedule",), "clause": ("fold",)}
 
 
 def explain(rule: str, words: Sequence[Word], at: int) -> Mistake:
@@ -169,7 +205,7 @@ def explain(rule: str, words: Sequence[Word], at: int) -> Mistake:
     if before is not None and before.type == "REDUCER" and "LSQB" in accepts and not starts_operand(found):
         return Mistake("C201", f"'{before}' is reserved", before, f"choose another name, such as {before}1")
     wanted = expected(rule, accepts)
-    shown = "the end of the line" if found is None else quote(found)
+    shown = quote(found) if found is not None else "'{'" if rule == "fold_head" else "the end of the line"
     return Mistake("C105", f"expected {wanted}, found {shown}", where, hint(rule, accepts, before, found))
 
 
@@ -180,7 +216,7 @@ def takes_operand(accepts: frozenset[str]) -> bool:
 
 def starts_operand(found: Word | None) -> bool:
     """Whether a word may begin an expression."""
-    return found is not None and found.type in ("NAME", "REDUCER", "INT", "FLOAT", "LPAR", "MINUS")
+    return found is not None and found.type in ("NAME", "PRIMED", "REDUCER", "INT", "FLOAT", "LPAR", "MINUS")
 
 
 def expected(rule: str, accepts: frozenset[str]) -> str:
@@ -194,7 +230,7 @@ def expected(rule: str, accepts: frozenset[str]) -> str:
     else:
         wanted = [shown for kind, shown in SHOWN.items() if kind in accepts]
     if "$END" in accepts and not takes_operand(accepts):
-        wanted.append("'{'" if rule == "header" else "the end of the line")
+        wanted.append("'{'" if rule in ("header", "fold_head") else "the end of the line")
     first, last = ", ".join(wanted[:-1]), wanted[-1] if wanted else "nothing more"
     return f"{first} or {last}" if first else last
 
@@ -202,8 +238,8 @@ def expected(rule: str, accepts: frozenset[str]) -> str:
 SHOWN = {
     "NAME": "a name", "INT": "a number", "LSQB": "'['", "RSQB": "']'", "LPAR": "'('", "RPAR": "')'", "LBRACE": "'{'",
     "RBRACE": "'}'", "COLON": "':'", "COMMA": "','", "EQUAL": "'='", "ARROW": "'->'", "DOT": "'.'", "OVER": "'over'",
-    "INTO": "'into'", "AT": "'at'", "ON": "'on'", "MESH": "a directive", "_NL": "the end of the line",
-    "CASCADE": "a cascade", "DEF": "a def",
+    "INTO": "'into'", "AT": "'at'", "ON": "'on'", "MESH": "a directive", "STATE": "a line of a fold",
+    "_NL": "the end of the line", "CASCADE": "a cascade", "DEF": "a def",
 }  # fmt: skip
 
 INSTEAD = {
@@ -248,13 +284,21 @@ def hint(rule: str, accepts: frozenset[str], before: Word | None, found: Word | 
         return "comparisons do not chain: write a < b and b < c"
     if kind == "TIMES" and last == "TIMES" and takes_operand(accepts):
         return "a power is pow(a, b)" if found == before == "*" else None
+    if kind == "PRIMED" and "NAME" in accepts and not takes_operand(accepts):
+        return "what is defined has no prime: the merge of a fold reads primed names, the states of a part"
+    if kind == "EMPTY":
+        return "only a first state may be `empty`: init R[m] = empty"
+    if kind == "WHERE" and rule == "clause":
+        return "what is filtered stands in the statements of the fold: a merge takes every element"
+    if rule == "fold_head":
+        return "a fold goes along one rank: fold n { ... }"
     if kind == "WHERE":
         return "a filter stands once, at the end of a statement and before `init`"
     if "TIMES" in accepts and kind != "MINUS" and starts_operand(found):
         return PRODUCT
     if rule == "header":
         return EXTENTS if "COLON" in accepts or kind in ("MINUS", "FLOAT") else None
-    return directive_hint(accepts, found) if rule == "directive" and found is not None else None
+    return directive_hint(accepts, found) if rule in ("directive", "clause") and found is not None else None
 
 
 def equation_hint(rule: str, kind: str, found: Word | None) -> str | None:
@@ -269,7 +313,10 @@ def equation_hint(rule: str, kind: str, found: Word | None) -> str | None:
 
 
 def directive_hint(accepts: frozenset[str], found: Word) -> str | None:
-    """The closest word of a schedule."""
+    """The closest word of a schedule, or of a fold in it."""
+    if "STATE" in accepts:
+        close = closest(found, CLAUSES)
+        return f"did you mean {quote(close)}?" if close else f"lines of a fold: {', '.join(CLAUSES)}"
     words = DIRECTIVES if "MESH" in accepts else [word for word in CONNECTIVES if word.upper() in accepts]
     close = closest(found, words)
     if close:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -17,8 +18,8 @@ from lark import Transformer, v_args
 from cascade.errors import Diagnostic, Span, quoted_list
 from cascade.frontend.tokens import Word
 from cascade.ir import (
-    Apply, Cast, Const, Directive, DType, Expr, Fuse, Given, Mesh, Param, Part, Read, Reduce, Result, Shard, Size,
-    Split, Stream, Tile, Use, Wait,
+    Apply, Cast, Const, Directive, DType, Expr, Fold, FoldInit, FoldMerge, Fuse, Given, Mesh, Param, Part, Read, Reduce,
+    Result, Shard, Size, Split, Stream, Target, Tile, Use, Wait,
 )  # fmt: skip
 from cascade.ops import FUNCTIONS, INFIX, REDUCERS, RESERVED
 from cascade.wording import closest, quote
@@ -80,6 +81,9 @@ class CascadeText:
 
 
 DefinitionText: TypeAlias = FunctionText | CascadeText
+FoldHead: TypeAlias = tuple[Word, Word]  # `fold`, and the rank
+Clause: TypeAlias = tuple[Word, ...] | FoldInit | FoldMerge
+"""A line of a fold: `state`, `update` or `finalize` with names, or a first state or a merge with names unresolved."""
 Header: TypeAlias = tuple[Word, tuple[Param, ...], tuple[Result, ...], tuple[Given, ...], Span]
 
 
@@ -243,6 +247,22 @@ class Nodes(Transformer[Word, Any]):
         *statements, _over, rank = names
         return Fuse(tuple(str(name) for name in statements), str(rank), span=across(word, rank))
 
+    def fold_head(self, word: Word, rank: Word) -> FoldHead:
+        return word, rank
+
+    def fold(self, head: FoldHead, *clauses: Clause) -> Fold:
+        return fold_of(head, clauses)
+
+    def fold_names(self, *words: Word) -> tuple[Word, ...]:
+        return words
+
+    def fold_init(self, target: Read, first: Expr | Word) -> FoldInit:
+        expr = None if isinstance(first, Word) else first
+        return FoldInit(target_of(target), expr, span=across(target, first))
+
+    def fold_merge(self, word: Word, target: Read, expr: Expr) -> FoldMerge:
+        return FoldMerge(target_of(target), expr, span=across(word, expr))
+
     def tiles(self, word: Word, *tiles: tuple[Word, Word]) -> Tile:
         sizes = tuple((str(rank), integer(extent)) for rank, extent in tiles)
         return Tile(sizes, span=across(word, tiles[-1][1]))
@@ -280,6 +300,27 @@ def across(first: Word | Expr | Param | Part, last: Word | Expr | Param | Result
     start = first.span
     assert start is not None  # every node of the frontend has a span
     return start.to(last.span)
+
+
+def fold_of(head: FoldHead, clauses: Iterable[Clause]) -> Fold:
+    """The fold of these lines; several lines of names of one kind count as one."""
+    names: dict[str, list[str]] = {"state": [], "update": [], "finalize": []}
+    init, merge, span = list[FoldInit](), list[FoldMerge](), across(*head)
+    for clause in clauses:
+        if isinstance(clause, tuple):
+            names[clause[0]] += [str(name) for name in clause[1:]]
+        elif isinstance(clause, FoldInit):
+            init.append(clause)
+        else:
+            merge.append(clause)
+        span = span.to(clause[-1].span if isinstance(clause, tuple) else clause.span)
+    state, update, finalize = (tuple(listed) for listed in names.values())
+    return Fold(str(head[1]), state, tuple(init), update, tuple(merge), finalize, span=span)
+
+
+def target_of(left: Read) -> Target:
+    """The target that a left side names."""
+    return Target(left.tensor, rank_names(left.index), span=left.span)
 
 
 def own_name(word: Word) -> str:

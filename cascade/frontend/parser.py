@@ -15,7 +15,7 @@ from cascade.frontend.nodes import Mistake, Nodes
 from cascade.frontend.tokens import Word
 
 MAX_WORDS = 20_000  # of one statement: far above what anybody writes, far below what takes a second to parse
-STARTS = ("program", "header", "statement", "directive", "function")
+STARTS = ("program", "header", "statement", "directive", "fold_head", "clause", "function")
 
 
 class KeepUnknown:

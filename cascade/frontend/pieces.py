@@ -1,5 +1,7 @@
 """A text that does not parse, cut into the pieces that can be parsed alone: headers, statements, directives, `def`s.
 
+A fold is cut into its head, its lines ("clause") and its end, so that a mistake in one line says nothing about others.
+
 Statements end at newlines, so that a mistake in one says nothing about the next. Brackets are matched here; where one
 is never closed, its piece ends before the first line that can only be a new one.
 """
@@ -16,6 +18,8 @@ OPENS = ("LPAR", "LSQB")
 CLOSES = {"RPAR": "LPAR", "RSQB": "LSQB", "RBRACE": "LBRACE"}
 PARTNER = {"(": ")", "[": "]", "{": "}"}
 NEVER_ENCLOSED = ("CASCADE", "DEF", "SCHEDULE", "EQUAL", "LBRACE", "RBRACE")
+UNFINISHED = ("body", "schedule", "brace", "fold")
+RULES = {"body": "statement", "fold": "clause"}
 MAX_FOUND = 20
 EXAMPLE = """\
     cascade matmul(A[M,K], B[K,N]) -> Z[M,N] {
@@ -38,8 +42,10 @@ class Cutter:
     pieces: list[Piece] = field(default_factory=list)
     found: list[Diagnostic] = field(default_factory=list)
     whole: bool = True  # every brace has its partner, nothing stands outside of a definition
-    inside: str = "top"  # or "stray", "body", "end" (of a body), "brace" (of a schedule, expected), "schedule"
-    brace: Word | None = None  # the one that opened the body or the schedule
+    inside: str = "top"  # or "stray", "body", "end" (of a body), "brace" (of a schedule, expected), "schedule", "fold"
+    brace: Word | None = None  # the one that opened the body, the schedule or the fold
+    outer: Word | None = None  # the one of the schedule around a fold
+    tail: Piece | None = None  # the end of a fold, to which the rest of its line belongs
     open: list[Word] = field(default_factory=list)
     piece: Piece | None = None
 
@@ -56,16 +62,22 @@ class Cutter:
         if self.open:
             self.unclosed(None)
         self.end()
-        if self.inside in ("body", "schedule", "brace"):
+        if self.inside in UNFINISHED:
             self.unclosed_brace()
 
     def newline(self, word: Word, following: str) -> None:
         """A newline ends a piece outside brackets and headers, unless the next line continues it."""
+        self.tail = None
+        goes_on = following in ("WHERE", "INIT", "DEFAULT") and (following != "INIT" or self.inside != "fold")
         if self.piece is None:
             if self.inside == "end" and following != "SCHEDULE":
                 self.inside = "top"
-        elif self.open or self.piece.rule == "header" or (following in ("WHERE", "INIT", "DEFAULT") and word != ";"):
+        elif self.open or self.piece.rule == "header" or (goes_on and word != ";"):
             self.piece.words.append(word)
+        elif self.heads_fold():
+            self.found.append(Diagnostic("C105", "expected '{' after the head of a fold", after(self.piece.words[-1])))
+            self.piece.sound = False
+            self.start_fold(None)
         else:
             self.end()
 
@@ -77,7 +89,7 @@ class Cutter:
         elif self.piece and self.piece.rule == "header" and self.ends_header(kind):
             self.header_without_brace(word)
         elif kind in ("CASCADE", "DEF") and self.piece is None:
-            if self.inside in ("body", "schedule", "brace"):
+            if self.inside in UNFINISHED:
                 self.unclosed_brace()
             self.inside = "top"
             self.piece = Piece("header" if kind == "CASCADE" else "function", [word])
@@ -107,7 +119,7 @@ class Cutter:
             if self.inside == "stray":
                 self.piece = Piece("stray", [word])
                 return
-            self.piece = Piece("statement" if self.inside == "body" else "directive")
+            self.piece = self.tail or Piece(RULES.get(self.inside, "directive"))
         self.piece.words.append(word)
         if word.type in OPENS:
             self.open.append(word)
@@ -165,18 +177,38 @@ class Cutter:
             self.inside, self.brace = "body", word
         elif self.piece is None and self.inside == "brace":
             self.inside, self.brace = "schedule", word
+        elif self.heads_fold():
+            self.start_fold(word)
+        elif self.piece is None and self.inside == "fold" and self.brace is None:
+            self.brace = word
         else:
             self.add(word)
             self.open.append(word)
 
     def right_brace(self, word: Word) -> None:
-        """The end of a body or a schedule."""
+        """The end of a body, a schedule or a fold."""
         self.end()
+        if self.inside == "fold":
+            self.inside, self.brace = "schedule", self.outer
+            self.tail = Piece("fold_end", [word])
+            self.pieces.append(self.tail)
+            return
         if self.inside in ("body", "schedule"):
             self.inside = "end" if self.inside == "body" else "top"
         elif self.inside != "stray":
             self.complain("C104", f"'{word}' closes nothing", word.span)
             self.inside = "top"
+
+    def heads_fold(self) -> bool:
+        """Whether the piece at hand is the head of a fold, the open brackets aside."""
+        return self.inside == "schedule" and self.piece is not None and self.piece.words[0] == "fold"
+
+    def start_fold(self, brace: Word | None) -> None:
+        """The start of the lines of a fold, behind its head."""
+        assert self.piece is not None
+        self.piece.rule = "fold_head"
+        self.end()
+        self.inside, self.outer, self.brace = "fold", self.brace, brace
 
     def unclosed_brace(self) -> None:
         """Reports the brace of a body or schedule that goes on to the end, or into the next definition."""
@@ -203,7 +235,7 @@ class Cutter:
 
     def end(self) -> None:
         """The end of the piece at hand."""
-        if self.piece is not None and self.piece.rule != "stray":
+        if self.piece is not None and self.piece.rule != "stray" and self.piece is not self.tail:
             self.pieces.append(self.piece)
         self.piece = None
 

@@ -11,13 +11,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from cascade.errors import Diagnostic, Span
-from cascade.frontend.nodes import PRODUCT, CascadeText, Equation, FunctionText, Mistake, across, rank_names
+from cascade.frontend.nodes import (
+    PRODUCT, CascadeText, Equation, FunctionText, Mistake, across, rank_names, target_of,
+)  # fmt: skip
 from cascade.ir import (
-    Apply, Call, Cascade, Const, Einsum, Expr, Extent, Function, Init, Local, Param, Rank, Read, Reduce, Result, Stmt,
-    Target, TopK, Use,
+    Apply, Call, Cascade, Const, Directive, Einsum, Expr, Extent, Fold, Function, Init, Local, Param, Rank, Read,
+    Reduce, Result, Stmt, Target, TopK, Use,
 )  # fmt: skip
 from cascade.ops import FUNCTIONS, REDUCERS
-from cascade.walk import children, with_children
+from cascade.walk import children, fold_expressions, fold_parts, map_fold, with_children
 from cascade.wording import MAX_NAME, closest, pinpoint, quote
 
 MAX_DEPTH = 200  # of an expression: whatever comes later may recurse into one
@@ -86,8 +88,13 @@ def resolve_cascade(text: CascadeText, callees: Mapping[str, Callee]) -> Resolve
             lost.append(equation.span)
         elif len(scope.found) > before:
             doubtful.append(equation.span)
+    schedule: list[Directive] = []
+    for directive in text.schedule:
+        before, found = len(scope.found), scope.directive(directive)
+        schedule += [] if found is None else [found]
+        doubtful += [directive.span] if directive.span and len(scope.found) > before else []
     cascade = Cascade(
-        str(text.name), text.params, text.results, tuple(body), text.schedule, given=text.given, span=text.span
+        str(text.name), text.params, text.results, tuple(body), tuple(schedule), given=text.given, span=text.span
     )
     return Resolved(cascade, tuple(scope.found), tuple(doubtful), tuple(lost))
 
@@ -124,11 +131,20 @@ def rank_variables(expr: Expr) -> Iterator[str]:
         if isinstance(node, (Reduce, Use)):
             yield from node.ranks
         if isinstance(node, Read) and not node.index:
-            if in_index:
+            if in_index and not node.tensor.endswith("'"):
                 yield node.tensor
             continue
         inside = in_index or isinstance(node, Read)
         todo += [(child, depth + 1, inside) for child in children(node)]
+
+
+def fold_ranks(fold: Fold) -> Iterator[str]:
+    """Every name of a fold that stands where only a rank variable can."""
+    yield fold.rank
+    for part in fold_parts(fold):
+        yield from part.target.ranks
+    for expr in fold_expressions(fold):
+        yield from rank_variables(expr)
 
 
 def start(expr: Expr) -> Span | None:
@@ -182,7 +198,7 @@ class Scope:
                 return None
             help_ = "topk defines two, and a cascade as many as it has results: O, L = attention(Q, K, V)"
             raise Mistake("C109", "several left sides, but one value on the right", equation.targets[1], help_)
-        target = left_side(equation.targets[0])
+        target = target_of(equation.targets[0])
         where = None if equation.where is None else self.expr(equation.where)
         inits = tuple(self.init(target, left, value) for left, value in equation.inits)
         return Einsum(target, expr, where, inits, span=equation.span)
@@ -207,7 +223,7 @@ class Scope:
         if len(equation.targets) != 2:
             message = f"topk gives two tensors, values and coordinates; {len(equation.targets)} stand on the left"
             raise Mistake("C109", message, equation.targets[0], "write G[t,j], I[t,j] = topk[n, 2] R[t,n]")
-        values, coords = (left_side(target) for target in equation.targets)
+        values, coords = (target_of(target) for target in equation.targets)
         where = None if equation.where is None else self.expr(equation.where)
         return TopK(values, coords, rank, k, self.expr(body), where, span=equation.span)
 
@@ -229,6 +245,19 @@ class Scope:
         targets = tuple(target.tensor for target in equation.targets)
         args = tuple(arg.tensor for arg in use.args if isinstance(arg, Read))
         return Call(targets, callee.name, args, span=equation.span)
+
+    # --- schedule
+
+    def directive(self, directive: Directive) -> Directive | None:
+        """The directive with the names in its expressions resolved; None where one of them is too deep."""
+        if not isinstance(directive, Fold):
+            return directive
+        try:
+            self.ranks.update(fold_ranks(directive))
+            return map_fold(directive, self.expr)
+        except Mistake as mistake:
+            self.found.append(mistake.diagnostic)
+            return None
 
     # --- expressions
 
@@ -303,8 +332,3 @@ class Scope:
         own = f"def {name}[n](x) = ..." if use.ranks else f"def {name}(x) = ..."
         help_ = f"{meant}define it: {own}" if len(name) < MAX_NAME else None
         return Diagnostic("C203", f"function {quote(name)} is not defined", place, help_)
-
-
-def left_side(read: Read) -> Target:
-    """The target that a left side names; `equation_ranks` has seen that its indices are names."""
-    return Target(read.tensor, rank_names(read.index), span=read.span)

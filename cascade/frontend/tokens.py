@@ -7,11 +7,12 @@ What a grammar cannot say is done here: a newline ends a statement only outside 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from cascade.errors import Diagnostic, ParseError, Source, Span
 
-DIRECTIVES = ("mesh", "shard", "split", "fuse", "tile", "stream", "wait")
+DIRECTIVES = ("mesh", "shard", "split", "fuse", "fold", "tile", "stream", "wait")
+CLAUSES = ("state", "init", "update", "merge", "finalize")  # the lines of a fold
 CONNECTIVES = ("over", "into", "at", "on")
 AFTER_RESULT = ("RSQB", "INT", "FLOAT", "INF", "NAN", "TRUE", "FALSE")  # the end of a shape, or of a fill
 CONTINUES = ("WHERE", "INIT", "DEFAULT", "SCHEDULE")
@@ -52,19 +53,20 @@ class Word(str):
         return Word.at(self, type_, self.source, self.line, self.column)
 
 
-def layout(raw: Iterable[Word], directive: bool = False) -> list[Word]:
+def layout(raw: Iterable[Word], within: Sequence[str] = ()) -> list[Word]:
     """The words with an `_NL` exactly where a statement, directive or definition ends, and schedule words told apart.
 
-    A piece of a text may be laid out alone; of a directive one has to know that it is one.
+    A piece of a text may be laid out alone; of a directive, or a line of a fold, one has to know that it is one.
     """
     out: list[Word] = []
-    braces = ["schedule"] if directive else []  # what the open ones hold: statements, directives, or a set of names
+    braces = list(within)  # what the open ones hold: statements ("body"), a "schedule", a "fold", or a "set" of names
     depth, header = 0, False
     for word in raw:
         kind, before = word.type, out[-1].type if out else "_NL"
         if kind == "_NL":
             if depth or header or before in ("_NL", "LBRACE") or braces[-1:] == ["set"]:
                 continue
+            end_clause(out, braces)
         elif kind in ("LPAR", "LSQB"):
             depth += 1
         elif kind in ("RPAR", "RSQB"):
@@ -72,9 +74,11 @@ def layout(raw: Iterable[Word], directive: bool = False) -> list[Word]:
         elif kind == "CASCADE":
             header = not braces
         elif kind == "LBRACE":
-            braces.append("schedule" if before == "SCHEDULE" else "body" if header else "set")
+            fold = "FOLD" in (before, *(word.type for word in out[-2:-1]))
+            braces.append("schedule" if before == "SCHEDULE" else "body" if header else "fold" if fold else "set")
             depth, header = 0, False
         elif kind == "RBRACE":
+            end_clause(out, braces)
             held = braces.pop() if braces else "body"
             if held != "set" and before not in ("_NL", "LBRACE"):
                 out.append(word.retyped("_NL"))
@@ -82,13 +86,25 @@ def layout(raw: Iterable[Word], directive: bool = False) -> list[Word]:
             word = word.retyped("WITH")
         elif kind == "NAME" and braces[-1:] == ["schedule"]:
             word = schedule_word(word, before)
-        elif kind in CONTINUES and before == "_NL" and continues(out, kind):
+        elif kind == "NAME" and braces[-1:] == ["fold"]:
+            word = word.retyped(word.upper()) if word in CLAUSES and before in ("_NL", "LBRACE") else word
+        elif kind in CONTINUES and before == "_NL" and continues(out, kind) and (kind, *braces[-1:]) != FIRST_STATE:
             out.pop()
         out.append(word)
+    end_clause(out, braces)
     if out and out[-1].type != "_NL":
         last = out[-1]
         out.append(Word.at("", "_NL", last.source, last.line, last.end_column))
     return out
+
+
+FIRST_STATE = ("INIT", "fold")  # in a fold, `init` starts a line
+
+
+def end_clause(out: list[Word], braces: Sequence[str]) -> None:
+    """At the end of a line of a fold: `empty` that stands alone behind its `=` is the word."""
+    if braces[-1:] == ["fold"] and len(out) > 1 and out[-1] == "empty" and out[-2].type == "EQUAL":
+        out[-1] = out[-1].retyped("EMPTY")
 
 
 def continues(out: list[Word], kind: str) -> bool:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, assert_never
 
 from cascade.inference import infer_shapes, stated
-from cascade.ir import Call, Cascade, Einsum, Expr, Part, Rank, Read, Reduce, Stmt, Stream, Target, TopK, Wait
+from cascade.ir import Call, Cascade, Einsum, Expr, Fold, Part, Rank, Read, Reduce, Stmt, Stream, Target, TopK, Wait
 from cascade.order import units
 from cascade.verify import Invariant, canonical, inlined, well_formed
 from cascade.walk import (
@@ -139,6 +139,7 @@ def _scheduled(cascade: Cascade) -> list[str]:
             parts = (directive.part, directive.on)
         found += [part.name for part in parts]
         found += getattr(directive, "statements", ())
+        found += (*directive.update, *directive.finalize) if isinstance(directive, Fold) else ()
     return found
 
 

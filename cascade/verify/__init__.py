@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 from cascade.errors import Diagnostic, VerifyError
-from cascade.ir import Call, Cascade, Definition, Einsum, Function, Fuse, Reduce, Stream, Use, Wait
+from cascade.ir import Call, Cascade, Definition, Einsum, Fold, Function, Fuse, Reduce, Stream, Use, Wait
 from cascade.scopes import Signatures
 from cascade.verify.cycles import check_cycles
+from cascade.verify.folds import check_folds
 from cascade.verify.names import (
     check_meanings, check_repeated_ranks, check_results, check_single, check_spelling, check_undefined,
 )  # fmt: skip
@@ -61,6 +62,7 @@ RULES: tuple[Rule, ...] = (
     check_schedule_twice,
     check_waits,
     check_groups,
+    check_folds,
 )
 
 
@@ -157,6 +159,8 @@ def _dead(cascade: Cascade) -> Iterator[Diagnostic]:
     for directive in cascade.schedule:
         if isinstance(directive, Fuse):
             todo += directive.statements
+        elif isinstance(directive, Fold):
+            todo += (*directive.update, *directive.finalize)
         elif isinstance(directive, Stream):
             todo += [part.name for part in directive.parts]
         elif isinstance(directive, Wait):

@@ -11,7 +11,7 @@ from cascade.ir import (
 )  # fmt: skip
 from cascade.ops import FUNCTIONS, LIBRARY_REDUCTIONS, OPS, REDUCERS, RESERVED, WORDS
 from cascade.scopes import Scan
-from cascade.verify.program import Program
+from cascade.verify.program import Program, state_of
 from cascade.walk import targets
 from cascade.wording import NAME, closest, pinpoint, quote, suggest
 
@@ -223,11 +223,27 @@ def _mentions(program: Program) -> Iterator[tuple[str, Span | None, str]]:
                 elif isinstance(node, Local):
                     yield node.name, node.span, TENSOR
             yield from unknown_operations(scan, program.definitions)
+    for fact in program.folded:
+        yield from _fold_mentions(fact.body, program)
     for directive in program.cascade.schedule:
         if isinstance(directive, Mesh):
             yield from _unknown_size(directive.size, directive.span, program)
         elif isinstance(directive, Split) and directive.parts is not None:
             yield from _unknown_size(directive.parts, directive.span, program)
+
+
+def _fold_mentions(scan: Scan, program: Program) -> Iterator[tuple[str, Span | None, str]]:
+    """The names in an expression of a fold that nothing defines; a partial state is defined where its state is."""
+    for read, _ in scan.reads:
+        if state_of(read.tensor) not in program.places and state_of(read.tensor) not in program.arity:
+            yield read.tensor, read.span, TENSOR
+    for node in scan.nodes:
+        if isinstance(node, Extent):
+            yield from _unknown_size(node.name, node.span, program)
+        elif isinstance(node, Local):
+            yield node.name, node.span, TENSOR
+    refused = {node.function for node in scan.nodes if isinstance(node, Use)}  # C249: it has no place there
+    yield from unknown_operations(scan, refused)
 
 
 def _call_mentions(stmt: Call, program: Program) -> Iterator[tuple[str, Span | None, str]]:
@@ -258,6 +274,10 @@ def _hint(name: str, kind: str, program: Program) -> str:
     """What to try instead of an unknown name: what it is when it is something else, else the closest known one."""
     if kind is DEFINITION:
         return unknown_function_hint(name, program.definitions)
+    if name != state_of(name):
+        base = state_of(name)
+        known = f"read {base}" if base in program.places else suggest(base, program.places, "tensors defined here")
+        return f"a primed name is the state of a part, in the `merge` of a fold: {known}"
     if kind is SYMBOL:
         return suggest(name, program.symbols, "shape symbols of the declarations")
     meaning = program.definitions.get(name)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from cascade.errors import Diagnostic, Span
 from cascade.inference import Inference, arities, declarations, infer
-from cascade.ir import Call, Cascade, Definition, Target
+from cascade.ir import Call, Cascade, Definition, Einsum, Expr, Fold, Read, Stmt, Target
 from cascade.scopes import Facts, Signature, facts, signatures, visible
-from cascade.walk import targets
+from cascade.walk import fold_parts, map_expressions, rewrite, targets
 from cascade.wording import pinpoint
 
 
@@ -22,6 +22,7 @@ class Program:
     definitions: Mapping[str, Definition]
     signatures: Mapping[str, Signature]
     facts: tuple[Facts, ...]
+    folded: tuple[Facts, ...]  # the expressions of folds, as if statements defined their targets
     inference: Inference
     arity: Mapping[str, int]  # ranks of every tensor, those of unknown callees aside
     places: Mapping[str, Span | None]  # where every tensor is first declared or defined
@@ -63,9 +64,37 @@ def program_of(cascade: Cascade, around: Mapping[str, Definition]) -> Program:
     for given in cascade.given:
         if isinstance(given.size, str):
             symbols.setdefault(given.size, given.span)
+    folded = tuple(facts(stmt, known) for stmt in _fold_statements(cascade))
     found = infer(cascade, definitions, all_facts)
+    if folded:  # they must agree with the extents; they do not give any
+        whole = [facts(stmt, known) for stmt in _whole_states(folded, by_name)]
+        found = replace(found, conflicts=infer(cascade, definitions, (*all_facts, *whole)).conflicts)
     arity = arities(cascade, definitions)
-    return Program(cascade, definitions, known, all_facts, found, arity, places, owner, by_name, symbols)
+    return Program(cascade, definitions, known, all_facts, folded, found, arity, places, owner, by_name, symbols)
+
+
+def _fold_statements(cascade: Cascade) -> Iterator[Einsum]:
+    for directive in cascade.schedule:
+        for part in fold_parts(directive) if isinstance(directive, Fold) else ():
+            if part.expr is not None:
+                yield Einsum(part.target, part.expr, span=part.span)
+
+
+def _whole_states(folded: Sequence[Facts], defined: Mapping[str, Target]) -> Iterator[Stmt]:
+    """The expressions of folds with partial states read as whole ones, whose shape they have."""
+
+    def whole(node: Expr) -> Expr:
+        return replace(node, tensor=state_of(node.tensor)) if isinstance(node, Read) else node
+
+    for fact in folded:
+        target = targets(fact.stmt)[0]
+        if target.name in defined and target.ranks == defined[target.name].ranks:
+            yield map_expressions(fact.stmt, lambda expr: rewrite(expr, whole))
+
+
+def state_of(name: str) -> str:
+    """The state that a name means: itself, and `R` for `R'`."""
+    return name.removesuffix("'")
 
 
 def strongly_connected(edges: Sequence[Sequence[int]]) -> list[list[int]]:

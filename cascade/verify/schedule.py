@@ -11,12 +11,14 @@ from itertools import pairwise
 from typing import assert_never
 
 from cascade.errors import Diagnostic, Note, Span, quoted_list
-from cascade.ir import Call, Einsum, Fuse, Mesh, Part, Read, Reduce, Shard, Split, Stmt, Stream, Tile, TopK, Use, Wait
+from cascade.ir import (
+    Call, Einsum, Fold, Fuse, Mesh, Part, Read, Reduce, Shard, Split, Stmt, Stream, Tile, TopK, Use, Wait,
+)  # fmt: skip
 from cascade.scopes import Facts
 from cascade.verify.cycles import offset
 from cascade.verify.program import Program, cyclic, strongly_connected
 from cascade.verify.statements import ranks_in_sight
-from cascade.walk import defines, reads, targets, walk
+from cascade.walk import defines, fold_parts, reads, targets, walk
 from cascade.wording import pinpoint, quote, suggest
 
 
@@ -37,6 +39,9 @@ def check_schedule_names(program: Program) -> Iterator[Diagnostic]:
                 for name in directive.statements:
                     yield from _unknown(name, "statement", program.owner, directive.span)
                 yield from _unknown(directive.rank, "rank variable", ranks, directive.span, "over")
+            case Fold():
+                yield from _unknown(directive.rank, "rank variable", ranks, directive.span)
+                yield from _unknown_in_fold(directive, program)
             case Tile():
                 for rank, _ in directive.sizes:
                     yield from _unknown(rank, "rank variable", ranks, directive.span)
@@ -57,6 +62,14 @@ def _unknown(name: str, what: str, known: Iterable[str], span: Span | None, afte
         if what == "mesh axis":
             hint += f"; declare it: mesh {name} = 8"
         yield Diagnostic("C240", f"there is no {what} {quote(name)}", pinpoint(span, name, after), hint)
+
+
+def _unknown_in_fold(fold: Fold, program: Program) -> Iterator[Diagnostic]:
+    for line in ("state", "update", "finalize"):
+        for name in getattr(fold, line):
+            yield from _unknown(name, "statement", program.owner, fold.span, line)
+    for part in fold_parts(fold):
+        yield from _unknown(part.target.name, "statement", program.owner, part.target.span)
 
 
 def _unknown_part(part: Part, program: Program) -> Iterator[Diagnostic]:
@@ -136,13 +149,13 @@ def check_schedule_twice(program: Program) -> Iterator[Diagnostic]:
             note = Note("first here", first[key])
             yield Diagnostic("C245", f"{what} twice", span, "keep one of the two", (note,) if note.span else ())
         first.setdefault(key, span)
-    groups = [directive for directive in program.cascade.schedule if isinstance(directive, Fuse)]
+    groups = [directive for directive in program.cascade.schedule if isinstance(directive, (Fuse, Fold))]
     yield from _overlapping(groups, program)
 
 
 def _said(program: Program) -> Iterator[tuple[tuple[str, ...], str, Span | None]]:
     """What every directive settles: a key, the words for a message, the place."""
-    for directive in program.cascade.schedule:
+    for number, directive in enumerate(program.cascade.schedule):
         span = directive.span
         match directive:
             case Mesh():
@@ -152,11 +165,14 @@ def _said(program: Program) -> Iterator[tuple[tuple[str, ...], str, Span | None]
                 yield key, f"{quote(directive.rank)} is sharded over {quote(directive.axis)}", span
             case Split():
                 yield ("split", directive.rank), f"{quote(directive.rank)} is split", span
-            case Fuse():
-                for name in directive.statements:
+            case Fuse() | Fold():
+                for name in statements_of(directive):
                     key = ("fuse", str(program.owner.get(name, name)), directive.rank)
-                    what = f"{quote(name)} is fused over {quote(directive.rank)}"
-                    yield key, what, pinpoint(span, name)
+                    verb = "fused" if isinstance(directive, Fuse) else "folded"
+                    what = f"{quote(name)} is {verb} over {quote(directive.rank)}"
+                    yield key, what, pinpoint(span, name, "" if isinstance(directive, Fuse) else "update")
+                if isinstance(directive, Fold):
+                    yield from _said_in_fold(directive, str(number))
             case Tile():
                 for rank, _ in directive.sizes:
                     yield ("tile", rank), f"{quote(rank)} is tiled", pinpoint(span, rank)
@@ -171,22 +187,39 @@ def _said(program: Program) -> Iterator[tuple[tuple[str, ...], str, Span | None]
                 assert_never(directive)
 
 
+def _said_in_fold(fold: Fold, number: str) -> Iterator[tuple[tuple[str, ...], str, Span | None]]:
+    """What the lines of one fold settle, its updates aside."""
+    for name in fold.state:
+        yield ("state", number, name), f"{quote(name)} is in the state", pinpoint(fold.span, name, "state")
+    for name in fold.finalize:
+        yield ("finalize", number, name), f"{quote(name)} is finalized", pinpoint(fold.span, name, "finalize")
+    for init in fold.init:
+        yield ("init", number, init.target.name), f"the first {quote(init.target.name)} is given", init.span
+    for merge in fold.merge:
+        yield ("merge", number, merge.target.name), f"the merge of {quote(merge.target.name)} is given", merge.span
+
+
+def statements_of(group: Fuse | Fold) -> tuple[str, ...]:
+    """The statements that one trip computes, by the names that the schedule gives."""
+    return group.statements if isinstance(group, Fuse) else group.update
+
+
 def part_text(part: Part) -> str:
     """A part as the schedule writes it: `mlp.1`."""
     return part.name if part.index is None else f"{part.name}.{part.index}"
 
 
-def _overlapping(groups: Sequence[Fuse], program: Program) -> Iterator[Diagnostic]:
+def _overlapping(groups: Sequence[Fuse | Fold], program: Program) -> Iterator[Diagnostic]:
     """Two groups with a statement in common must be one inside of the other."""
     members: dict[int, list[int]] = {}
     for number, group in enumerate(groups):
-        for statement in {program.owner[name] for name in group.statements if name in program.owner}:
+        for statement in {program.owner[name] for name in statements_of(group) if name in program.owner}:
             members.setdefault(statement, []).append(number)
     told: set[tuple[int, int]] = set()
     for statement, numbers in sorted(members.items()):
         for one, other in pairwise(numbers):
             outer, inner = groups[one], groups[other]
-            nested = set(inner.statements) <= set(outer.statements)
+            nested = set(statements_of(inner)) <= set(statements_of(outer))
             if nested or outer.rank == inner.rank or (one, other) in told:
                 continue
             told.add((one, other))
@@ -230,19 +263,19 @@ def check_groups(program: Program) -> Iterator[Diagnostic]:
     for directive in program.cascade.schedule:
         if isinstance(directive, Fuse) and directive.rank in ranks:
             members = dict.fromkeys(program.owner[name] for name in directive.statements if name in program.owner)
-            refused = {number: tuple(_member(directive, number, program)) for number in members}
+            refused = {number: tuple(member(directive, number, program)) for number in members}
             for found in refused.values():
                 yield from found
             yield from _streams(directive, [number for number in members if not refused[number]], program)
-            yield from _closed(directive, list(members), program)
+            yield from closed(directive, list(members), program)
 
 
-def _member(group: Fuse, number: int, program: Program) -> Iterator[Diagnostic]:
-    """C242, C243 for one statement of a group."""
+def member(group: Fuse | Fold, number: int, program: Program) -> Iterator[Diagnostic]:
+    """C242, C243 for one statement of a group, or of a fold that does not need it all the same."""
     fact = program.facts[number]
     stmt = fact.stmt
-    name = next(name for name in group.statements if program.owner.get(name) == number)
-    place = pinpoint(group.span, name)
+    name = next(name for name in statements_of(group) if program.owner.get(name) == number)
+    place = pinpoint(group.span, name, "" if isinstance(group, Fuse) else "update")
     why = not_canonical(stmt)
     if why:
         yield Diagnostic(
@@ -288,10 +321,10 @@ def _streams(group: Fuse, members: Sequence[int], program: Program) -> Iterator[
     for number in members:
         name = quote(defines(program.facts[number].stmt)[0])
         told: set[str] = set()
-        for read in _reads_of(program.facts[number], members, program):
+        for read in reads_of(program.facts[number], members, program):
             producer = program.facts[program.owner[read.tensor]].stmt
             reduced = not carries(producer, group.rank)
-            if read.tensor in told or not (reduced or _runs_ahead(read, group.rank, program)):
+            if read.tensor in told or not (reduced or runs_ahead(read, group.rank, program)):
                 continue
             told.add(read.tensor)
             if reduced:
@@ -300,12 +333,16 @@ def _streams(group: Fuse, members: Sequence[int], program: Program) -> Iterator[
                 hint = f"end the group before {name}: it needs another trip over {rank}, with a group of its own"
                 yield Diagnostic("C244", message, read.span, hint, (note,) if note.span else ())
             else:
-                message = f"{name} reads {quote(read.tensor)} outside of the block of {rank} that is at hand"
-                hint = f"inside the group it may be read at {group.rank}, {group.rank}-1 and before"
-                yield Diagnostic("C247", message, read.span, hint)
+                yield ahead(name, read, group.rank)
 
 
-def _reads_of(fact: Facts, members: Sequence[int], program: Program) -> Iterator[Read]:
+def ahead(name: str, read: Read, rank: str) -> Diagnostic:
+    """C247 for a read of what has the rank."""
+    message = f"{name} reads {quote(read.tensor)} outside of the block of {quote(rank)} that is at hand"
+    return Diagnostic("C247", message, read.span, f"inside the group it may be read at {rank}, {rank}-1 and before")
+
+
+def reads_of(fact: Facts, members: Sequence[int], program: Program) -> Iterator[Read]:
     """What a member reads of the group."""
     for scan in fact.scans():
         for read, _ in scan.reads:
@@ -313,13 +350,13 @@ def _reads_of(fact: Facts, members: Sequence[int], program: Program) -> Iterator
                 yield read
 
 
-def _runs_ahead(read: Read, rank: str, program: Program) -> bool:
+def runs_ahead(read: Read, rank: str, program: Program) -> bool:
     """Whether a read may touch a coordinate of the rank that the trip has not come to."""
     found = offset(read.index[program.targets[read.tensor].ranks.index(rank)])
     return found is None or found[0] != rank or found[1] > 0
 
 
-def _closed(group: Fuse, members: Sequence[int], program: Program) -> Iterator[Diagnostic]:
+def closed(group: Fuse | Fold, members: Sequence[int], program: Program) -> Iterator[Diagnostic]:
     """C248: nothing that a member needs waits for another member to finish."""
     inside = set(members)
     below: dict[int, int] = {}  # outside statements that a member needs, each with who needs it
@@ -335,7 +372,8 @@ def _closed(group: Fuse, members: Sequence[int], program: Program) -> Iterator[D
                     f"{quote(between)} stands outside of the group, needs {quote(needed)} of it, and the group needs it"
                 )
                 hint = "put it into the group, or end the group before what needs it"
-                yield Diagnostic("C248", message, pinpoint(group.span, needed), hint)
+                after = "" if isinstance(group, Fuse) else "update"
+                yield Diagnostic("C248", message, pinpoint(group.span, needed, after), hint)
                 return
             if other not in below:
                 below[other] = number

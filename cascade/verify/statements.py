@@ -14,8 +14,8 @@ from cascade.ir import (
 )  # fmt: skip
 from cascade.ops import OPS, Kind
 from cascade.scopes import Binder, Facts, Ranks, Scan
-from cascade.verify.program import Program
-from cascade.walk import targets, walk
+from cascade.verify.program import Program, state_of
+from cascade.walk import expressions, targets, walk
 from cascade.wording import closest, pinpoint, quote, suggest
 
 # --- ranks -----------------------------------------------------------------------------------------------------------
@@ -174,13 +174,11 @@ def check_reads(program: Program) -> Iterator[Diagnostic]:
     for fact in program.facts:
         for scan in fact.scans():
             for read, _ in scan.reads:
-                count = program.arity.get(read.tensor)
-                misnamed = not read.index and read.tensor in ranks_in_sight(fact)  # a rank of the same name: C202
-                if count is not None and count != len(read.index) and not misnamed:
-                    note = Note(f"{quote(read.tensor)} has {ranks_text(count)} here", program.places.get(read.tensor))
-                    message = f"{quote(read.tensor)} has {ranks_text(count)}, read with {len(read.index)}"
-                    hint = f"write {_shape_of(read.tensor, count, program)}"
-                    yield Diagnostic("C214", message, read.span, hint, (note,) if note.span else ())
+                if read.index or read.tensor not in ranks_in_sight(fact):  # else a rank of the same name: C202
+                    yield from _wrong_count(read, read.tensor, program)
+    for fact in program.folded:
+        for read, _ in fact.body.reads:
+            yield from _wrong_count(read, state_of(read.tensor), program)
     for result in program.cascade.results:
         count = program.arity[result.name]
         if count != len(result.shape):
@@ -188,6 +186,16 @@ def check_reads(program: Program) -> Iterator[Diagnostic]:
             message = f"{quote(result.name)} is defined with {ranks_text(count)}, declared with {len(result.shape)}"
             place = program.places.get(result.name)
             yield Diagnostic("C214", message, place, "give it the ranks that the header declares", (note,))
+
+
+def _wrong_count(read: Read, name: str, program: Program) -> Iterator[Diagnostic]:
+    """C214 for one read of the tensor of that name, or of a partial one."""
+    count = program.arity.get(name)
+    if count is not None and count != len(read.index):
+        note = Note(f"{quote(name)} has {ranks_text(count)} here", program.places.get(name))
+        message = f"{quote(read.tensor)} has {ranks_text(count)}, read with {len(read.index)}"
+        hint = f"write {_shape_of(name, count, program).replace(name, read.tensor, 1)}"
+        yield Diagnostic("C214", message, read.span, hint, (note,) if note.span else ())
 
 
 def ranks_text(count: int) -> str:
@@ -207,7 +215,7 @@ def _shape_of(name: str, count: int, program: Program) -> str:
 def check_indices(program: Program) -> Iterator[Diagnostic]:
     """C215: an index is a sum of coordinates, extents and integer reads, scaled, divided or wrapped by constants."""
     told: set[int] = set()
-    for fact in program.facts:
+    for fact in (*program.facts, *program.folded):
         for scan in fact.scans():
             for read, _ in reversed(scan.reads):  # reads inside of indices come first
                 for index in read.index:
@@ -352,12 +360,16 @@ def check_kinds(program: Program) -> Iterator[Diagnostic]:
         if isinstance(stmt, TopK):
             kinds.tensors.setdefault(stmt.coords.name, INT)
         kinds.tensors.setdefault(targets(stmt)[0].name, None if isinstance(stmt, Einsum) and stmt.inits else kind)
+    kinds.tensors.update({f"{name}'": kind for name, kind in kinds.tensors.items()})
+    for fact in program.folded:
+        for expr in expressions(fact.stmt):
+            fold(expr, kinds.combine)
     yield from kinds.findings
 
 
 def check_operands(program: Program) -> Iterator[Diagnostic]:
     """C219: an operation has as many operands as it takes."""
-    for fact in program.facts:
+    for fact in (*program.facts, *program.folded):
         for scan in fact.scans():
             yield from wrong_operands(scan)
 

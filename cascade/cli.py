@@ -26,7 +26,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import click
 from rich.console import Console
@@ -41,9 +41,12 @@ from cascade.arguments import shape_symbols
 from cascade.compiled import Compiled, from_text, read_program, specialise, split_name
 from cascade.errors import CascadeError, CommandError, Diagnostic, InternalError, Source, Span, quoted_list
 from cascade.frontend.tokens import decode
+from cascade.inference import infer_shapes
 from cascade.ir import Cascade, DType, Param, Result
 from cascade.passes import PASSES
 from cascade.passes.base import parse_pass
+from cascade.passes.lift import lift_reductions
+from cascade.passes.report import report, report_text
 from cascade.settings import settings
 from cascade.text import render
 
@@ -217,13 +220,42 @@ MAX_SIZE = 2**63 - 1
 MAX_ELEMENTS = 2**28  # of one tensor that `run` makes, in float64 as well
 
 
+class LevelsType(click.ParamType[tuple[str, tuple[str, ...]]]):
+    """`NAME=RANK,RANK`, the levels of a partitioned rank, outermost first."""
+
+    name = "NAME=RANK,RANK"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, tuple[str, ...]]:
+        if isinstance(value, tuple):
+            return value
+        name, _, listed = value.partition("=")
+        levels = tuple(listed.split(","))
+        if not all(re.fullmatch(r"[A-Za-z_]\w*", word, re.ASCII) for word in (name, *levels)):
+            self.fail(f"{value!r} is not NAME=RANK,RANK, such as n=n1,n0", param, ctx)
+        if len(set(levels)) != len(levels) or len(levels) < 2:
+            self.fail(f"{value!r} does not name two or more different levels, such as n=n1,n0", param, ctx)
+        return name, levels
+
+
+Decorator: TypeAlias = Callable[[Callable[..., None]], Callable[..., None]]
+SIZES: Decorator = click.option(
+    "-s", "--size", "sizes", type=SizeType(), multiple=True, help="The size of a shape symbol, B=4."
+)
+DTYPE: Decorator = click.option(
+    "--dtype", type=click.Choice([d.value for d in DType]), help="The type of untyped parameters."
+)
+JSON: Decorator = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+
+
 def about_program(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command its FILE and the options that every command about a program takes."""
 
     @click.argument("file", metavar="FILE")
-    @click.option("-s", "--size", "sizes", type=SizeType(), multiple=True, help="The size of a shape symbol, B=4.")
-    @click.option("--dtype", type=click.Choice([d.value for d in DType]), help="The type of untyped parameters.")
-    @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+    @SIZES
+    @DTYPE
+    @JSON
     @functools.wraps(command)
     def run(file: str, sizes: tuple[tuple[str, int], ...], dtype: str | None, as_json: bool, **rest: Any) -> None:
         command(Options(file, dict(sizes), DType(dtype) if dtype else None, as_json), **rest)
@@ -369,16 +401,59 @@ def show_run(payload: dict[str, Any]) -> None:
 
 
 @commands.command()
-@click.option("--list", "listing", is_flag=True, required=True, help="List every pass.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
-def passes(listing: bool, as_json: bool) -> None:
-    """List the passes: what each needs, ensures and does.
+@click.argument("file", metavar="[FILE]", required=False)
+@SIZES
+@DTYPE
+@JSON
+@click.option("--partition", "levels", type=LevelsType(), multiple=True, help="Levels of a rank, outermost first.")
+@click.option("--list", "listing", is_flag=True, help="List every pass of the compiler instead.")
+def passes(
+    file: str | None,
+    sizes: tuple[tuple[str, int], ...],
+    dtype: str | None,
+    as_json: bool,
+    levels: tuple[tuple[str, tuple[str, ...]], ...],
+    listing: bool,
+) -> None:
+    """Print how often each rank is passed over, what is lifted, what blocks the rest, and what moves.
+
+    With --list: the passes of the compiler, what each needs, ensures and does.
 
     \b
     Examples:
-      cascadec passes --list
+      cascadec passes examples/attention.cascade -s B=1 -s H=8 -s M=4096 -s N=4096 -s E=64 -s F=64
       cascadec passes --list --json
     """
+    if listing and file is None:
+        list_passes(as_json)
+    elif listing or file is None:
+        message = "give either FILE, whose passes are counted, or --list for the passes of the compiler"
+        raise click.UsageError(message, click.get_current_context())
+    else:
+        count_file(Options(file, dict(sizes), DType(dtype) if dtype else None, as_json), dict(levels))
+
+
+def count_file(options: Options, levels: dict[str, tuple[str, ...]]) -> None:
+    """The report about the program that the command line names."""
+    canonical = pipeline.run_pipeline(load(options), "canonicalize").final
+    check_levels(canonical, levels)
+    found = report(canonical, lift_reductions(canonical), options.sizes, options.dtype, levels)
+    emit(found, lambda: click.echo(report_text(found), nl=False), options.json)
+
+
+def check_levels(cascade: Cascade, levels: dict[str, tuple[str, ...]]) -> None:
+    """The levels that the command line names are rank variables of the cascade."""
+    known = list(infer_shapes(cascade).ranks)
+    for level in (level for parts in levels.values() for level in parts):
+        if level not in known:
+            close = difflib.get_close_matches(level, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"its rank variables are {quoted_list(known, 20)}"
+            message = f"{cascade.name!r} has no rank variable {level!r}: {hint}"
+            raise click.BadParameter(message, click.get_current_context(), param_hint="'--partition'")
+
+
+def list_passes(as_json: bool) -> None:
+    """The passes of the compiler, a row for each."""
     rows = [
         {
             "name": cls.name,

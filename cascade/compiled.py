@@ -24,7 +24,11 @@ from cascade.arguments import (
 from cascade.errors import CallError, CommandError, Diagnostic, TraceError
 from cascade.frontend.build import parse_cascade
 from cascade.frontend.tokens import decode
+from cascade.inference import bind_sizes, infer_shapes
 from cascade.ir import Cascade, Const, Directive, DType, Expr, Extent, Fold, Mesh, Size, Split, Stmt, TopK
+from cascade.passes.canonicalize import Canonicalize
+from cascade.passes.lift import Lift, lift_reductions
+from cascade.passes.report import report, report_text
 from cascade.pipeline import Trace, run_pipeline
 from cascade.text import render
 from cascade.verify import verify
@@ -79,16 +83,23 @@ class Compiled:
         inputs = bind(trace.source, arrays, sizes)
         self._last = trace
         interp = importlib.import_module("cascade.interp")  # lazily: it needs torch
-        results = tuple(interp.run(trace.final, inputs, sizes).values())
+        results = tuple(interp.run(fitting(trace, inputs, sizes), inputs, sizes).values())
         return results[0] if len(results) == 1 else results
 
     def explain(self) -> str:
-        """What the compiler did: every pass, what it changed, and the cascade that runs."""
+        """What the compiler knows and did: the report, every pass, what it changed, and the cascade that runs."""
         lines = [f"cascade {self.cascade.name}: {plural(len(self.cascade.body), 'statement')}"]
         for step in self.trace.steps:
             changed = plural(len(step.after.body), "statement")
             lines.append(f"  {step.name}: {'nothing to do' if step.after is step.before else changed}")
-        return "\n".join(lines) + "\n\n" + render(self.trace.final)
+        return self._report() + "\n" + "\n".join(lines) + "\n\n" + render(self.trace.final)
+
+    def _report(self) -> str:
+        """What is known about the cascade in canonical form; nothing is lifted where that pass is left out."""
+        reached = [step.after for step in self.trace.steps if step.name == Canonicalize.name]
+        canonical = reached[0] if reached else run_pipeline(self.trace.source, Canonicalize.name).final
+        lifting = None if Lift.name in self.without else lift_reductions(canonical)
+        return report_text(report(canonical, lifting))
 
     def __repr__(self) -> str:
         return f"<cascade.Compiled {self._title()}>"
@@ -160,6 +171,23 @@ class Compiled:
                     raise
         assert not isinstance(self.source, Cascade)
         return self.source(**values, **options)
+
+
+def fitting(trace: Trace, inputs: Mapping[str, Any], sizes: Mapping[str, int]) -> Cascade:
+    """What the pipeline made of the cascade or, where a rank that it folds is empty, what that was made of.
+
+    A trip without an element has no state to be read out: 0/0 where the sum over nothing is 0.
+    """
+    before = [trace.source, *(step.after for step in trace.steps)]
+    folds = [item for item in trace.final.schedule if isinstance(item, Fold) and item not in trace.source.schedule]
+    if not folds:
+        return trace.final
+    extents = bind_sizes(trace.final, {name: tuple(given.shape) for name, given in inputs.items()}, sizes)
+    ranks = infer_shapes(trace.final).ranks
+    if all(size if isinstance(size := ranks[fold.rank], int) else extents[size] for fold in folds):
+        return trace.final
+    written = trace.source.schedule
+    return next(c for c in reversed(before) if all(item in written for item in c.schedule))
 
 
 # --- entry points ----------------------------------------------------------------------------------------------------

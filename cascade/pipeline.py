@@ -1,6 +1,7 @@
 """The compiler on one page: every pass, in order, and the driver that runs and checks them.
 
     source --inline--> no abbreviations --canonicalize--> one reduction a statement
+           --lift--> fewer trips, a state carried along each --fuse--> what shares a trip, in groups
 
 Values are immutable, so the trace is the debugger: print after any pass, diff any two steps, stop anywhere and
 interpret. How much is checked between passes is `CASCADE_CHECK`, see `settings.py`.
@@ -11,20 +12,20 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from cascade.errors import CascadeError, CommandError, Diagnostic, InternalError, VerifyError
+from cascade.errors import CascadeError, CommandError, InternalError, VerifyError
+from cascade.files import write_whole
 from cascade.frontend.build import parse_cascade
 from cascade.ir import Cascade
 from cascade.passes.base import Pass, spelling, unknown_pass
 from cascade.passes.canonicalize import Canonicalize
+from cascade.passes.fuse import Fuse
 from cascade.passes.inline import Inline
+from cascade.passes.lift import Lift
 from cascade.settings import settings
 from cascade.text import render
 from cascade.verify import Invariant, verify, well_formed
@@ -32,6 +33,8 @@ from cascade.verify import Invariant, verify, well_formed
 PIPELINE: tuple[Pass, ...] = (
     Inline(),  # first: every later pass sees Einsums only, none of the names they were abbreviated with
     Canonicalize(),  # then: one reduction a statement, in dependency order; a pass can count and move whole statements
+    Lift(),  # before grouping: reductions that depend on each other share a trip if a state can be carried
+    Fuse(),  # last: statements of one trip run block by block, in the folds that lifting made or in groups
 )
 
 
@@ -206,20 +209,3 @@ def reproducer(what: str, command: str, program: str) -> str:
     except CommandError as error:
         return f"no reproducer file: {error}"
     return f"reproduce: {command}"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes the file whole and renames it into place, so that no reader ever sees half of it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        message = f"cannot write {path}: {error.strerror or error}"
-        raise CommandError(Diagnostic("C612", message, help="name a folder that can be written to")) from None

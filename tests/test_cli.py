@@ -212,6 +212,30 @@ def test_passes(capfd: pytest.CaptureFixture[str]) -> None:
     assert all(row["summary"] for row in found)
 
 
+def test_passes_of_a_program(capfd: pytest.CaptureFixture[str], softmax: str) -> None:
+    done = Outcome(capfd, "passes", softmax)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("s: passes over its ranks\nn: 3 passes") and "inputs: X 3" in done.out
+    assert done.out.endswith("passed once: b\n")
+
+
+def test_passes_of_a_program_json(capfd: pytest.CaptureFixture[str], softmax: str) -> None:
+    sizes = ["-s", "B=2", "-s", "N=8"]
+    found = Outcome(capfd, "passes", softmax, "--json", *sizes, "--dtype", "f16").json
+    assert list(found) == ["cascade", "ranks", "footprint", "lifted_footprint", "traffic"]
+    assert found["cascade"] == "s" and found["ranks"]["n"]["plain"] == 3
+    assert found["ranks"]["n"]["witness"] == ["Y_max", "Y_sum", "Y"]
+    assert (found["traffic"]["unfused"], found["traffic"]["dtype"]) == (2 * (6 * 16 + 5 * 2), "f16")
+    without = Outcome(capfd, "passes", softmax, "--json").json["traffic"]
+    assert without["unfused"] is None and without["unfused_text"] == "20*B + 24*B*N"
+
+
+def test_passes_of_a_partitioned_rank(capfd: pytest.CaptureFixture[str], file: str) -> None:
+    found = Outcome(capfd, "passes", f"{file}:gather", "--partition", "all=t,d", "--json").json
+    assert found["ranks"]["all"]["levels"] == ["t", "d"] and found["ranks"]["all"]["plain"] == 1
+    assert "all (t, d)" in Outcome(capfd, "passes", file, "--partition", "all=t,d").out
+
+
 # --- Python programs -------------------------------------------------------------------------------------------------
 
 
@@ -290,7 +314,12 @@ def test_wrong_program_exits_with_1(capfd: pytest.CaptureFixture[str], tmp_path:
         (["diff", "FILE", "--pass", "canonicalise"], "did you mean 'canonicalize'"),
         (["show", "FILE", "--after", "inlin"], "did you mean 'inline'"),
         (["run", "FILE", "--without", "inlin"], "did you mean 'inline'"),
-        (["passes"], "--list"),
+        (["passes"], "give either FILE, whose passes are counted, or --list"),
+        (["passes", "FILE", "--list"], "give either FILE, whose passes are counted, or --list"),
+        (["passes", "FILE", "--partition", "n"], "'n' is not NAME=RANK,RANK, such as n=n1,n0"),
+        (["passes", "FILE", "--partition", "n=t"], "does not name two or more different levels"),
+        (["passes", "FILE", "--partition", "n=t,dd"], "has no rank variable 'dd': did you mean 'd'?"),
+        (["passes", "FILE:double", "-s", "M=4"], "C613"),
         (["show", "/nowhere/there.cascade"], "cannot read /nowhere/there.cascade: No such file or directory"),
         (["show", "/"], "cannot read /: Is a directory"),
         (["show", "/nowhere/there.py"], "cannot read /nowhere/there.py: No such file or directory"),

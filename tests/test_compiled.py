@@ -121,8 +121,17 @@ def test_result_keeps_the_device_and_type() -> None:
 
 def test_explain_names_the_passes() -> None:
     text = cs.parse(TEXT).explain()
-    assert text.startswith("cascade scores: 2 statements\n  inline: nothing to do\n  canonicalize: ")
+    assert text.startswith("scores: passes over its ranks\n")
+    assert "\ncascade scores: 2 statements\n  inline: nothing to do\n  canonicalize: " in text
     assert render(cs.parse(TEXT).trace.final) in text
+
+
+def test_a_folded_rank_without_an_element() -> None:
+    """A sum over nothing is 0, also where a fold would read it out of a state as 0/0."""
+    mean_of = cs.parse("cascade c(X[M,N], V[N,F]) -> O[M,F] { O[m,f] = sum[n] (softmax[n] X[m,n]) * V[n,f] }")
+    assert "fold n" in str(mean_of.trace.final)
+    assert mean_of(torch.ones(2, 0), torch.ones(0, 3)).tolist() == [[0, 0, 0], [0, 0, 0]]
+    assert mean_of(torch.ones(2, 5), torch.ones(5, 3)).tolist() == [[1, 1, 1], [1, 1, 1]]
 
 
 def test_repr_shows_the_declaration() -> None:

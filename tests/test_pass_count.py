@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 
@@ -18,6 +19,7 @@ from cascade.passes.traffic import MAX_POINTS, Amount, product, traffic
 from cascade.text import render
 from cascade.verify import canonical
 from tests.check import CASES, read_case
+from tests.test_folds import SINK
 from tests.test_speed import model
 
 TABLE = (
@@ -171,6 +173,73 @@ def test_a_read_at_another_coordinate_needs_all(index: str, count: int) -> None:
 def test_a_recurrence_may_be_read_at_the_generation_at_hand(index: str, count: int) -> None:
     text = f"cascade c(X[N]) -> Z[N] {{\n A[n] = A[n-1] + X[n] init A[-1] = 0\n Z[n] = X[n] * A[{index}]\n}}"
     assert count_passes(prepared(text), "n").count == count
+
+
+# --- folds -----------------------------------------------------------------------------------------------------------
+
+
+def unfolded(cascade: Cascade) -> Cascade:
+    """The cascade without its schedule."""
+    return dataclasses.replace(cascade, schedule=())
+
+
+def test_a_fold_carries_what_was_a_barrier() -> None:
+    cascade = prepared(SINK)
+    plain, folded = count_passes(unfolded(cascade), "n"), count_passes(cascade, "n")
+    assert (plain.count, plain.inputs, plain.witness) == (2, {"K": 2, "V": 1}, ("R0", "P"))
+    assert (folded.count, folded.inputs, folded.witness) == (1, {"K": 1, "V": 1}, ("S",))
+    assert (plain.number["P"], folded.number["P"]) == (2, 1)
+    assert folded.barriers == plain.barriers
+    assert held(unfolded(cascade)) == {"S": "N"}
+    assert held(cascade) == {}
+
+
+def test_a_fold_changes_nothing_over_other_ranks() -> None:
+    cascade = prepared(SINK)
+    plain, folded = all_passes(unfolded(cascade)), all_passes(cascade)
+    assert {rank: plain[rank] for rank in "mef"} == {rank: folded[rank] for rank in "mef"}
+
+
+@pytest.mark.parametrize("name", ["G", "D", "O", "L"])
+def test_a_state_is_a_barrier_to_what_stands_outside_of_the_fold(name: str) -> None:
+    """The states, the maps of them, and what is finalized: known behind the trip only."""
+    index = "[m,0]" if name == "O" else "[m]"
+    text = SINK.replace("L[M] {", "L[M], Z[M,N] {").replace(
+        "\n} schedule", f"\n    Z[m,n] = S[m,n] * {name}{index}\n}} schedule"
+    )
+    cascade = prepared(text)
+    folded = count_passes(cascade, "n")
+    assert (folded.count, folded.number["P"], folded.number["Z"]) == (2, 1, 2)
+    assert folded.witness[-1] == "Z" and folded.witness[0] in {"R0", "D0", "T"}
+    assert count_passes(unfolded(cascade), "n").count == (2 if name == "G" else 3)
+    assert held(cascade) == {"S": "N"}
+
+
+LEVELS = """
+cascade c(X[N1,N0]) -> Y[] {
+    L[n1] = max[n0] X[n1,n0]
+    R = max[n1] L[n1]
+    P[n1,n0] = exp(X[n1,n0] - R)
+    B[n1] = sum[n0] P[n1,n0]
+    Y = sum[n1] B[n1]
+} schedule {
+    fold n1 {
+        state R, Y
+        init R = empty
+        init Y = empty
+        update L, R, P, B, Y
+        merge R = R'
+        merge Y = Y' * exp(R' - R)
+    }
+}
+"""
+
+
+def test_a_fold_counts_where_its_rank_is_the_outermost_level() -> None:
+    """The block's maximum is still known behind the block only: two passes over the inner level."""
+    cascade = prepared(LEVELS)
+    assert {rank: passes.count for rank, passes in all_passes(unfolded(cascade)).items()} == {"n1": 2, "n0": 2, "n": 2}
+    assert {rank: passes.count for rank, passes in all_passes(cascade).items()} == {"n1": 1, "n0": 2, "n": 1}
 
 
 # --- footprints ------------------------------------------------------------------------------------------------------

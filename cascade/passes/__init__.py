@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from cascade.passes.base import Pass
 from cascade.passes.canonicalize import Canonicalize
+from cascade.passes.fuse import Fuse
 from cascade.passes.inline import Inline
+from cascade.passes.lift import Lift
 
 PASSES: dict[str, type[Pass]] = {
     "inline": Inline,
     "canonicalize": Canonicalize,
+    "lift": Lift,
+    "fuse": Fuse,
 }

@@ -26,6 +26,10 @@ of the tensor that was defined along that variable: for this reader it is a barr
 A recurrence is iterated to a fixed point. Along its iterative rank, what it reads of earlier generations is no barrier;
 along every other rank the passes are those of one generation, and earlier generations are taken as given.
 
+A `fold` of the schedule carries a state along its rank. What its members read of each other is no barrier over that
+rank, where it is the outermost level: a state and the maps of it are known so far, and the merge moves what was made
+with an older one. To everything outside of the fold, states are the barriers that they were.
+
 Requires: canonical (for anything with nested reductions the numbers mean nothing). It returns names, no spans: what
 stands where is a question to the cascade at hand. It does not look for rewrites that need fewer passes.
 """
@@ -37,7 +41,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cascade.inference import infer_shapes
-from cascade.ir import Apply, Cascade, Const, Einsum, Expr, Rank, Read, Reduce, Stmt, TopK
+from cascade.ir import Apply, Cascade, Const, Directive, Einsum, Expr, Fold, Rank, Read, Reduce, Stmt, TopK
 from cascade.order import Unit, iterative_rank, order_within_step, units
 from cascade.walk import children, defines, expressions, targets, walk
 
@@ -166,6 +170,7 @@ class _Graph:
     left: Mapping[str, tuple[str, ...]]  # the ranks that a tensor was defined along
     ranks: tuple[str, ...]
     shapes: frozenset[tuple[str, ...]]  # the ranks that stand together in a target or a read
+    folds: Mapping[str, Mapping[str, int]]  # for each rank that is folded, which fold updates a tensor
 
     def nodes(self) -> Iterator[_Node]:
         """Every statement, in order."""
@@ -185,6 +190,11 @@ class _Graph:
         place = access.index[left.index(rank)]
         return place.rank != rank or (place.shift > 0 and self.owner[access.tensor].cycle == rank)
 
+    def together(self, node: _Node, access: _Access, rank: str) -> bool:
+        """Whether one fold over the rank updates both the reader and what it reads."""
+        home = self.folds.get(rank, {})
+        return node.names[0] in home and home[node.names[0]] == home.get(access.tensor)
+
 
 def _graph(cascade: Cascade) -> _Graph:
     left = {target.name: target.ranks for stmt in cascade.body for target in targets(stmt)}
@@ -197,7 +207,16 @@ def _graph(cascade: Cascade) -> _Graph:
         shapes.update(tuple(rank for place in access.index for rank in place.mentions) for access in node.reads)
     owner = {name: node for unit in found for node in unit for name in node.names}
     params = tuple(param.name for param in cascade.params)
-    return _Graph(params, found, owner, left, tuple(ranks), frozenset(shapes))
+    return _Graph(params, found, owner, left, tuple(ranks), frozenset(shapes), _folds(cascade.schedule, owner))
+
+
+def _folds(schedule: Sequence[Directive], owner: Mapping[str, _Node]) -> dict[str, dict[str, int]]:
+    """For each rank that is folded, the number of the fold that updates a tensor."""
+    found: dict[str, dict[str, int]] = {}
+    for number, fold in enumerate(directive for directive in schedule if isinstance(directive, Fold)):
+        names = [name for update in fold.update if update in owner for name in owner[update].names]
+        found.setdefault(fold.rank, {}).update(dict.fromkeys(names, number))
+    return found
 
 
 def _unit(unit: Unit, left: Mapping[str, tuple[str, ...]]) -> tuple[_Node, ...]:
@@ -335,6 +354,11 @@ class _Sweep:
             elif node.cycle == self.levels[0]:
                 yield access, state[0], False
 
+    def waits(self, node: _Node, access: _Access) -> bool:
+        """Whether a barrier ends a pass for this reader: not where a fold carries it from block to block."""
+        outermost = self.levels[0]
+        return not self.graph.together(node, access, outermost) or self.graph.needs_all(access, outermost)
+
     def _visit(self, node: _Node) -> bool:
         """The state of what one statement defines; whether it is another than before."""
         found = list(self.operands(node))
@@ -344,7 +368,7 @@ class _Sweep:
         full = touches and self.full(node)
         largest = max((p for _, p, _ in found), default=0)
         if full:
-            p = max(1, largest, *(p + 1 for _, p, barrier in found if barrier))
+            p = max(1, largest, *(p + 1 for access, p, barrier in found if barrier and self.waits(node, access)))
         else:
             p = largest
         barrier = self.ends(node) or (not full and any(b for _, q, b in found if q == largest))
@@ -417,7 +441,7 @@ def _ended_before(sweep: _Sweep, node: _Node) -> _Node:
 
     def same_pass(reader: _Node) -> Iterator[tuple[_Access, bool]]:
         for access, q, barrier in sweep.operands(reader):
-            if q == p or (q == p - 1 and barrier and sweep.full(reader)):
+            if q == p or (q == p - 1 and barrier and sweep.full(reader) and sweep.waits(reader, access)):
                 yield access, q == p - 1
 
     waits_for = _nearest(sweep, node, same_pass)

@@ -1,0 +1,236 @@
+"""Every fold is run before it is used: on scalars, element by element, in parts and by random trees of merges.
+
+A second interpreter of folds, dumber than the first: one number for every tensor, one coordinate for every rank but
+that of the trip. It finds what algebra on paper forgets: a part without elements, an element of -inf, a frame that
+grows, elements of 1e5. What it compares with is the same fold given all elements at once, so that nothing is ever
+moved.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from cascade.ir import Apply, Cascade, Einsum, Expr, Extent, Fold, Rank, Read, Reduce, Stmt, TopK
+from cascade.passes.scalars import Scalar, evaluate
+from cascade.walk import defines, walk
+
+ELEMENTS = 6
+TOP = 3  # values that a top-k keeps here
+CLOSE = 1e-9
+BOUND = 1e6
+State = dict[str, Scalar]
+Element = dict[str, Scalar]
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """Nothing where the fold holds; else the condition that it breaks, why, and the states that it concerns."""
+
+    item: str = ""
+    reason: str = ""
+    states: tuple[str, ...] = ()
+
+
+def prove(cascade: Cascade, fold: Fold) -> Proof:
+    """Runs the fold on samples: normal ones, large, equal, absent and infinite ones, and one element alone."""
+    run = _Run(cascade, fold)
+    rng = random.Random(11)
+    for recipe in ("normal", "rising", "falling", "large", "equal", "one", "absent", "infinite"):
+        for _ in range(2):
+            elements = run.sample(recipe, rng)
+            if found := run.failure(recipe, elements, rng):
+                return found
+    return Proof()
+
+
+class _Run:
+    """A fold as a program on scalars."""
+
+    def __init__(self, cascade: Cascade, fold: Fold) -> None:
+        owner: dict[str, Stmt] = {name: stmt for stmt in cascade.body for name in defines(stmt)}
+        self.fold = fold
+        self.members = list(dict.fromkeys(owner[name] for name in fold.update))
+        self.own = {name: stmt for stmt in self.members for name in defines(stmt)}
+        self.merges = {merge.target.name: merge.expr for merge in fold.merge}
+        self.corrections = {
+            name: [n for n in walk(expr) if isinstance(n, Apply) and n.op == "exp"]
+            for name, expr in self.merges.items()
+        }
+        self.fixed: dict[str, Scalar] = {}
+
+    # --- samples
+
+    def sample(self, recipe: str, rng: random.Random) -> list[Element]:
+        """Elements: a number for every read of a tensor outside of the trip; none of them where it is absent."""
+        atoms = sorted({repr(read) for read in self._atoms()})
+        self.fixed = {atom: rng.uniform(0.5, 2.0) for atom in atoms}
+        count = 1 if recipe == "one" else ELEMENTS
+        elements: list[Element] = []
+        for number in range(count):
+            shift = {"rising": 3.0 * number, "falling": -3.0 * number}.get(recipe, 0.0)
+            scale = 1e5 if recipe == "large" else 1.0
+            elements.append({atom: scale * rng.gauss(0, 1) + shift for atom in atoms})
+        if recipe == "equal":
+            elements = [dict(elements[0]) for _ in elements]
+        if recipe == "absent":
+            elements[:3] = [{} for _ in range(3)]
+        if recipe == "infinite":
+            elements[:2] = [dict.fromkeys(atoms, -math.inf) for _ in range(2)]
+        return elements
+
+    def _atoms(self) -> Iterator[Read]:
+        for stmt in self.members:
+            exprs = (stmt.body,) if isinstance(stmt, TopK) else (stmt.expr,) if isinstance(stmt, Einsum) else ()
+            yield from (n for e in exprs for n in walk(e) if isinstance(n, Read) and n.tensor not in self.own)
+        for merge in self.fold.merge:
+            for node in walk(merge.expr):
+                if isinstance(node, Read) and node.tensor.rstrip("'") not in self.own:
+                    yield node
+
+    # --- running
+
+    def value(self, expr: Expr, element: Element | None, state: State, part: State | None = None) -> Scalar:
+        """An expression at one element, for a state; primed reads are those of `part`."""
+
+        def leaf(node: Expr) -> Scalar:
+            match node:
+                case Read() if node.tensor.endswith("'"):
+                    return (part or {}).get(node.tensor[:-1])
+                case Read() if node.tensor in self.own:
+                    stmt = self.own[node.tensor]
+                    if self._along(stmt):
+                        assert isinstance(stmt, Einsum)
+                        return self.value(stmt.expr, element, state)
+                    return state.get(node.tensor)
+                case Read():
+                    moving = any(isinstance(i, Rank) and i.name == self.fold.rank for e in node.index for i in walk(e))
+                    return (element or {}).get(repr(node)) if moving else self.fixed[repr(node)]
+                case Rank():
+                    return 0.0 if element else None
+                case Extent():
+                    return float(ELEMENTS)
+                case Reduce():
+                    return self.value(node.body, element, state)
+                case _:
+                    return None
+
+        return evaluate(expr, leaf)
+
+    def _along(self, stmt: Stmt) -> bool:
+        return isinstance(stmt, Einsum) and self.fold.rank in stmt.target.ranks
+
+    def step(self, parts: Sequence[State], block: Sequence[Element]) -> State:
+        """One state of the states of some parts and of a block of elements."""
+        state: State = {}
+        for stmt in self.members:
+            name = defines(stmt)[0]
+            if self._along(stmt):
+                continue
+            if isinstance(stmt, Einsum) and not isinstance(stmt.expr, Reduce):
+                state[name] = self.value(stmt.expr, None, state)
+                continue
+            found = [part[name] for part in parts if part.get(name) is not None]
+            if isinstance(stmt, Einsum):
+                found = [self.value(self.merges[name], None, state, part) for part in parts]
+            state[name] = self.folded(stmt, [x for x in found if x is not None], block, state)
+        return state
+
+    def folded(self, stmt: Stmt, older: list[Scalar], block: Sequence[Element], state: State) -> Scalar:
+        """A reduction of a block, and of what older states count for."""
+        body = stmt.body if isinstance(stmt, TopK) else stmt.expr.body  # type: ignore[union-attr]
+        new = [x for x in (self.value(body, e, state) for e in block if e) if x is not None]
+        if isinstance(stmt, TopK):
+            return tuple(sorted([x for part in older for x in part] + new, reverse=True)[:TOP])
+        return reduced(stmt.expr.reducer, older, new)  # type: ignore[union-attr]
+
+    def failure(self, recipe: str, elements: list[Element], rng: random.Random) -> Proof | None:
+        """What goes wrong on these elements."""
+        whole = self.step([], elements)
+        state: State = {}
+        for element in elements:
+            before, state = state, self.step([state], [element])
+            if found := self.unbounded(recipe, before, state, element):
+                return found
+        trees = [
+            state,
+            self.tree([self.step([], [e]) for e in elements], rng),
+            self.tree(self.tiles(elements, rng), rng),
+        ]
+        for found_state in trees:
+            for name in self.fold.state:
+                if name in whole and not close(found_state.get(name), whole[name], self.scale(name, elements, whole)):
+                    item = {"absent": "identity", "infinite": "invertible", "large": "bounded"}.get(recipe, "proof")
+                    reason = f"on {recipe} elements '{name}' is {found_state.get(name)} in parts, {whole[name]} at once"
+                    return Proof(item, reason, (name,))
+        return None
+
+    def unbounded(self, recipe: str, before: State, state: State, element: Element) -> Proof | None:
+        """Conditions `bounded` and `contracting` at one step."""
+        for name, factors in self.corrections.items():
+            for factor in factors:
+                found = self.value(factor, None, state, before)
+                if found is not None and found > 1 + CLOSE:
+                    reason = f"an older '{name}' is multiplied with {found:.3g}: it grows as elements come"
+                    return Proof("contracting", reason, (name,))
+        weights = [s for s in self.members if self._along(s) and isinstance(s, Einsum) and _is_exp(s.expr)]
+        for stmt in weights:
+            assert isinstance(stmt, Einsum)
+            found = self.value(stmt.expr, element, state) if element else None
+            if found is not None and found > BOUND:
+                return Proof("bounded", f"'{stmt.target.name}' is {found:.3g} for an element that its frame has seen")
+        return None
+
+    def tree(self, states: list[State], rng: random.Random) -> State:
+        """Some states merged two by two, neighbours first, in a random tree."""
+        while len(states) > 1:
+            at = rng.randrange(len(states) - 1)
+            states[at : at + 2] = [self.step(states[at : at + 2], [])]
+        return states[0]
+
+    def tiles(self, elements: list[Element], rng: random.Random) -> list[State]:
+        """The states of consecutive parts, an empty one among them."""
+        cut = rng.randrange(len(elements) + 1)
+        return [self.step([], elements[:cut]), self.step([], []), self.step([], elements[cut:])]
+
+    def scale(self, name: str, elements: list[Element], whole: State) -> float:
+        """The size of what was added up: an error is measured against it."""
+        stmt = self.own[name]
+        if not isinstance(stmt, Einsum) or not isinstance(stmt.expr, Reduce):
+            return 1.0
+        values = [self.value(stmt.expr.body, e, whole) for e in elements if e]
+        return float(1.0 + sum(abs(x) for x in values if x is not None and math.isfinite(x)))
+
+
+def _is_exp(expr: Expr) -> bool:
+    return isinstance(expr, Apply) and expr.op == "exp"
+
+
+def reduced(reducer: str, older: list[Scalar], new: list[Scalar]) -> Scalar:
+    """A fold of contributions; None for nothing. What is chosen is told by its value, not by its coordinate."""
+    if reducer == "count":
+        return sum(older) + len(new) if older or new else None
+    given = older + new
+    if not given:
+        return None
+    if any(isinstance(x, float) and math.isnan(x) for x in given):
+        return math.nan
+    if reducer == "sum":
+        return math.fsum(given) if all(math.isfinite(x) for x in given) else sum(given)
+    return FOLDS[reducer](given)
+
+
+FOLDS: Mapping[str, Callable[[list[Scalar]], Scalar]] = {
+    "max": max, "min": min, "argmax": max, "argmin": min, "prod": math.prod, "any": any, "all": all,
+}  # fmt: skip
+
+
+def close(found: Scalar, wanted: Scalar, scale: float) -> bool:
+    """Whether two values agree as closely as a change of order explains; NaN only where it is wanted."""
+    if found is None or wanted is None or isinstance(found, tuple):
+        return bool(found == wanted) or (found is None and wanted is None)
+    if not math.isfinite(wanted):
+        return not math.isnan(found) or math.isnan(wanted)
+    return math.isfinite(found) and abs(found - wanted) <= CLOSE * scale

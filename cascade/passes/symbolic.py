@@ -1,0 +1,256 @@
+"""The terms of a map, by SymPy: expand, split exponents, collect by factors; and back to expressions.
+
+Loaded only where a map was never decided before. Symbols are those of the atoms: x0, x1, ... of the element, r0, r1,
+... of the state; all are real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+
+from cascade.ir import Apply, Const, Expr, Local
+from cascade.passes.separate import Family, Terms
+
+MAX_TERMS = 24
+
+
+def families(expr: Expr, shifts: Mapping[tuple[str, str], int]) -> tuple[Family, ...] | str | None:
+    """The families of a map over atoms; None where it has no such form, the reason where its form would cancel."""
+    try:
+        terms = _expanded(_symbolic(expr))
+    except _NoForm:
+        return None
+    grouped: dict[tuple[Any, Any], list[_Term]] = {}
+    for term in terms:
+        framed = term.x_power != 0 and term.r_power != 0
+        key = (term.x_power, term.r_power) if framed else (sympy.S.Zero, sympy.S.Zero)
+        grouped.setdefault(key, []).append(term if framed else term.unframed())
+    if sum(len(group) for group in grouped.values()) > MAX_TERMS:
+        return None
+    try:
+        return tuple(_family(key, group, shifts) for key, group in grouped.items())
+    except _Cancels as no:
+        return str(no)
+    except _NoForm:
+        return None
+
+
+class _NoForm(Exception):
+    """The map has no such form."""
+
+
+class _Cancels(_NoForm):
+    """The only form is one whose terms cancel."""
+
+
+def _symbol(name: str) -> Any:
+    return sympy.Symbol(name, real=True)
+
+
+def _symbolic(expr: Expr) -> Any:
+    match expr:
+        case Const():
+            return sympy.nsimplify(expr.value) if isinstance(expr.value, int) else sympy.Float(expr.value)
+        case Local():
+            return _symbol(expr.name)
+        case Apply(op=op, args=args) if op in SYMPY:
+            return SYMPY[op](*map(_symbolic, args))
+        case _:
+            raise _NoForm
+
+
+SYMPY: dict[str, Callable[..., Any]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "neg": lambda a: -a,
+    "exp": sympy.exp,
+    "exp2": lambda a: sympy.exp(a * sympy.log(2)),
+    "log": sympy.log,
+    "log2": lambda a: sympy.log(a) / sympy.log(2),
+    "sqrt": sympy.sqrt,
+    "rsqrt": lambda a: 1 / sympy.sqrt(a),
+    "abs": sympy.Abs,
+    "pow": lambda a, b: a**b,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Term:
+    """x * r * exp(x_power + r_power), each of one side."""
+
+    x: Any
+    r: Any
+    x_power: Any
+    r_power: Any
+
+    def unframed(self) -> _Term:
+        """The same with its exponential among the factors."""
+        return _Term(self.x * sympy.exp(self.x_power), self.r * sympy.exp(self.r_power), sympy.S.Zero, sympy.S.Zero)
+
+
+def _expanded(expr: Any) -> list[_Term]:
+    expr = sympy.expand_log(sympy.expand(expr, power_base=True, force=True), force=True)
+    expr = sympy.expand(expr, force=True)
+    if expr.has(sympy.nan, sympy.zoo):
+        raise _NoForm
+    return [_term(term) for term in sympy.Add.make_args(expr)]
+
+
+def _term(term: Any) -> _Term:
+    x = r = sympy.S.One
+    x_power = r_power = sympy.S.Zero
+    for factor in sympy.Mul.make_args(term):
+        if isinstance(factor, sympy.exp):
+            for part in sympy.Add.make_args(sympy.expand(factor.args[0])):
+                side = _side(part)
+                x_power, r_power = (x_power, r_power + part) if side == "r" else (x_power + part, r_power)
+        elif _side(factor) == "r" or factor.is_number:
+            r *= factor
+        else:
+            x *= factor
+    return _Term(x, r, x_power, r_power)
+
+
+def _side(expr: Any) -> str:
+    """The side of a factor: "x", also for numbers, or "r"."""
+    letters = {symbol.name[0] for symbol in expr.free_symbols}
+    if len(letters) > 1:
+        raise _NoForm
+    return letters.pop() if letters else "x"
+
+
+def _family(key: tuple[Any, Any], group: list[_Term], shifts: Mapping[tuple[str, str], int]) -> Family:
+    x_power, r_power = key
+    total = sympy.Add(*[term.x * term.r for term in group])
+    if x_power != 0:
+        moved = _in_frame(total, x_power, -r_power)
+        return Family(True, to_expr(x_power), to_expr(-r_power), _collected(moved))
+    for (x, r), sign in shifts.items():
+        a, rho = _symbol(x), -sign * _symbol(r)
+        if sympy.degree(total, a) >= 2 if total.is_polynomial(a) else False:
+            moved = sympy.expand(total.subs(a, U + rho))
+            if not moved.has(_symbol(r)):
+                return Family(False, Local(x), to_expr(rho), _collected(moved))
+    _no_cancellation(total)
+    return Family(False, None, None, _merged(_collected(total)))
+
+
+U = sympy.Symbol("u", real=True)
+
+
+def _in_frame(total: Any, a: Any, rho: Any) -> Any:
+    """The factors beside exp(a - rho), with a written as u + rho where they mention it."""
+    symbols = list(a.free_symbols)
+    if len(symbols) != 1 or not total.has(symbols[0]):
+        return total
+    scale = a.coeff(symbols[0])
+    if a != scale * symbols[0] or not total.is_polynomial(symbols[0]):
+        return total
+    return sympy.expand(total.subs(symbols[0], (U + rho) / scale))
+
+
+def _collected(total: Any) -> tuple[Terms, ...]:
+    """The polynomial by its factor of the element, then by the power of u."""
+    found: dict[Any, dict[int, Any]] = {}
+    for term in sympy.Add.make_args(sympy.expand(total)):
+        x, r, power = sympy.S.One, sympy.S.One, 0
+        for factor in sympy.Mul.make_args(term):
+            base, exponent = factor.as_base_exp()
+            if base == U:
+                power = int(exponent)
+            elif factor.is_number or _side(factor) == "r":
+                r *= factor
+            else:
+                x *= factor
+        powers = found.setdefault(x, {})
+        powers[power] = powers.get(power, 0) + r
+    return tuple(
+        Terms(to_expr(x), tuple(to_expr(p[j]) if p.get(j, 0) != 0 else None for j in range(max(p) + 1)))
+        for x, p in found.items()
+    )
+
+
+def _merged(terms: tuple[Terms, ...]) -> tuple[Terms, ...]:
+    """Terms with one factor of the state taken together: one accumulator for all of them."""
+    found: dict[tuple[Expr | None, ...], Expr] = {}
+    for term in terms:
+        before = found.get(term.factors)
+        found[term.factors] = term.weight if before is None else Apply("add", (before, term.weight))
+    return tuple(Terms(weight, factors) for factors, weight in found.items())
+
+
+def _no_cancellation(total: Any) -> None:
+    """A square of an element beside a product of it with the state has no form: raw moments would cancel."""
+    terms = sympy.Add.make_args(total)
+    for symbol in total.free_symbols:
+        if symbol.name[0] == "x" and len(terms) > 1 and total.is_polynomial(symbol):
+            powers = {term: sympy.degree(term, symbol) if term.has(symbol) else 0 for term in terms}
+            most = max(powers.values())
+            if most >= 2 and any(0 < power < most and _has_state(term) for term, power in powers.items()):
+                raise _Cancels("raw moments of second degree would cancel, and no frame centres them")
+
+
+def _has_state(term: Any) -> bool:
+    return any(symbol.name[0] == "r" for symbol in term.free_symbols)
+
+
+# --- back to expressions ---------------------------------------------------------------------------------------------
+
+
+def to_expr(found: Any) -> Expr:
+    """What SymPy made of an expression, as an expression again."""
+    if found.is_Symbol:
+        return Local(found.name)
+    if found.is_Integer:
+        return Const(int(found)) if abs(int(found)) < 2**53 else Const(float(found))
+    if found.is_number:
+        return Const(float(found))
+    if found.is_Add:
+        first, *rest = sorted(found.args, key=lambda arg: (arg.could_extract_minus_sign(), str(arg)))
+        result = to_expr(first)
+        for arg in rest:
+            minus = arg.could_extract_minus_sign()
+            result = Apply("sub" if minus else "add", (result, to_expr(-arg if minus else arg)))
+        return result
+    if found.is_Mul:
+        return _quotient(found)
+    if found.is_Pow and not isinstance(found, sympy.exp):
+        return _power(*found.as_base_exp())
+    functions = {sympy.exp: "exp", sympy.log: "log", sympy.Abs: "abs"}
+    if found.func in functions:
+        return Apply(functions[found.func], (to_expr(found.args[0]),))
+    raise _NoForm
+
+
+def _quotient(found: Any) -> Expr:
+    if found.could_extract_minus_sign():
+        return Apply("neg", (to_expr(-found),))
+    over, under = found.as_numer_denom()
+    if under == 1 or under.is_number:
+        if under != 1:
+            over = found
+        factors = sorted(sympy.Mul.make_args(over), key=lambda f: (not f.is_number, str(f)))
+        result = to_expr(factors[0])
+        for factor in factors[1:]:
+            result = Apply("mul", (result, to_expr(factor)))
+        return result
+    return Apply("div", (to_expr(over), to_expr(under)))
+
+
+def _power(base: Any, exponent: Any) -> Expr:
+    if exponent == sympy.Rational(1, 2):
+        return Apply("sqrt", (to_expr(base),))
+    if exponent.could_extract_minus_sign():
+        return Apply("div", (Const(1.0), to_expr(base**-exponent)))
+    if exponent.is_Integer and int(exponent) <= 8:
+        result = factor = to_expr(base)
+        for _ in range(int(exponent) - 1):
+            result = Apply("mul", (result, factor))
+        return result
+    return Apply("pow", (to_expr(base), to_expr(exponent)))

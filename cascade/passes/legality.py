@@ -25,7 +25,7 @@ ITEMS: dict[str, tuple[str, str]] = {
     "separable": ("C521", "the map has finite rank as a function of state and element"),
     "form": ("C522", "a rule knows the accumulators"),
     "order law": ("C523", "the map is monotone in the element"),
-    "overlap": ("C524", "a statement runs in a trip over one rank only"),
+    "overlap": ("C524", "a statement runs in one trip only"),
     "proof": ("C525", "the trip gives, on samples, what the cascade gives"),
 }
 """The conditions. That a memo's key holds reducer, types and domain is a property of `memo.py`, not of a cascade."""

@@ -31,13 +31,16 @@ from cascade.ir import (
 )  # fmt: skip
 from cascade.order import units
 from cascade.passes.accumulate import Made, Maker, NoAccumulator, read
+from cascade.passes.gauge import gauges
 from cascade.passes.legality import Domains, named, outside_frame
 from cascade.passes.lifts import Blocked, Lifted, Lifting
 from cascade.passes.memo import remembered
 from cascade.passes.monotone import peel, sign_of
 from cascade.passes.prove import Proof, prove
+from cascade.passes.scan import affine_scans
 from cascade.passes.separate import Atoms, Separation, separate
 from cascade.passes.trips import Trips, conjunction, folded, is_map, mentions, operand, own_reads, renamed
+from cascade.passes.virtual import with_virtual
 from cascade.presence import may_be_absent
 from cascade.text import render_expr, render_stmt
 from cascade.verify import Invariant, canonical, inlined, well_formed
@@ -73,6 +76,7 @@ def lift_reductions(cascade: Cascade, ordered: bool = False) -> Lifting:
         current = found.cascade
         lifted += found.lifted
         blocked += found.blocked
+    lifted += affine_scans(cascade)
     return Lifting(current, tuple(lifted), tuple(blocked))
 
 
@@ -94,7 +98,9 @@ def _failures(before: Cascade, found: Lifting, rank: str) -> Iterator[Blocked]:
         if not old.isdisjoint(fold.update):
             for item in mine:
                 edge = (item.producers[0], item.reduction)
-                yield named("overlap", item.reduction, rank, edge, "it is in a trip over another rank already")
+                yield named(
+                    "overlap", item.reduction, rank, edge, "a statement of it is in a trip of the schedule already"
+                )
             continue
         proof: Proof = remembered(
             "proof", (render_fold(found.cascade, fold),), functools.partial(prove, found.cascade, fold)
@@ -262,6 +268,9 @@ class _Lifter:
     ) -> Made:
         atoms = Atoms(self.side(frames))
         abstract = atoms.abstract(expr)
+        gathered = next((node for node in walk(abstract) if isinstance(node, Read)), None)
+        if gathered is not None:
+            raise _Refused("pointwise", f"'{gathered.tensor}' is read at a place that depends on the state")
 
         def concrete(part: Expr) -> Expr:
             return substitute(part, {}, atoms.parts)
@@ -537,6 +546,9 @@ class _Lifter:
                 finalize=tuple(render_stmt(s) for s in self.body if name in defines(s) and name not in made.states),
                 deferred=tuple(dict.fromkeys(render_expr(e) for e in made.deferred)),
                 frame="" if made.frame is None else render_expr(made.frame),
+                anchors=tuple(n for s in self.states_of(made.frame) for n in defines(s))
+                if made.frame is not None
+                else (),
             )
         )
 
@@ -550,10 +562,17 @@ class _Lifter:
         for number, trip in sorted(self.trips.items()):
             if trip.made:
                 folds.append(self.fold(number, trip, ordered, stmts))
-                lifted += [self.with_gauge(item, folds[-1]) for item in trip.lifted]
+                free = gauges(dataclasses.replace(self.cascade, body=ordered), folds[-1])
+                mine = [dataclasses.replace(item, gauge=bool(set(free) & set(item.anchors))) for item in trip.lifted]
+                folds[-1], joined = with_virtual(dataclasses.replace(self.cascade, body=ordered), folds[-1], self.whole)
+                lifted += [told(item, folds[-1], joined) for item in mine]
         schedule = (*self.cascade.schedule, *folds)
         final = dataclasses.replace(self.cascade, body=ordered, schedule=schedule)
         return with_names(Lifting(final, tuple(lifted), tuple(self.blocked)), self.free_names(stmts))
+
+    def whole(self, stmt: Einsum) -> bool:
+        """Whether every coordinate of a reduction is present."""
+        return stmt.where is None and isinstance(stmt.expr, Reduce) and not self.domains.of(stmt.expr.body)
 
     def free_names(self, stmts: Mapping[str, Stmt]) -> dict[str, str]:
         """Maps made for a trip that may have the name of the map which they replace: nothing needs that any more."""
@@ -591,9 +610,6 @@ class _Lifter:
                 self.levels.level.get(r) == number and not self.levels.carries(r) for r in reads(stmt)
             )
         return self.levels.level.get(name) == number
-
-    def with_gauge(self, item: Lifted, fold: Fold) -> Lifted:
-        return item
 
 
 @dataclass(frozen=True, slots=True)
@@ -633,6 +649,28 @@ def _power_of(abstract: Expr) -> tuple[Expr | None, Expr | None]:
     return None, None
 
 
+def told(item: Lifted, fold: Fold, joined: Mapping[str, str]) -> Lifted:
+    """What is told of a lift, where states of its fold gave way to such with virtual elements."""
+    if not joined:
+        return item
+    state = tuple(joined.get(name, name) for name in item.state)
+    inits = {i.target.name: i for i in fold.init}
+    merges = {m.target.name: m for m in fold.merge}
+    left = {name: render_target(inits[name].target) for name in state}
+    begin = {name: "empty" if (e := inits[name].expr) is None else render_expr(e) for name in state}
+    return dataclasses.replace(
+        item,
+        state=state,
+        init=tuple(f"{left[name]} = {begin[name]}" for name in state),
+        merge=tuple(f"{left[name]} = {render_expr(merges[name].expr)}" for name in state),
+    )
+
+
+def render_target(target: Target) -> str:
+    """A left side."""
+    return f"{target.name}[{','.join(target.ranks)}]" if target.ranks else target.name
+
+
 def with_names(found: Lifting, renamed_: Mapping[str, str]) -> Lifting:
     """The same with tensors renamed."""
     if not renamed_:
@@ -646,7 +684,8 @@ def with_names(found: Lifting, renamed_: Mapping[str, str]) -> Lifting:
 
     def fold(old: Fold) -> Fold:
         merges = tuple(dataclasses.replace(m, expr=expr(m.expr)) for m in old.merge)
-        return dataclasses.replace(old, update=tuple(map(name, old.update)), merge=merges)
+        inits = tuple(dataclasses.replace(i, expr=None if i.expr is None else expr(i.expr)) for i in old.init)
+        return dataclasses.replace(old, update=tuple(map(name, old.update)), merge=merges, init=inits)
 
     cascade = found.cascade
     body = tuple(renamed(stmt, renamed_) for stmt in cascade.body)

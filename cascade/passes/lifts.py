@@ -29,6 +29,7 @@ class Lifted:
     finalize: tuple[str, ...] = ()
     deferred: tuple[str, ...] = ()  # factors that wait until the trip is over
     frame: str = ""  # what the terms are measured against, where they are
+    anchors: tuple[str, ...] = ()  # the states that the frame is made of
     gauge: bool = False  # no result of the cascade depends on which frame it is
 
 

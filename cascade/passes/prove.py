@@ -8,12 +8,13 @@ moved.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from cascade.ir import Apply, Cascade, Einsum, Expr, Extent, Fold, Rank, Read, Reduce, Stmt, TopK
+from cascade.ir import Apply, Cascade, Const, Einsum, Expr, Extent, Fold, Rank, Read, Reduce, Stmt, TopK
 from cascade.passes.scalars import Scalar, evaluate
 from cascade.walk import defines, walk
 
@@ -55,6 +56,7 @@ class _Run:
         self.members = list(dict.fromkeys(owner[name] for name in fold.update))
         self.own = {name: stmt for stmt in self.members for name in defines(stmt)}
         self.merges = {merge.target.name: merge.expr for merge in fold.merge}
+        self.inits = {init.target.name: init.expr for init in fold.init if init.expr is not None}
         self.corrections = {
             name: [n for n in walk(expr) if isinstance(n, Apply) and n.op == "exp"]
             for name, expr in self.merges.items()
@@ -85,8 +87,8 @@ class _Run:
         for stmt in self.members:
             exprs = (stmt.body,) if isinstance(stmt, TopK) else (stmt.expr,) if isinstance(stmt, Einsum) else ()
             yield from (n for e in exprs for n in walk(e) if isinstance(n, Read) and n.tensor not in self.own)
-        for merge in self.fold.merge:
-            for node in walk(merge.expr):
+        for expr in (*self.merges.values(), *self.inits.values()):
+            for node in walk(expr):
                 if isinstance(node, Read) and node.tensor.rstrip("'") not in self.own:
                     yield node
 
@@ -129,17 +131,32 @@ class _Run:
             name = defines(stmt)[0]
             if self._along(stmt):
                 continue
-            if isinstance(stmt, Einsum) and not isinstance(stmt.expr, Reduce):
+            if isinstance(stmt, Einsum) and not isinstance(stmt.expr, Reduce) and name not in self.merges:
                 state[name] = self.value(stmt.expr, None, state)
                 continue
             found = [part[name] for part in parts if part.get(name) is not None]
             if isinstance(stmt, Einsum):
-                found = [self.value(self.merges[name], None, state, part) for part in parts]
+                found = [self.value(self.merges[name], None, state, part) for part in parts if name in self.merges]
             state[name] = self.folded(stmt, [x for x in found if x is not None], block, state)
+        return state
+
+    def first(self) -> State:
+        """The state before the first element: nothing, but for virtual elements."""
+        state: State = {}
+        for stmt in self.members if self.inits else ():
+            name = defines(stmt)[0]
+            if name in self.inits:
+                state[name] = self.value(self.inits[name], None, state)
+            elif isinstance(stmt, Einsum) and not self._along(stmt) and not isinstance(stmt.expr, Reduce):
+                state[name] = self.value(stmt.expr, None, state)
         return state
 
     def folded(self, stmt: Stmt, older: list[Scalar], block: Sequence[Element], state: State) -> Scalar:
         """A reduction of a block, and of what older states count for."""
+        if isinstance(stmt, Einsum) and isinstance(stmt.expr, Apply):  # a state that joins a reduction of the block
+            inner = next(n.tensor for n in walk(stmt.expr) if isinstance(n, Read) and n.tensor in self.own)
+            given = [x for x in (*older, state.get(inner)) if x is not None]
+            return _joined(stmt.expr.op, given) if given else None
         body = stmt.body if isinstance(stmt, TopK) else stmt.expr.body  # type: ignore[union-attr]
         new = [x for x in (self.value(body, e, state) for e in block if e) if x is not None]
         if isinstance(stmt, TopK):
@@ -148,17 +165,15 @@ class _Run:
 
     def failure(self, recipe: str, elements: list[Element], rng: random.Random) -> Proof | None:
         """What goes wrong on these elements."""
-        whole = self.step([], elements)
-        state: State = {}
+        first = self.first()
+        whole = self.step([first], elements)
+        state: State = first
         for element in elements:
             before, state = state, self.step([state], [element])
             if found := self.unbounded(recipe, before, state, element):
                 return found
-        trees = [
-            state,
-            self.tree([self.step([], [e]) for e in elements], rng),
-            self.tree(self.tiles(elements, rng), rng),
-        ]
+        leaves = [self.step([] if number else [first], [e]) for number, e in enumerate(elements)]
+        trees = [state, self.tree(leaves, rng), self.tree(self.tiles(first, elements, rng), rng)]
         for found_state in trees:
             for name in self.fold.state:
                 if name in whole and not close(found_state.get(name), whole[name], self.scale(name, elements, whole)):
@@ -190,10 +205,10 @@ class _Run:
             states[at : at + 2] = [self.step(states[at : at + 2], [])]
         return states[0]
 
-    def tiles(self, elements: list[Element], rng: random.Random) -> list[State]:
+    def tiles(self, first: State, elements: list[Element], rng: random.Random) -> list[State]:
         """The states of consecutive parts, an empty one among them."""
         cut = rng.randrange(len(elements) + 1)
-        return [self.step([], elements[:cut]), self.step([], []), self.step([], elements[cut:])]
+        return [self.step([first], elements[:cut]), self.step([], []), self.step([], elements[cut:])]
 
     def scale(self, name: str, elements: list[Element], whole: State) -> float:
         """The size of what was added up: an error is measured against it."""
@@ -225,6 +240,10 @@ def reduced(reducer: str, older: list[Scalar], new: list[Scalar]) -> Scalar:
 FOLDS: Mapping[str, Callable[[list[Scalar]], Scalar]] = {
     "max": max, "min": min, "argmax": max, "argmin": min, "prod": math.prod, "any": any, "all": all,
 }  # fmt: skip
+
+
+def _joined(op: str, values: list[Scalar]) -> Scalar:
+    return functools.reduce(lambda a, b: evaluate(Apply(op, (Const(a), Const(b))), lambda _: None), values)
 
 
 def close(found: Scalar, wanted: Scalar, scale: float) -> bool:

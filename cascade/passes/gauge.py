@@ -11,46 +11,71 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
-from cascade.ir import Cascade, Einsum, Expr, Extent, Fold, Rank, Read, Reduce, Stmt
+from cascade.ir import Einsum, Expr, Extent, Fold, Rank, Read, Reduce, Stmt
 from cascade.passes.scalars import Scalar, evaluate
 from cascade.walk import defines, walk
 
 SHIFTS = (0.75, -1.25, 2.0)
 CLOSE = 1e-9
+FAR = 50  # statements that a change is followed through
+
+Readers: TypeAlias = Mapping[str, Sequence[Stmt]]
+Numbers: TypeAlias = dict[str, Scalar]
 
 
-def gauges(cascade: Cascade, fold: Fold) -> tuple[str, ...]:
-    """The states of a fold that others are measured against, and that no result depends on."""
-    own = {merge.target.name: merge.expr for merge in fold.merge}
+def gauges(fold: Fold, readers: Readers, results: Collection[str]) -> tuple[str, ...]:
+    """The states of a fold that others are measured against, and that no result depends on.
+
+    `readers` are the statements of the cascade that read a tensor, in order, `results` what it gives.
+    """
     frames = {
         node.tensor[:-1]
-        for name, expr in own.items()
-        for node in walk(expr)
-        if isinstance(node, Read) and node.tensor.endswith("'") and node.tensor[:-1] != name
+        for merge in fold.merge
+        for node in walk(merge.expr)
+        if isinstance(node, Read) and node.tensor.endswith("'") and node.tensor[:-1] != merge.target.name
     }
-    owner: dict[str, Stmt] = {name: stmt for stmt in cascade.body for name in defines(stmt)}
-    extremes = [name for name in fold.state if name in frames and _is_extreme(owner[name])]
-    return tuple(name for name in extremes if all(_same(cascade, fold, owner, name, shift) for shift in SHIFTS))
+    names = [name for name in fold.state if name in frames]
+    return tuple(name for name in names if all(_same(fold, readers, results, name, shift) for shift in SHIFTS))
 
 
-def _is_extreme(stmt: Stmt) -> bool:
-    return isinstance(stmt, Einsum) and isinstance(stmt.expr, Reduce) and stmt.expr.reducer in ("max", "min")
+def _same(fold: Fold, readers: Readers, results: Collection[str], name: str, shift: float) -> bool:
+    """Whether moving one state, and by their merges those measured against it, changes no result.
 
-
-def _same(cascade: Cascade, fold: Fold, owner: dict[str, Stmt], name: str, shift: float) -> bool:
-    rng = random.Random(5)
-    before = {state: rng.uniform(0.5, 1.5) for state in fold.state}
-    outside: dict[str, Scalar] = {}
-    after = {name: before[name] + shift}
-    for state in fold.state:
-        if state != name:
-            merge = next(m.expr for m in fold.merge if m.target.name == state)
-            after[state] = _Values(owner, after, before, outside, rng).of(merge)
-    results = [r.name for r in cascade.results]
-    one, other = ([_Values(owner, s, {}, outside, rng).tensor(r) for r in results] for s in (before, after))
-    return all(_close(a, b) for a, b in zip(one, other, strict=True))
+    What comes out equal is not followed further; what is followed too far counts as changed.
+    """
+    draw = _Draw(random.Random(5))
+    before: Numbers = {state: draw.number(state) for state in fold.state}
+    after: Numbers = {**before, name: before[name] + shift}
+    moved = _Numbers(after, before, draw)
+    inside = [stmt for state in fold.state for stmt in readers.get(state, ()) if set(defines(stmt)) & set(fold.update)]
+    for stmt in dict.fromkeys(inside):  # the frames, which merges read
+        if isinstance(stmt, Einsum) and fold.rank not in stmt.target.ranks and not isinstance(stmt.expr, Reduce):
+            before[stmt.target.name] = _Numbers(before, {}, draw).of(stmt.expr)
+            after[stmt.target.name] = moved.of(stmt.expr)
+    for merge in fold.merge:
+        if merge.target.name != name:
+            after[merge.target.name] = moved.of(merge.expr)
+    changed = [state for state in before if not _close(before[state], after[state])]
+    seen: set[str] = set()
+    for tensor in changed:
+        if tensor in results or len(changed) > FAR:
+            return False
+        for stmt in readers.get(tensor, ()):
+            target = defines(stmt)[0]
+            if target in fold.update or target in seen or not isinstance(stmt, Einsum):
+                if not isinstance(stmt, Einsum):
+                    return False
+                continue
+            seen.add(target)
+            before[target] = _Numbers(before, {}, draw).of(stmt.expr)
+            after[target] = moved.of(stmt.expr)
+            if not _close(before[target], after[target]):
+                changed.append(target)
+    return True
 
 
 def _close(a: Scalar, b: Scalar) -> bool:
@@ -58,25 +83,34 @@ def _close(a: Scalar, b: Scalar) -> bool:
 
 
 @dataclass(slots=True, eq=False)
-class _Values:
-    """Tensors as numbers, from the states of a fold; what does not depend on them is drawn once."""
+class _Draw:
+    """A number for every tensor that does not depend on the fold."""
 
-    owner: dict[str, Stmt]
-    state: dict[str, Scalar]
-    part: dict[str, Scalar]
-    outside: dict[str, Scalar]
     rng: random.Random
-    known: dict[str, Scalar] = field(default_factory=dict)
+    drawn: Numbers = field(default_factory=dict)
+
+    def number(self, name: str) -> Scalar:
+        """The number of a tensor, the same whenever it is asked for."""
+        return self.drawn.setdefault(name, self.rng.uniform(0.5, 1.5))
+
+
+@dataclass(slots=True, eq=False)
+class _Numbers:
+    """Expressions as numbers, every tensor being one."""
+
+    known: Numbers
+    part: Numbers
+    draw: _Draw
 
     def of(self, expr: Expr) -> Scalar:
-        """The value of an expression."""
+        """The value of an expression; a reduction is that of its operand."""
 
         def leaf(node: Expr) -> Scalar:
             match node:
                 case Read() if node.tensor.endswith("'"):
                     return self.part[node.tensor[:-1]]
                 case Read():
-                    return self.tensor(node.tensor)
+                    return self.known[node.tensor] if node.tensor in self.known else self.draw.number(node.tensor)
                 case Reduce():
                     return self.of(node.body)
                 case Extent():
@@ -87,30 +121,3 @@ class _Values:
                     return None
 
         return evaluate(expr, leaf)
-
-    def tensor(self, name: str) -> Scalar:
-        """The value of a tensor: a state, computed from states, or drawn."""
-        if name in self.state:
-            return self.state[name]
-        if name not in self.known:
-            stmt = self.owner.get(name)
-            if isinstance(stmt, Einsum) and not stmt.inits and self._depends(stmt):
-                self.known[name] = self.of(stmt.expr)
-            else:
-                self.known[name] = self.outside.setdefault(name, self.rng.uniform(0.5, 1.5))
-        return self.known[name]
-
-    def _depends(self, stmt: Stmt) -> bool:
-        """Whether a statement needs a state."""
-        todo, seen = [stmt], set()
-        while todo:
-            reads = [n.tensor for e in _right(todo.pop()) for n in walk(e) if isinstance(n, Read)]
-            if any(name in self.state for name in reads):
-                return True
-            todo += [self.owner[name] for name in reads if name in self.owner and name not in seen]
-            seen.update(reads)
-        return False
-
-
-def _right(stmt: Stmt) -> tuple[Expr, ...]:
-    return (stmt.expr,) if isinstance(stmt, Einsum) else ()

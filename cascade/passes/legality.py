@@ -6,7 +6,7 @@ A reduction that breaks one stays in a trip of its own, and the report names the
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cascade.ir import Einsum, Expr, Rank, Read, Reduce, Stmt, TopK
 from cascade.passes.lifts import Blocked
@@ -45,22 +45,27 @@ class Domains:
     rank: str
     absent: Collection[str]
     maps: Mapping[str, Einsum]  # what is looked through
+    known: dict[Read, frozenset[Expr]] = field(default_factory=dict)
 
     def of(self, expr: Expr) -> frozenset[Expr]:
         """The filters and reads that decide at which coordinates of the rank an expression has a value."""
         found: set[Expr] = set()
-        todo = [expr]
-        while todo:
-            for node in walk(todo.pop()):
-                if isinstance(node, Read) and self._decides(node):
-                    stmt = self.maps.get(node.tensor)
-                    if stmt is None or not all(isinstance(i, Rank) for i in node.index):
-                        found.add(node)
-                        continue
-                    actual = dict(zip(stmt.target.ranks, node.index, strict=True))
-                    todo.append(substitute(stmt.expr, actual))
-                    found.update([] if stmt.where is None else [substitute(stmt.where, actual)])
+        for node in walk(expr):
+            if isinstance(node, Read) and self._decides(node):
+                found |= self._read(node)
         return frozenset(found)
+
+    def _read(self, node: Read) -> frozenset[Expr]:
+        """What decides where a read has a value, once for each."""
+        if node not in self.known:
+            stmt = self.maps.get(node.tensor)
+            if stmt is None or not all(isinstance(i, Rank) for i in node.index):
+                self.known[node] = frozenset((node,))
+            else:
+                actual = dict(zip(stmt.target.ranks, node.index, strict=True))
+                filters = [] if stmt.where is None else [substitute(stmt.where, actual)]
+                self.known[node] = self.of(substitute(stmt.expr, actual)) | frozenset(filters)
+        return self.known[node]
 
     def _decides(self, node: Read) -> bool:
         along = any(isinstance(inside, Rank) and inside.name == self.rank for inside in walk(node))

@@ -173,6 +173,7 @@ class _Lifter:
     ordered: bool
     refused: dict[str, Blocked]
     body: list[Stmt] = field(default_factory=list)
+    current: dict[str, Stmt] = field(default_factory=dict)  # the same, by what they define
     blocked: list[Blocked] = field(default_factory=list)
     trips: dict[int, _Trip] = field(default_factory=dict)
     makers: dict[int, Maker] = field(default_factory=dict)
@@ -203,10 +204,16 @@ class _Lifter:
             return Lifting(self.cascade, (), tuple(self.blocked))
         return self.assembled()
 
+    def add(self, *stmts: Stmt) -> None:
+        """Statements of the cascade that is made."""
+        self.body += stmts
+        for stmt in stmts:
+            self.current.update((name, stmt) for name in defines(stmt))
+
     def other(self, stmt: Stmt) -> None:
         """A statement that does not fold the rank."""
         self.levels.enter(stmt)
-        self.body.append(stmt)
+        self.add(stmt)
         if self.levels.touches(stmt) and not is_map(stmt):
             trip = self.levels.streams[defines(stmt)[0]] - 1
             frames = tuple(n for e in own_reads(stmt) for n in self.levels.frames(e, trip)) if trip else ()
@@ -232,11 +239,10 @@ class _Lifter:
                 edge = (producers[-1], name)
                 self.blocked.append(named(no.item, name, self.rank, edge, no.reason, no.evidence))
                 trip += 1
-                self.body.append(stmt)
+                self.add(stmt)
         else:
-            self.body.append(stmt)
-        for target in targets(stmt):
-            self.levels.level[target.name] = trip
+            self.add(stmt)
+        self.levels.settle(stmt, trip)
 
     def lift(
         self,
@@ -424,7 +430,7 @@ class _Lifter:
     def partial(self, expr: Expr) -> Expr:
         """An expression of states as one of the states of a part: maps between are taken in, states are primed."""
         if isinstance(expr, Read) and expr.tensor in self.levels.level and not self.levels.carries(expr.tensor):
-            stmt = self.new_stmts().get(expr.tensor) or self.stmts.get(expr.tensor)
+            stmt = self.current.get(expr.tensor) or self.stmts.get(expr.tensor)
             if stmt is not None and self.levels.level[expr.tensor] >= 1:
                 if self.rank in folded(stmt):
                     return dataclasses.replace(expr, tensor=expr.tensor + "'")
@@ -435,9 +441,6 @@ class _Lifter:
             return expr
         return with_children(expr, tuple(self.partial(child) for child in children(expr)))
 
-    def new_stmts(self) -> dict[str, Stmt]:
-        return {name: stmt for stmt in self.body for name in defines(stmt)}
-
     def in_states(self, expr: Expr) -> Expr:
         """The expression with maps between taken in."""
         return _unprimed(self.partial(expr))
@@ -445,7 +448,7 @@ class _Lifter:
     def states_of(self, expr: Expr) -> list[Stmt]:
         """The reductions of the trip that an expression depends on."""
         found = {node.tensor for node in walk(self.in_states(expr)) if isinstance(node, Read)}
-        return [stmt for name, stmt in self.new_stmts().items() if name in found and self.rank in folded(stmt)]
+        return [stmt for name, stmt in self.current.items() if name in found and self.rank in folded(stmt)]
 
     def steady(self, where: Expr | None) -> _Test:
         """Whether a frame is, behind the last element, the average of what is averaged in the trip."""
@@ -455,13 +458,13 @@ class _Lifter:
             if not isinstance(plain, Apply) or plain.op != "div":
                 return False
             total, number = plain.args
-            stmt = self.new_stmts().get(total.tensor) if isinstance(total, Read) else None
+            stmt = self.current.get(total.tensor) if isinstance(total, Read) else None
             if stmt is None or not isinstance(stmt, Einsum) or stmt.where != where or not isinstance(stmt.expr, Reduce):
                 return False
             size = self.shapes.ranks[self.rank]
             whole = Const(size) if isinstance(size, int) else Extent(size)
             full = where is None and not self.domains.of(stmt.expr.body)
-            counted = self.new_stmts().get(number.tensor) if isinstance(number, Read) else None
+            counted = self.current.get(number.tensor) if isinstance(number, Read) else None
             own = isinstance(counted, Einsum) and counted.where == where
             own = own and isinstance(counted.expr, Reduce) and counted.expr.reducer == "count"  # type: ignore[union-attr]
             return stmt.expr.ranks == (self.rank,) and ((full and number == whole) or own)
@@ -483,7 +486,7 @@ class _Lifter:
         last = made.statements[-1] if made.statements else None
         at = self.trips.setdefault(trip, _Trip())
         if isinstance(made.value, Read) and made.value == read(target):
-            self.body += made.statements
+            self.add(*made.statements)
         elif (
             isinstance(made.value, Read)
             and last is not None
@@ -491,26 +494,24 @@ class _Lifter:
             and (made.value == read(targets(last)[0]) and isinstance(last, Einsum))
         ):
             old = last.target.name
-            self.body += [*made.statements[:-1], dataclasses.replace(last, target=target)]
+            self.add(*made.statements[:-1], dataclasses.replace(last, target=target))
             made.states[made.states.index(old)] = target.name
             merge = made.merges.pop(old)
             made.merges[target.name] = _renamed(merge, {f"{old}'": f"{target.name}'"})
             shared = self.makers[trip].known
             shared |= {key: target for key, found in shared.items() if found.name == old}
         else:
-            self.body += [*made.statements, Einsum(target, made.value)]
+            self.add(*made.statements, Einsum(target, made.value))
             at.finals.append(target.name)
             self.levels.level[target.name] = trip
         for new in made.statements:
-            for name in defines(new):
-                carried = any(self.rank in t.ranks for t in targets(new))
-                self.levels.level[name] = trip
-                if carried:
-                    self.levels.streams[name] = trip + 1
-        for name in made.states:
+            self.levels.settle(new, trip, trip + 1 if any(self.rank in t.ranks for t in targets(new)) else None)
+        for name in (*made.states, *(name for new in made.statements for name in defines(new))):
             self.levels.level[name] = trip
-        for known in self.new_stmts():
-            self.levels.stmts[known] = self.new_stmts()[known]  # type: ignore[index]
+            if name in self.current:
+                self.levels.place.setdefault(name, len(self.levels.place))
+                self.levels.stmts[name] = self.current[name]
+        self.levels.stmts[target.name] = self.current[target.name]
         at.states |= made.merges
         at.made.append((target.name, made))
 
@@ -528,8 +529,9 @@ class _Lifter:
 
         corrections = tuple(dict.fromkeys(_short(unguarded(expr)) for expr in made.corrections))
         moved = [f"{s} = {_short(e)}" for s, e in made.merges.items() if e != Read(f"{s}'", getattr(e, "index", ()))]
-        lines = [render_stmt(s) for s in self.body if set(defines(s)) & {*made.states, *made.weights}]
-        left = {t.name: t for s in self.body for t in targets(s)}
+        told_of = (*made.weights, *made.states)
+        lines = list(dict.fromkeys(render_stmt(self.current[n]) for n in told_of if n in self.current))
+        left = {t.name: t for n in told_of if n in self.current for t in targets(self.current[n])}
         shown = {s: f"{s}[{','.join(left[s].ranks)}]" if left[s].ranks else s for s in made.states}
         self.trips[trip].lifted.append(
             Lifted(
@@ -543,7 +545,7 @@ class _Lifter:
                 init=tuple(f"{shown[s]} = empty" for s in made.states),
                 update=tuple(lines),
                 merge=tuple(f"{shown[s]} = {render_expr(e)}" for s, e in made.merges.items()),
-                finalize=tuple(render_stmt(s) for s in self.body if name in defines(s) and name not in made.states),
+                finalize=() if name in made.states else (render_stmt(self.current[name]),),
                 deferred=tuple(dict.fromkeys(render_expr(e) for e in made.deferred)),
                 frame="" if made.frame is None else render_expr(made.frame),
                 anchors=tuple(n for s in self.states_of(made.frame) for n in defines(s))
@@ -558,13 +560,19 @@ class _Lifter:
         body = _live(self.cascade, self.body, merges)
         ordered = tuple(stmt for unit in units(body, ()) for stmt in unit.statements)
         stmts = {name: stmt for stmt in ordered for name in defines(stmt)}
+        whole = dataclasses.replace(self.cascade, body=ordered)
+        results = [result.name for result in self.cascade.results]
+        readers: dict[str, list[Stmt]] = {}
+        for stmt in ordered:
+            for name in reads(stmt):
+                readers.setdefault(name, []).append(stmt)
         folds, lifted = [], []
         for number, trip in sorted(self.trips.items()):
             if trip.made:
                 folds.append(self.fold(number, trip, ordered, stmts))
-                free = gauges(dataclasses.replace(self.cascade, body=ordered), folds[-1])
+                free = gauges(folds[-1], readers, results)
                 mine = [dataclasses.replace(item, gauge=bool(set(free) & set(item.anchors))) for item in trip.lifted]
-                folds[-1], joined = with_virtual(dataclasses.replace(self.cascade, body=ordered), folds[-1], self.whole)
+                folds[-1], joined = with_virtual(whole, folds[-1], readers, self.whole)
                 lifted += [told(item, folds[-1], joined) for item in mine]
         schedule = (*self.cascade.schedule, *folds)
         final = dataclasses.replace(self.cascade, body=ordered, schedule=schedule)

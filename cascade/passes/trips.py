@@ -51,10 +51,19 @@ class Trips:
     """
 
     rank: str
-    stmts: Mapping[str, Stmt]  # by the tensors they define
+    stmts: dict[str, Stmt]  # by the tensors they define
     cyclic: frozenset[str]
     level: dict[str, int] = field(default_factory=dict)
     streams: dict[str, int] = field(default_factory=dict)
+    place: dict[str, int] = field(default_factory=dict)  # the order in which tensors were settled
+
+    def settle(self, stmt: Stmt, level: int, streams: int | None = None) -> None:
+        """Notes the trip of a statement."""
+        for name in defines(stmt):
+            self.place.setdefault(name, len(self.place))
+            self.level[name] = level
+            if streams is not None:
+                self.streams[name] = streams
 
     def ranks(self, tensor: str) -> tuple[str, ...]:
         """The rank variables that a tensor is defined along."""
@@ -105,14 +114,12 @@ class Trips:
         """Settles a statement that does not fold the rank."""
         if not self.touches(stmt):
             known = [self.known(read) for read in own_reads(stmt)]
-            for name in defines(stmt):
-                self.level[name] = max(known, default=0)
+            self.settle(stmt, max(known, default=0))
             return
         inside, alone = self.earliest(stmt)
         if not self._inlines(stmt):
             inside = alone
-        for name in defines(stmt):
-            self.level[name], self.streams[name] = inside, alone
+        self.settle(stmt, inside, alone)
 
     def known(self, read: Read) -> int:
         """The trip after which all of what is read is known."""
@@ -176,7 +183,7 @@ class Trips:
                 found[defines(stmt)[0]] = None
             else:
                 todo.extend(read.tensor for read in own_reads(stmt))
-        return tuple(sorted(found, key=list(self.stmts).index)) if found else ()
+        return tuple(sorted(found, key=self.place.__getitem__))
 
 
 def conjunction(filters: tuple[Expr | None, ...]) -> Expr | None:

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 from cascade.ir import Apply, Cascade, Einsum, Expr, Fold, FoldInit, FoldMerge, Rank, Read, Reduce, Stmt
 from cascade.ops import REDUCERS
-from cascade.walk import children, defines, reads, targets, walk, with_children
+from cascade.passes.gauge import Readers
+from cascade.walk import children, defines, targets, walk, with_children
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,31 +32,39 @@ class Joined:
     element: Expr
 
 
-def with_virtual(cascade: Cascade, fold: Fold, whole: Callable[[Einsum], bool]) -> tuple[Fold, dict[str, str]]:
+def with_virtual(
+    cascade: Cascade, fold: Fold, readers: Readers, whole: Callable[[Einsum], bool]
+) -> tuple[Fold, dict[str, str]]:
     """The fold with virtual elements in its first state, and which state took the place of which.
 
-    `whole` tells of a reduction whether every coordinate is present.
+    `readers` are the statements that read a tensor; `whole` tells of a reduction whether every coordinate is present.
     """
+    if not any(isinstance(stmt, Einsum) and _is_join(stmt) for name in fold.state for stmt in readers.get(name, ())):
+        return fold, {}
     owner = {name: stmt for stmt in cascade.body for name in defines(stmt)}
     found: dict[str, Joined] = {}
     for name in fold.state:
         stmt = owner[name]
         if isinstance(stmt, Einsum) and isinstance(stmt.expr, Reduce) and whole(stmt):
-            joined = _joined(cascade, fold, stmt, owner)
+            joined = _joined(cascade, stmt, readers)
             if joined is not None and _fits(fold, stmt, joined, found):
                 found[name] = joined
     if not found:
         return fold, {}
-    return _rebuilt(cascade, fold, owner, found), {name: j.outer.target.name for name, j in found.items()}
+    return _rebuilt(cascade, fold, found), {name: j.outer.target.name for name, j in found.items()}
 
 
-def _joined(cascade: Cascade, fold: Fold, stmt: Einsum, owner: Mapping[str, Stmt]) -> Joined | None:
+def _is_join(stmt: Einsum) -> bool:
+    return isinstance(stmt.expr, Apply) and stmt.expr.op in [row.op for row in REDUCERS.values()]
+
+
+def _joined(cascade: Cascade, stmt: Einsum, readers: Readers) -> Joined | None:
     """The one reader of a reduction, where it joins it with something else by the reducer's own operation."""
     name = stmt.target.name
-    readers = [other for other in cascade.body if name in reads(other)]
-    if len(readers) != 1 or name in [result.name for result in cascade.results]:
+    found = readers.get(name, ())
+    if len(found) != 1 or name in [result.name for result in cascade.results]:
         return None
-    outer = readers[0]
+    outer = found[0]
     assert isinstance(stmt.expr, Reduce)
     if not isinstance(outer, Einsum) or outer.where is not None or outer.target.ranks != stmt.target.ranks:
         return None
@@ -83,7 +92,7 @@ def _fits(fold: Fold, stmt: Einsum, joined: Joined, found: Mapping[str, Joined])
     return joined.element == value
 
 
-def _rebuilt(cascade: Cascade, fold: Fold, owner: Mapping[str, Stmt], found: Mapping[str, Joined]) -> Fold:
+def _rebuilt(cascade: Cascade, fold: Fold, found: Mapping[str, Joined]) -> Fold:
     update = {*fold.update, *(j.outer.target.name for j in found.values())}
     order = [stmt for stmt in cascade.body if update & set(defines(stmt))]
     frames = _frames(order, found)

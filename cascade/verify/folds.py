@@ -16,7 +16,7 @@ from cascade.ops import REDUCERS
 from cascade.verify.program import Program, state_of
 from cascade.verify.schedule import ahead, carries, closed, member, not_canonical, reads_of, reduces, runs_ahead
 from cascade.verify.statements import ranks_in_sight
-from cascade.walk import defines, fold_parts, reads, walk
+from cascade.walk import defines, fold_parts, walk
 from cascade.wording import pinpoint, quote
 
 UNMOVED = frozenset({"max", "min", "argmax", "argmin", "topk"})
@@ -82,7 +82,7 @@ def check_folds(program: Program) -> Iterator[Diagnostic]:
 
 
 def _trip(fold: Fold, members: tuple[int, ...], program: Program) -> Trip:
-    edges = {number: frozenset(_owners(reads(program.facts[number].stmt), program)) for number in members}
+    edges = {number: frozenset(program.needs[number]) for number in members}
     below = {number: _closure(number, {n: edges[n] & edges.keys() for n in members}) for number in members}
     carried = [number for number in members if not set(_names(number, program)).isdisjoint(fold.state)]
     given = {program.owner[init.target.name] for init in fold.init if init.expr is not None}
@@ -450,7 +450,7 @@ def _needs(number: int, program: Program) -> frozenset[int]:
     found = {number}
     todo = [number]
     while todo:
-        new = [n for n in _owners(reads(program.facts[todo.pop()].stmt), program) if n not in found]
+        new = [n for n in program.needs[todo.pop()] if n not in found]
         found.update(new)
         todo += new
     return frozenset(found)

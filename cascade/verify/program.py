@@ -10,7 +10,7 @@ from cascade.errors import Diagnostic, Span
 from cascade.inference import Inference, arities, declarations, infer
 from cascade.ir import Call, Cascade, Definition, Einsum, Expr, Fold, Read, Stmt, Target
 from cascade.scopes import Facts, Signature, facts, signatures, visible
-from cascade.walk import fold_parts, map_expressions, rewrite, targets
+from cascade.walk import fold_parts, map_expressions, reads, rewrite, targets
 from cascade.wording import pinpoint
 
 
@@ -27,6 +27,7 @@ class Program:
     arity: Mapping[str, int]  # ranks of every tensor, those of unknown callees aside
     places: Mapping[str, Span | None]  # where every tensor is first declared or defined
     owner: Mapping[str, int]  # the number of the statement that defines a tensor
+    needs: tuple[tuple[int, ...], ...]  # the statements that each statement reads
     targets: Mapping[str, Target]  # by tensor
     symbols: Mapping[str, Span | None]  # where every shape symbol is first declared
 
@@ -70,7 +71,8 @@ def program_of(cascade: Cascade, around: Mapping[str, Definition]) -> Program:
         whole = [facts(stmt, known) for stmt in _whole_states(folded, by_name)]
         found = replace(found, conflicts=infer(cascade, definitions, (*all_facts, *whole)).conflicts)
     arity = arities(cascade, definitions)
-    return Program(cascade, definitions, known, all_facts, folded, found, arity, places, owner, by_name, symbols)
+    needs = tuple(tuple(owner[name] for name in reads(stmt) if name in owner) for stmt in cascade.body)
+    return Program(cascade, definitions, known, all_facts, folded, found, arity, places, owner, needs, by_name, symbols)
 
 
 def _fold_statements(cascade: Cascade) -> Iterator[Einsum]:

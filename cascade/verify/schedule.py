@@ -18,7 +18,7 @@ from cascade.scopes import Facts
 from cascade.verify.cycles import offset
 from cascade.verify.program import Program, cyclic, strongly_connected
 from cascade.verify.statements import ranks_in_sight
-from cascade.walk import defines, fold_parts, reads, targets, walk
+from cascade.walk import defines, fold_parts, targets, walk
 from cascade.wording import pinpoint, quote, suggest
 
 
@@ -362,9 +362,8 @@ def closed(group: Fuse | Fold, members: Sequence[int], program: Program) -> Iter
     below: dict[int, int] = {}  # outside statements that a member needs, each with who needs it
     todo = list(members)
     for number in todo:
-        for name in reads(program.facts[number].stmt):
-            other = program.owner.get(name)
-            if other is None or (other in inside and number in inside):
+        for other in program.needs[number]:
+            if other in inside and number in inside:
                 continue
             if other in inside:
                 needed, between = defines(program.facts[other].stmt)[0], defines(program.facts[number].stmt)[0]

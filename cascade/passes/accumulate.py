@@ -31,7 +31,8 @@ def _outside(families: Sequence[Family]) -> Iterator[Expr]:
     """What stands outside of the sums: factors of the state, frames, and what an average is taken of."""
     for family in families:
         yield from (factor for part in family.terms for factor in part.factors if factor is not None)
-        yield from (expr for expr in (family.rho, None if family.exponential else family.a) if expr is not None)
+        frames = (family.rho, family.sigma, None if family.exponential else family.a, family.b)
+        yield from (expr for expr in frames if expr is not None)
 
 
 def mul(a: Expr, b: Expr) -> Expr:
@@ -136,6 +137,8 @@ class Maker:
         for family in families:
             if family.exponential:
                 terms += job.exponential(family)
+            elif family.b is not None:
+                terms.append(job.comoment(family, steady))
             elif family.a is not None:
                 terms += job.centred(family, steady)
             else:
@@ -199,15 +202,8 @@ class _Job:
         assert family.a is not None and family.rho is not None
         a, rho = self.atoms(family.a), self.atoms(family.rho)
         count = self.common("count", a)
-        total = self.common("sum", a)
-        number = Apply("max", (read(count), ONE))
-        mean = self.maker.shared(
-            f"{self.stmt.target.name}_mean", total.ranks, Apply("div", (read(total), number)), None, self.made
-        )
-        older_number = Apply("max", (read(count, "'"), ONE))
-        step = Apply("sub", (Apply("div", (read(total, "'"), older_number)), read(mean)))
+        mean, step = self.average(a, count)
         u = Apply("sub", (a, read(mean)))
-        self.made.frame = read(mean)
         result: list[Expr] = []
         for part in family.terms:
             factors = tuple(None if f is None else self.atoms(f) for f in part.factors)
@@ -232,6 +228,35 @@ class _Job:
                 )
             result += self.read_out(factors, about)
         return result
+
+    def comoment(self, family: Family, steady: Callable[[Expr], bool]) -> Expr:
+        """A sum of (a - rho) * (b - sigma), carried against the running averages of both."""
+        assert family.a is not None and family.b is not None and family.rho is not None and family.sigma is not None
+        count = self.common("count", self.present if self.present is not None else self.atoms(family.a))
+        sides = []
+        for part, frame in ((family.a, family.rho), (family.b, family.sigma)):
+            side, rho = self.atoms(part), self.atoms(frame)
+            mean, step = self.average(side, count)
+            shift = None if steady(rho) else Apply("sub", (read(mean), rho))
+            sides.append((Apply("sub", (side, read(mean))), step, shift))
+        (u, u_step, u_shift), (w, w_step, w_shift) = sides
+        target = self.state(mul(u, w))
+        self.made.merges[target.name] = Apply("add", (read(target, "'"), mul(mul(read(count, "'"), u_step), w_step)))
+        value: Expr = read(target)
+        if u_shift is not None and w_shift is not None:
+            value = Apply("add", (value, mul(mul(read(count), u_shift), w_shift)))
+        factor = family.terms[0].factors[0]
+        assert factor is not None
+        return self.read_out((self.atoms(factor),), [value])[0]
+
+    def average(self, a: Expr, count: Target) -> tuple[Target, Expr]:
+        """The running average of a value, and the step to it from that of a part."""
+        total = self.common("sum", a)
+        number, older = (Apply("max", (read(count, prime), ONE)) for prime in ("", "'"))
+        mean = Apply("div", (read(total), number))
+        target = self.maker.shared(f"{self.stmt.target.name}_mean", total.ranks, mean, None, self.made)
+        self.made.frame = read(target)
+        return target, Apply("sub", (Apply("div", (read(total, "'"), older)), read(target)))
 
     def common(self, reducer: str, a: Expr) -> Target:
         """The number, or the sum, of what is averaged: a state of its own, shared."""

@@ -105,10 +105,11 @@ def _failures(before: Cascade, found: Lifting, rank: str) -> Iterator[Blocked]:
         proof: Proof = remembered(
             "proof", (render_fold(found.cascade, fold),), functools.partial(prove, found.cascade, fold)
         )
-        for item in mine:
-            if proof.item and (not proof.states or set(item.state) & set(proof.states)):
-                edge = (item.producers[0], item.reduction)
-                yield named(proof.item, item.reduction, rank, edge, proof.reason)
+        guilty = [item for item in mine if proof.state < 0 or fold.state[proof.state] in item.state]
+        for item in (guilty or mine) if proof.item else ():
+            edge = (item.producers[0], item.reduction)
+            name = fold.state[proof.state] if proof.state >= 0 else ""
+            yield named(proof.item, item.reduction, rank, edge, proof.reason.replace("{state}", name))
 
 
 def _members(item: Fold | Fuse) -> tuple[str, ...]:
@@ -136,7 +137,8 @@ def render_fold(cascade: Cascade, fold: Fold) -> str:
             )
             lines.append(f"{[number(name) for name in defines(stmt)]} {reducer} {exprs} {getattr(stmt, 'where', None)}")
     lines += [f"{number(merge.target.name)} {render_expr(plain(merge.expr))}" for merge in fold.merge]
-    return "\n".join([fold.rank, *lines])
+    lines += [f"{number(init.target.name)} {init.expr and render_expr(plain(init.expr))}" for init in fold.init]
+    return "\n".join([fold.rank, *map(number, fold.state), *lines])
 
 
 # --- one rank --------------------------------------------------------------------------------------------------------

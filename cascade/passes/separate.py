@@ -7,7 +7,8 @@ number of terms, no finite additive state. `Family` holds the terms that share a
 u = a - rho, and times exp(u) where `exponential`. Three forms:
 
 * exponential: carried against rho, so that nothing overflows; an older sum is worth exp(rho' - rho) of its value;
-* centred (j of 2 and more): carried against a running average of a, because raw moments cancel;
+* centred (j of 2 and more): carried against a running average of a, because raw moments cancel; a product of two such,
+  (a - rho) * (b - sigma), against two averages;
 * plain: no frame (a and rho are None).
 
 Two oracles decide. The terms come from SymPy: expand, split exponents, collect by factors. Their smallest number is the
@@ -48,6 +49,8 @@ class Family:
     a: Expr | None
     rho: Expr | None
     terms: tuple[Terms, ...]
+    b: Expr | None = None  # of a product (a - rho) * (b - sigma), the second factor
+    sigma: Expr | None = None
 
 
 @dataclass(frozen=True, slots=True)

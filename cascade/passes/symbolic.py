@@ -137,6 +137,9 @@ def _family(key: tuple[Any, Any], group: list[_Term], shifts: Mapping[tuple[str,
             moved = sympy.expand(total.subs(a, U + rho))
             if not moved.has(_symbol(r)):
                 return Family(False, Local(x), to_expr(rho), _collected(moved))
+    product = _comoment(total, shifts)
+    if product is not None:
+        return product
     _no_cancellation(total)
     return Family(False, None, None, _merged(_collected(total)))
 
@@ -185,15 +188,46 @@ def _merged(terms: tuple[Terms, ...]) -> tuple[Terms, ...]:
     return tuple(Terms(weight, factors) for factors, weight in found.items())
 
 
+def _comoment(total: Any, shifts: Mapping[tuple[str, str], int]) -> Family | None:
+    """A factor of the state times (a - rho) * (b - sigma); None for other maps."""
+    for (x, r), sign in shifts.items():
+        for (y, s), other in shifts.items():
+            frames = -sign * _symbol(r), -other * _symbol(s)
+            moved = sympy.expand(total.subs({_symbol(x): U + frames[0], _symbol(y): W + frames[1]}, simultaneous=True))
+            factor = sympy.simplify(moved / (U * W)) if x < y else moved
+            if x < y and not factor.has(U, W, _symbol(r), _symbol(s)) and _only_state(factor):
+                terms = (Terms(Const(1), (to_expr(factor),)),)
+                return Family(False, Local(x), to_expr(frames[0]), terms, Local(y), to_expr(frames[1]))
+    return None
+
+
+W = sympy.Symbol("w", real=True)
+
+
+def _only_state(factor: Any) -> bool:
+    return all(symbol.name[0] == "r" for symbol in factor.free_symbols)
+
+
 def _no_cancellation(total: Any) -> None:
-    """A square of an element beside a product of it with the state has no form: raw moments would cancel."""
+    """A product of elements beside such of lower degree times the state has no form: raw moments would cancel."""
     terms = sympy.Add.make_args(total)
-    for symbol in total.free_symbols:
-        if symbol.name[0] == "x" and len(terms) > 1 and total.is_polynomial(symbol):
-            powers = {term: sympy.degree(term, symbol) if term.has(symbol) else 0 for term in terms}
-            most = max(powers.values())
-            if most >= 2 and any(0 < power < most and _has_state(term) for term, power in powers.items()):
-                raise _Cancels("raw moments of second degree would cancel, and no frame centres them")
+    elements = [symbol for symbol in total.free_symbols if symbol.name[0] == "x"]
+    if len(terms) == 1 or not elements or not total.is_polynomial(*elements):
+        return
+    degrees = {term: _shifted_degree(term, elements, terms) for term in terms}
+    most = max(degrees.values())
+    if most >= 2 and any(0 < degree < most and _has_state(term) for term, degree in degrees.items()):
+        raise _Cancels("raw moments of second degree would cancel, and no frame centres them")
+
+
+def _shifted_degree(term: Any, elements: list[Any], terms: tuple[Any, ...]) -> int:
+    """The degree of a term in the elements that some terms lack: a weight that is in all of them does not cancel."""
+    varying = [x for x in elements if any(not t.has(x) for t in terms) or _powers(x, terms)]
+    return sum(int(sympy.degree(term, x)) if term.has(x) else 0 for x in varying)
+
+
+def _powers(x: Any, terms: tuple[Any, ...]) -> bool:
+    return len({sympy.degree(term, x) for term in terms}) > 1
 
 
 def _has_state(term: Any) -> bool:

@@ -63,13 +63,29 @@ class Domains:
                 self.known[node] = frozenset((node,))
             else:
                 actual = dict(zip(stmt.target.ranks, node.index, strict=True))
+                if isinstance(stmt.expr, Reduce):
+                    self.known[node] = self._of_reduction(node, stmt, actual)
+                    return self.known[node]
                 filters = [] if stmt.where is None else [substitute(stmt.where, actual)]
                 self.known[node] = self.of(substitute(stmt.expr, actual)) | frozenset(filters)
         return self.known[node]
 
+    def _of_reduction(self, node: Read, stmt: Einsum, actual: Mapping[str, Expr]) -> frozenset[Expr]:
+        """A reduction of what is always present, under a filter of what it keeps, is present where the filter holds."""
+        assert isinstance(stmt.expr, Reduce)
+        inside = Domains(self.rank, self.absent, {})
+        own = any(isinstance(n, Read) and inside.reads_absent(n) for n in walk(stmt.expr.body))
+        if stmt.where is None or own or any(n.name in stmt.expr.ranks for n in walk(stmt.where) if isinstance(n, Rank)):
+            return frozenset((node,))
+        return frozenset((substitute(stmt.where, actual),))
+
+    def reads_absent(self, node: Read) -> bool:
+        """Whether a read may be absent."""
+        return node.tensor in self.absent or any(not isinstance(i, Rank) for i in node.index)
+
     def _decides(self, node: Read) -> bool:
         along = any(isinstance(inside, Rank) and inside.name == self.rank for inside in walk(node))
-        return along and (node.tensor in self.absent or any(not isinstance(i, Rank) for i in node.index))
+        return along and self.reads_absent(node)
 
 
 def outside_frame(

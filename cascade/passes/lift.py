@@ -189,7 +189,7 @@ class _Lifter:
         self.levels = Trips(self.rank, dict(self.stmts), cyclic)
         self.absent = may_be_absent(self.cascade)
         plain = {
-            name: s for name, s in self.stmts.items() if isinstance(s, Einsum) and is_map(s) and name not in cyclic
+            name: s for name, s in self.stmts.items() if isinstance(s, Einsum) and not s.inits and name not in cyclic
         }
         self.domains = Domains(self.rank, self.absent, plain)
         self.taken = names(self.cascade)
@@ -303,6 +303,22 @@ class _Lifter:
         found: Separation = remembered("separation", key, lambda: separate(abstract, atoms.shifts))
         if not found.families:
             raise _Refused(found.item, found.reason, found.ranks)
+        frame = next((f for f in found.families if f.exponential and f.rho is not None), None)
+        if frame is not None and frame.rho is not None:
+            for item, reason in outside_frame(expr, where, self.states_of(concrete(frame.rho)), self.domains):
+                raise _Refused(item, reason)
+        filters = sorted((f for f in self.domains.of(expr) if not isinstance(f, Read)), key=render_expr)
+        for chosen in (where, conjunction((where, *filters))):
+            made = self.accumulated(found, stmt, expr, chosen, trip, atoms, concrete)
+            if made is not None:
+                made.terms = max(found.ranks[-1] if found.ranks else 0, 1)
+                return made
+        raise _Refused("domain", "its terms have a value at other coordinates than their product")
+
+    def accumulated(
+        self, found: Separation, stmt: Einsum, expr: Expr, where: Expr | None, trip: int, atoms: Atoms, concrete: _Put
+    ) -> Made | None:
+        """The accumulators under a filter; None where one has a value at other coordinates than the whole map."""
         maker = self.makers.setdefault(trip, Maker(self.rank, self.taken, self.partial, self.named))
         before = dict(maker.known)
         present = self.present(expr, (self.rank,), atoms)
@@ -310,18 +326,15 @@ class _Lifter:
             made = maker.of(found.families, concrete, stmt, where, self.steady(where), self.size(expr, where), present)
         except NoAccumulator:
             raise _Refused("form", "a term lacks a reduced rank beside the trip's") from None
-        made.terms = max(found.ranks[-1] if found.ranks else 0, 1)
-        whole = self.domains.of(expr)
+        filters = {where, *_conjuncts(where)}
         for new in made.statements:
             body = operand(new)
-            if body is not None and self.domains.of(self.levels_inlined(body)) != whole:
+            if (
+                body is not None
+                and self.domains.of(self.levels_inlined(body)) | filters != self.domains.of(expr) | filters
+            ):
                 maker.known = before
-                raise _Refused("domain", "its terms have a value at other coordinates than their product")
-        if frame := next((f for f in found.families if f.exponential and f.rho is not None), None):
-            assert frame.rho is not None
-            for item, reason in outside_frame(expr, where, self.states_of(concrete(frame.rho)), self.domains):
-                maker.known = before
-                raise _Refused(item, reason)
+                return None
         return made
 
     def multiplied(self, stmt: Einsum, expr: Expr, where: Expr | None, abstract: Expr, atoms: Atoms) -> Made:
@@ -637,6 +650,13 @@ class _Side:
             elif isinstance(node, Rank) and node.name == self.rank:
                 element = True
         return "m" if state and element else "r" if state else "x" if element else ""
+
+
+def _conjuncts(where: Expr | None) -> tuple[Expr, ...]:
+    """The filters that a conjunction is made of."""
+    if isinstance(where, Apply) and where.op == "and":
+        return (*_conjuncts(where.args[0]), *_conjuncts(where.args[1]))
+    return () if where is None else (where,)
 
 
 def _power_of(abstract: Expr) -> tuple[Expr | None, Expr | None]:

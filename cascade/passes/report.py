@@ -26,6 +26,7 @@ from cascade.inference import infer_shapes
 from cascade.ir import Cascade, DType
 from cascade.passes.lifts import Blocked, Lifted, Lifting
 from cascade.passes.pass_count import Passes, all_passes, extents_text, footprint, partitions
+from cascade.passes.fuse import Fuse
 from cascade.passes.traffic import Amount, traffic
 
 WIDTH = 110
@@ -57,7 +58,7 @@ def report(
         "ranks": {rank: _rank(passes, after.get(rank), found) for rank, passes in before.items()},
         "footprint": _footprint(plain, before),
         "lifted_footprint": _footprint(found.cascade, after),
-        "traffic": _traffic(plain, found.cascade, sizes or {}, dtype or DType.F32),
+        "traffic": _traffic(plain, Fuse()(found.cascade), sizes or {}, dtype or DType.F32),
     }
 
 
@@ -117,7 +118,10 @@ def _footprint(cascade: Cascade, counts: Mapping[str, Passes]) -> dict[str, str]
 
 
 def _traffic(plain: Cascade, lifted: Cascade, sizes: Mapping[str, int], dtype: DType) -> dict[str, Any]:
-    """Bytes and operations before lifting and after; the statements whose filters were taken to hold everywhere."""
+    """Bytes and operations before lifting, and after it with what shares a trip in groups.
+
+    `assumed` are the statements whose filters were taken to hold everywhere.
+    """
     before, after = traffic(plain, sizes, dtype=dtype), traffic(lifted, sizes, dtype=dtype)
     amounts = {
         "unfused": before.unfused,

@@ -19,8 +19,8 @@ import torch
 from cascade.errors import CascadeError
 from cascade.frontend.build import parse_cascade, parse_program
 from cascade.interp import Precision, run
-from cascade.ir import Cascade, Einsum, Expr, Fold, Read
-from cascade.passes import lift, memo
+from cascade.ir import Cascade, Const, Einsum, Expr, Fold, Rank, Read
+from cascade.passes import lift, memo, scan
 from cascade.passes.legality import ITEMS
 from cascade.passes.lift import Lift, lift_reductions
 from cascade.passes.lifts import Lifting
@@ -879,3 +879,41 @@ def test_the_rule_of_peers(name: str) -> None:
 def test_some_programs_are_accepted_only_here() -> None:
     lifted = {name for name, peer in PEERS.items() if PROGRAMS[peer.program].lifted == 1}
     assert lifted - {name for name, peer in PEERS.items() if peer.factors} == set(ONLY_HERE)
+
+
+# --- recurrences -----------------------------------------------------------------------------------------------------
+
+AFFINE = {
+    "linear attention": ("S[t-1,d] + K[t,d] * V[t]", "1", "K[t,d] * V[t]"),
+    "decay": ("V[t] * S[t-1,d] + K[t,d]", "V[t]", "K[t,d]"),
+    "a gate": ("sigmoid(V[t]) * S[t-1,d] + (1 - sigmoid(V[t])) * K[t,d]", "sigmoid(V[t])", None),
+    "a step towards": ("S[t-1,d] + 0.5 * (K[t,d] - S[t-1,d])", None, None),
+}
+NOT_AFFINE = ("tanh(S[t-1,d] + K[t,d])", "max(S[t-1,d], K[t,d])", "S[t-1,d] * S[t-1,d] + K[t,d]", "K[t,d] / S[t-1,d]")
+
+
+def recurrence(step: str) -> Lifting:
+    """What lifting says of a recurrence along t."""
+    return lifting(f"cascade c(K[T,D], V[T]) -> S[T,D] {{ S[t,d] = {step} + 0 * V[t] init S[-1,d] = 0 }}")
+
+
+@pytest.mark.parametrize("name", AFFINE)
+def test_an_affine_recurrence_has_a_merge(name: str) -> None:
+    step, factor, term = AFFINE[name]
+    (found,) = recurrence(step).lifted
+    assert (found.reduction, found.rank, found.kind, found.state) == ("S", "t", "affine", ("A", "b"))
+    assert found.merge == ("A = A'' * A'", "b = A'' * b' + b''")
+    assert factor is None or f"A = {factor}" in found.update
+
+
+@pytest.mark.parametrize("step", NOT_AFFINE)
+def test_another_recurrence_has_none(step: str) -> None:
+    assert recurrence(step).lifted == ()
+
+
+def test_a_wrong_composition_is_found() -> None:
+    stmt = canonical("cascade c(K[T,D], V[T]) -> S[T,D] { S[t,d] = V[t] * S[t-1,d] + K[t,d] init S[-1,d] = 0 }").body[0]
+    factor, term = (Read("V", (Rank("t"),)), Read("K", (Rank("t"), Rank("d"))))
+    assert scan._holds(stmt, factor, term)
+    assert not scan._holds(stmt, term, factor)
+    assert not scan._holds(stmt, Const(1), term)

@@ -10,12 +10,17 @@ trip as it is.
 
 from __future__ import annotations
 
+import functools
+import math
+import random
 from collections.abc import Callable, Iterator
 
-from cascade.ir import Cascade, Const, Einsum, Expr, Local, Rank, Read
+from cascade.ir import Apply, Cascade, Const, Einsum, Expr, Local, Rank, Read
 from cascade.order import units
+from cascade.passes.accumulate import added, mul
 from cascade.passes.lifts import Lifted
 from cascade.passes.memo import remembered
+from cascade.passes.scalars import Scalar, evaluate
 from cascade.passes.separate import Atoms, Separation, separate
 from cascade.text import render_expr, render_stmt
 from cascade.walk import substitute, walk
@@ -43,15 +48,23 @@ def _affine(stmt: Einsum) -> Lifted | None:
     found: Separation = remembered("separation", key, lambda: separate(abstract, atoms.shifts))
     if len(found.families) != 1 or found.families[0].a is not None:
         return None
-    factor, term = "0", "0"
+    factors: list[Expr] = []
+    others: list[Expr] = []
     for part in found.families[0].terms:
-        value = render_expr(substitute(part.weight, {}, atoms.parts))
-        if part.factors == (Local("r0"),):
-            factor = value
-        elif len(part.factors) == 1 and isinstance(part.factors[0], Const):
-            term = value if part.factors[0] in (Const(1), Const(1.0)) else f"{render_expr(part.factors[0])} * {value}"
+        value = substitute(part.weight, {}, atoms.parts)
+        state = part.factors[0] if len(part.factors) == 1 else None
+        scale: Expr = Const(1)
+        if isinstance(state, Apply) and state.op == "mul" and isinstance(state.args[0], Const):
+            scale, state = state.args
+        if state == Local("r0"):
+            factors.append(mul(value, scale))
+        elif isinstance(state, Const):
+            others.append(mul(value, state))
         else:
             return None
+    factor, term = (added(terms) if terms else Const(0) for terms in (factors, others))
+    if not _holds(stmt, factor, term):
+        return None
     return Lifted(
         reduction=name,
         rank=stmt.inits[0].rank,
@@ -61,10 +74,39 @@ def _affine(stmt: Einsum) -> Lifted | None:
         state=("A", "b"),
         correction=f"{name}' * A''",
         init=("A = 1", "b = 0"),
-        update=(render_stmt(stmt), f"A = {factor}", f"b = {term}"),
+        update=(render_stmt(stmt), f"A = {render_expr(factor)}", f"b = {render_expr(term)}"),
         merge=("A = A'' * A'", "b = A'' * b' + b''"),
         finalize=(f"{name} = A * {render_expr(stmt.inits[0].expr)} + b",),
     )
+
+
+def _holds(stmt: Einsum, factor: Expr, term: Expr) -> bool:
+    """Whether steps composed by random trees of merges give what the recurrence gives step by step, on samples."""
+    rng = random.Random(3)
+    for _ in range(4):
+        steps: list[dict[str, float]] = [{} for _ in range(7)]
+        start = carried = rng.uniform(-2, 2)
+        maps: list[tuple[Scalar, Scalar]] = []
+        for step in steps:
+            draw = functools.partial(_drawn, step, rng, stmt.target.name)
+            maps.append(
+                (evaluate(factor, functools.partial(draw, None)), evaluate(term, functools.partial(draw, None)))
+            )
+            carried = evaluate(stmt.expr, functools.partial(draw, carried))
+        while len(maps) > 1:
+            at = rng.randrange(len(maps) - 1)
+            (a, b), (later_a, later_b) = maps[at : at + 2]
+            maps[at : at + 2] = [(later_a * a, later_a * b + later_b)]
+        if not math.isclose(maps[0][0] * start + maps[0][1], carried, rel_tol=1e-9, abs_tol=1e-9):
+            return False
+    return True
+
+
+def _drawn(step: dict[str, float], rng: random.Random, name: str, carried: Scalar, node: Expr) -> Scalar:
+    """A number for a part of one step: what is carried, or the same one whenever it is asked for."""
+    if isinstance(node, Read) and node.tensor == name:
+        return carried
+    return step.setdefault(repr(node), rng.uniform(-1.5, 1.5))
 
 
 def _side(name: str) -> Callable[[Expr], str]:

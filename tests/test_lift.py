@@ -20,7 +20,7 @@ from cascade.errors import CascadeError
 from cascade.frontend.build import parse_cascade, parse_program
 from cascade.interp import Precision, run
 from cascade.ir import Cascade, Const, Einsum, Expr, Fold, Rank, Read
-from cascade.passes import lift, memo, scan
+from cascade.passes import lift, lifter, memo, scan
 from cascade.passes.legality import ITEMS
 from cascade.passes.lift import Lift, lift_reductions
 from cascade.passes.lifts import Lifting
@@ -666,14 +666,14 @@ def fresh_memo(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often is decided from now on, by oracle."""
     counts = {"separate": 0, "prove": 0}
-    for name in counts:
-        plain = getattr(lift, name)
+    for name, module in (("separate", lifter), ("prove", lift)):
+        plain = getattr(module, name)
 
         def called(*args: Any, name: str = name, plain: Any = plain) -> Any:
             counts[name] += 1
             return plain(*args)
 
-        monkeypatch.setattr(lift, name, called)
+        monkeypatch.setattr(module, name, called)
     return counts
 
 
@@ -706,7 +706,8 @@ def test_a_damaged_entry_is_a_miss(damage: str, monkeypatch: pytest.MonkeyPatch,
         }.get(damage, damage))  # fmt: skip
     fresh_memo(monkeypatch, tmp_path)
     counts = counted(monkeypatch)
-    assert lifting(ENTROPY) == first
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert lifting(ENTROPY) == first
     assert sum(counts.values()) == len(entries)
     assert [path.read_text() for path in entries] == sound  # written anew
 
@@ -722,6 +723,7 @@ def keys(monkeypatch: pytest.MonkeyPatch, text: str, kind: str) -> set[tuple[str
 
     with monkeypatch.context() as patch:
         patch.setattr(lift, "remembered", noted)
+        patch.setattr(lifter, "remembered", noted)
         lifting(text)
     return found
 

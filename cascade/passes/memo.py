@@ -1,8 +1,8 @@
 """What lifting decided, kept in memory and on disk: the same map is not decided twice, in this process or another.
 
 A key says all that an answer depends on: the reducer, the element types, the domain and the map over atoms. An entry is
-one file, written whole and renamed, with the hash of its content; one that does not hold is a miss. It is JSON, read
-into a closed set of values: nothing in a file is ever run.
+one file, written whole and renamed, with the hash of its content; one that does not hold is a miss and a warning. It is
+JSON, read into a closed set of values: nothing in a file is ever run.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,12 +43,17 @@ def remembered(kind: str, key: tuple[str, ...], compute: Callable[[], T]) -> T:
 
 
 def load(path: Path) -> Any:
-    """The value of an entry; None where there is none that holds."""
+    """The value of an entry; None, and a warning where there is one, for none that holds."""
     try:
         seal, _, text = path.read_text(encoding="utf-8").partition("\n")
-        return decoded(json.loads(text)) if seal == sealed(text) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        if seal == sealed(text):
+            return decoded(json.loads(text))
+    except OSError:
         return None
+    except (ValueError, KeyError, TypeError):
+        pass
+    warnings.warn(f"the cache entry {path} is damaged: it is decided anew", stacklevel=2)
+    return None
 
 
 def store(path: Path, value: Any) -> None:

@@ -26,7 +26,7 @@ from cascade.ir import Cascade, Fold, Fuse
 from cascade.passes.legality import named
 from cascade.passes.lifter import Lifter
 from cascade.passes.lifts import Blocked, Lifted, Lifting
-from cascade.passes.memo import remembered
+from cascade.passes.memo import recent, remembered
 from cascade.passes.prove import Proof, prove
 from cascade.passes.scan import affine_scans
 from cascade.passes.telling import render_fold
@@ -49,6 +49,10 @@ class Lift:
 
 def lift_reductions(cascade: Cascade, ordered: bool = False) -> Lifting:
     """What lifting makes of a canonical cascade: every rank in turn, each trip proved before it is kept."""
+    return recent(cascade, ordered, functools.partial(_lifted, cascade, ordered))
+
+
+def _lifted(cascade: Cascade, ordered: bool) -> Lifting:
     lifted: list[Lifted] = []
     blocked: list[Blocked] = []
     current = cascade

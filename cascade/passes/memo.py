@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import warnings
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +26,22 @@ from cascade.settings import settings
 VERSION = "2"  # another one whenever an answer may change
 KNOWN: dict[str, type] = {c.__name__: c for c in (Apply, Const, Local, Proof, Family, Separation, Terms)}
 MEMORY: dict[str, Any] = {}
+RECENT: deque[tuple[object, object, Any]] = deque(maxlen=16)  # what was asked of the very same objects, spans and all
 T = TypeVar("T")
+
+
+def recent(subject: object, option: object, compute: Callable[[], T]) -> T:
+    """What `compute` gives of an object, where it was not asked of this very one just before.
+
+    By identity: an equal cascade may stand in another file, and its spans are other ones.
+    """
+    for known, asked, answer in RECENT:
+        if known is subject and asked == option:
+            value: T = answer
+            return value
+    found = compute()
+    RECENT.append((subject, option, found))
+    return found
 
 
 def remembered(kind: str, key: tuple[str, ...], compute: Callable[[], T]) -> T:

@@ -291,7 +291,7 @@ class Lifter:
         """An extreme: of the inner value of a monotone map."""
 
         def side(part: Expr) -> str:
-            letters = {node.name[0] for node in walk(part) if isinstance(node, Local)}
+            letters = {node.name[0] for node in walk(part) if isinstance(node, Local)} - {"c"}
             return "m" if len(letters) > 1 else letters.pop() if letters else ""
 
         found = peel(abstract, side, lambda part: sign_of(concrete(part), self.stmts))
@@ -556,7 +556,7 @@ def _power_of(abstract: Expr) -> tuple[Expr | None, Expr | None]:
         return abstract, None
     if isinstance(abstract, Apply) and abstract.op == "mul":
         for one, other in (abstract.args, abstract.args[::-1]):
-            if powered(one) and isinstance(other, Local) and other.name.startswith("r"):
+            if powered(one) and isinstance(other, Local) and other.name[0] in "rc":
                 return one, other
     return None, None
 

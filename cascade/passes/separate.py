@@ -15,7 +15,8 @@ Two oracles decide. The terms come from SymPy: expand, split exponents, collect 
 rank of the matrix of values of the map at sampled states and elements, in 80 digits, at 8, 16 and 32 samples: a rank
 that goes on growing is infinite. Piecewise maps look low at few samples.
 
-Atoms are `Local`s: x0, x1, ... for parts that depend on the element, r0, r1, ... for parts that depend on the state.
+Atoms are `Local`s: x0, x1, ... for parts that depend on the element, r0, r1, ... for parts that depend on the state,
+c0, c1, ... for what depends on neither, such as a temperature.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Atoms:
         if isinstance(expr, Const) and not isinstance(expr.value, bool):
             return expr
         if expr not in self.names:
-            letter = "r" if self.side(expr) == "r" else "x"
+            letter = self.side(expr) or "c"
             name = f"{letter}{sum(known.startswith(letter) for known in self.parts)}"
             self.names[expr], self.parts[name] = name, expr
         return Local(self.names[expr])
@@ -101,9 +102,8 @@ class Atoms:
     def _gathered(self, terms: list[tuple[Expr, bool]], plus: str, minus: str) -> Expr:
         """A chain with its parts of the element first, then those of the state, then the mixed ones."""
         sides = {side: [t for t in terms if self.side(t[0]) in kinds] for side, kinds in SIDES}
-        numbers = [t for t in sides["x"] if isinstance(t[0], Const)]
-        if numbers and len(numbers) == len(sides["x"]):  # a number alone goes with the state
-            sides["r"], sides["x"] = sides["r"] + numbers, []
+        if all(self.side(expr) == "" for expr, _ in sides["x"]):  # what depends on neither goes with the state
+            sides["r"], sides["x"] = sides["r"] + sides["x"], []
         done: list[tuple[Expr, bool]] = []
         for side in ("x", "r"):
             if sides[side]:
@@ -112,7 +112,7 @@ class Atoms:
                 done.append((self.local(chain), first))
         if plus == "add" and len(done) == 2 and not sides["m"]:
             (x, x_minus), (r, r_minus) = done
-            if isinstance(x, Local) and isinstance(r, Local):
+            if isinstance(x, Local) and isinstance(r, Local) and r.name.startswith("r"):
                 self.shifts[x.name, r.name] = 1 if x_minus == r_minus else -1
         done += [(self.abstract(e), n) for e, n in sides["m"]]
         done.sort(key=lambda term: term[1])  # what is subtracted behind what is added
@@ -162,9 +162,10 @@ def numeric_ranks(expr: Expr, samples: Sequence[int] = SAMPLES) -> tuple[int, ..
             [{n: HIGH.mpf(rng.uniform(low, high)) for n in names if n.startswith(side)} for _ in range(count)]
             for side in "rx"
         )
+        fixed = {n: HIGH.mpf(rng.uniform(max(low, 0.1), high)) for n in names if n.startswith("c")}
         found = []
         for k in samples:
-            matrix = [[_at(expr, {**row, **column}) for column in columns[:k]] for row in rows[:k]]
+            matrix = [[_at(expr, {**row, **column, **fixed}) for column in columns[:k]] for row in rows[:k]]
             if not all(HIGH.isfinite(value) for line in matrix for value in line):
                 break
             found.append(_rank(matrix))

@@ -119,10 +119,10 @@ def _term(term: Any) -> _Term:
 
 def _side(expr: Any) -> str:
     """The side of a factor: "x", also for numbers, or "r"."""
-    letters = {symbol.name[0] for symbol in expr.free_symbols}
+    letters = {symbol.name[0] for symbol in expr.free_symbols} - {"c"}
     if len(letters) > 1:
         raise _NoForm
-    return letters.pop() if letters else "x"
+    return letters.pop() if letters else "r" if expr.free_symbols else "x"
 
 
 def _family(key: tuple[Any, Any], group: list[_Term], shifts: Mapping[tuple[str, str], int]) -> Family:
@@ -149,7 +149,7 @@ U = sympy.Symbol("u", real=True)
 
 def _in_frame(total: Any, a: Any, rho: Any) -> Any:
     """The factors beside exp(a - rho), with a written as u + rho where they mention it."""
-    symbols = list(a.free_symbols)
+    symbols = [symbol for symbol in a.free_symbols if symbol.name.startswith("x")]
     if len(symbols) != 1 or not total.has(symbols[0]):
         return total
     scale = a.coeff(symbols[0])
@@ -205,7 +205,7 @@ W = sympy.Symbol("w", real=True)
 
 
 def _only_state(factor: Any) -> bool:
-    return all(symbol.name[0] == "r" for symbol in factor.free_symbols)
+    return all(symbol.name[0] in "rc" for symbol in factor.free_symbols)
 
 
 def _no_cancellation(total: Any) -> None:

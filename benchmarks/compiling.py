@@ -1,0 +1,83 @@
+"""The table `compile`: seconds from the text to the first result, in fresh processes with empty caches."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.first import CASES
+from benchmarks.row import ALL_WRONG
+from benchmarks.table import Table
+from benchmarks.timing import Budget
+
+ROOT = Path(__file__).parents[1]
+BAR_SECONDS = 3.0
+LIMIT_SECONDS = 150.0
+
+
+def table(device: torch.device, options: Any) -> Iterator[Table]:
+    """The table, once after every row."""
+    columns = ["cascade", "cold s", "of it loading", "caches kept s", "quick tuning s", "bar", "verdict"]
+    found = Table("compile", columns)
+    found.notes.append(
+        "cold: effort none, empty caches; caches kept: a second process; quick tuning: effort quick, empty caches. "
+        "Each ends with the first result, PyTorch loaded and inputs there before the clock starts."
+    )
+    budget = Budget(options.rounds, options.seconds)
+    for name in CASES:
+        if options.only not in name:
+            continue
+        with tempfile.TemporaryDirectory() as caches, tempfile.TemporaryDirectory() as others:
+            cold = outcome(name, "none", device, options.tiny, caches)
+            kept = outcome(name, "none", device, options.tiny, caches)
+            late = {"failed": "not run: out of time"}
+            quick = late if budget.spent() else outcome(name, "quick", device, options.tiny, others)
+        runs = {"cold": cold, "caches kept": kept, "quick": quick}
+        verdict = judged(cold, options.tiny)
+        cells = [seconds(cold, "first"), seconds(cold, "loaded"), seconds(kept, "first"), seconds(quick, "first")]
+        found.rows.append([name, *cells, f"<= {BAR_SECONDS:g} s cold", verdict])
+        found.notes += [f"{name}: {which}: {run['failed']}" for which, run in runs.items() if "failed" in run]
+        found.data.append({"name": name, **runs, "verdict": verdict})
+        yield found
+
+
+def judged(cold: dict[str, Any], tiny: bool) -> str:
+    """What is to be said of the first run; small sizes reach no bar."""
+    if "failed" in cold:
+        return "failed"
+    if not cold["error"] <= ALL_WRONG:
+        return "wrong"
+    if tiny:
+        return "-"
+    return "pass" if cold["first"] <= BAR_SECONDS else "short"
+
+
+def seconds(run: dict[str, Any], which: str) -> str:
+    """The seconds of a run in a cell."""
+    return f"{run[which]:.2f}" if which in run else "-"
+
+
+def outcome(name: str, effort: str, device: torch.device, tiny: bool, caches: str) -> dict[str, Any]:
+    """What one fresh process measured, or why it did not."""
+    folders = {"TRITON_CACHE_DIR": f"{caches}/triton", "CASCADE_CACHE_DIR": f"{caches}/cascade"}
+    command = [sys.executable, "-m", "benchmarks.first", name, "--effort", effort, "--device", device.type]
+    try:
+        done = subprocess.run(
+            [*command, *(["--tiny"] if tiny else [])], cwd=ROOT, env={**os.environ, **folders},
+            capture_output=True, text=True, timeout=LIMIT_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"failed": f"no result after {LIMIT_SECONDS:g} s"}
+    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+    if done.returncode:
+        return {"failed": lines[-1][:160] if lines else f"exit code {done.returncode}"}
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found

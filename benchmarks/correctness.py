@@ -1,0 +1,385 @@
+"""The correctness campaign: every program of `tests/kernel_programs.py` against the reference, by the tolerance rule.
+
+    python -m benchmarks.correctness [--seconds N] [--only NAME] [--kind KIND] [--huge] [--interp]
+
+On a GPU: types, recipes, all lengths to 300, primes, 8k and 128k, head sizes, strided, expanded and unaligned inputs,
+every rank in turn empty, 70,000 independent outputs, 100 repeats with the same bits; `--huge` adds a tensor of more
+than 2^31 elements. Without one, small sizes through Triton's interpreter; `--interp` lets the interpreter stand in for
+the kernels, which tries the campaign itself. Programs take turns, each first with the cases that say most, so a short
+campaign has seen all of them. A case that raises is a failure with its first line; where the device is lost, the
+campaign starts itself again behind that case. A verdict on rounding fails if it does on three draws of inputs. The last
+thing printed is a table, written to `benchmarks/results/` on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cascade
+from cascade.ir import Cascade
+from tests.kernel_programs import PROGRAMS, Program, Sizes, Tensors
+from tests.tolerance import Draw, Verdict, confirmed, filled_with_nan, judge_all, same_bits, standard
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+RESULTS = Path(__file__).parent / "results"
+TYPES = (torch.float16, torch.bfloat16, torch.float32)
+PRIMES = (1, 2, 3, 5, 7, 13, 17, 31, 61, 127, 131, 257, 509, 1021)
+EDGES = (15, 16, 33, 63, 64, 65, 128, 129, 255, 256)  # around the extents that tiles have
+HEADS = (16, 32, 64, 80, 96, 128, 160, 192, 256)
+EVERY_LENGTH = ("causal", "ragged", "decode_grouped", "softmax", "masked_logsumexp", "layernorm", "gemm", "row_sum")
+MANY = 70_000  # independent outputs: more than a dimension of a grid holds
+REPEATS = 100
+HUGE = (70_001, 32_768)  # rows and their length: more than 2^31 elements
+EDGE_ROWS = 32  # rows at both ends of a huge tensor that are compared
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One thing to try: what kind of case, on which draw."""
+
+    kind: str
+    draw: Draw
+    layout: str = ""
+
+    def __str__(self) -> str:
+        sizes = " ".join(f"{name}={size}" for name, size in self.draw.sizes.items())
+        words = (self.kind, self.layout, self.draw.recipe, str(self.draw.dtype).removeprefix("torch."), sizes)
+        return " ".join(word for word in words if word)
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a program has seen."""
+
+    cases: int = 0
+    failures: int = 0
+    no_memory: int = 0
+    first: str = ""
+    verdict: str = ""
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a campaign is: cases done of each program, and since when; it survives the loss of a device."""
+
+    started: float
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    tried: dict[str, int] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Written for `load`."""
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Progress:
+        """What was saved."""
+        data = json.loads(path.read_text(encoding="utf-8"))
+        tallies = {name: Tally(**tally) for name, tally in data["tallies"].items()}
+        return cls(data["started"], tallies, data["tried"])
+
+
+# --- layouts: the same values, otherwise in memory -------------------------------------------------------------------
+
+
+def _floats(change: Callable[[Tensor], Tensor], inputs: Tensors) -> Tensors:
+    return {n: change(t) if t.is_floating_point() and t.dim() and t.numel() else t for n, t in inputs.items()}
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    """Its ranks in the opposite order in memory."""
+    order = tuple(reversed(range(tensor.dim())))
+    return tensor.permute(order).contiguous().permute(order)
+
+
+def stepped(tensor: Tensor) -> Tensor:
+    """Every other element of a memory full of NaN."""
+    wide = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1]), math.nan)
+    wide[..., ::2] = tensor
+    return wide[..., ::2]
+
+
+def expanded(tensor: Tensor) -> Tensor:
+    """Its first slice everywhere, with stride 0."""
+    return tensor[:1].expand(tensor.shape)
+
+
+def shifted(tensor: Tensor) -> Tensor:
+    """One element behind the start of an allocation: its base is not a multiple of 16 bytes."""
+    flat = tensor.new_full((tensor.numel() + 1,), math.nan)
+    flat[1:] = tensor.reshape(-1)
+    return flat[1:].view(tensor.shape)
+
+
+def boxed(tensor: Tensor) -> Tensor:
+    """In the middle of a larger tensor full of NaN: a read outside shows, and so does a write."""
+    box = tensor.new_full(tuple(extent + 6 for extent in tensor.shape), math.nan)
+    inside = tuple(slice(3, 3 + extent) for extent in tensor.shape)
+    box[inside] = tensor
+    return box[inside]
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": transposed, "stepped": stepped, "expanded": expanded, "shifted": shifted, "boxed": boxed,
+}  # fmt: skip
+
+
+# --- the cases of a program, those that say most first ---------------------------------------------------------------
+
+
+def cases(program: Program, huge: bool) -> Iterator[Case]:
+    """Every case of a program."""
+    small = Draw(program, program.small, device=DEVICE)
+    recipes = program.recipes()
+    for dtype, recipe in _diagonal(TYPES, recipes):
+        yield Case("recipe", replace(small, dtype=dtype, recipe=recipe))
+    yield from _empty(program, small)
+    for layout, dtype in itertools.product(LAYOUTS, TYPES):
+        laid = functools.partial(_floats, LAYOUTS[layout])
+        yield Case("layout", replace(small, dtype=dtype, laid=laid), layout)
+    if not CUDA:
+        return
+    for i, sizes in enumerate(program.large):
+        for dtype, recipe in _diagonal(TYPES, recipes if i == 0 else recipes[:4]):
+            yield Case("large", replace(small, sizes=sizes, dtype=dtype, recipe=recipe))
+    for length, dtype in itertools.product((*PRIMES, *EDGES), TYPES):
+        yield Case(
+            "length", replace(small, sizes=_of_length(program, length), dtype=dtype, recipe=_rotating(recipes, length))
+        )
+    yield from _many_and_long(program, small)
+    for head, dtype in itertools.product(HEADS if program.heads else (), TYPES):
+        sizes = {**program.large[0], **dict.fromkeys(program.heads, head)}
+        yield Case("head size", replace(small, sizes=sizes, dtype=dtype, recipe=_rotating(recipes, head)))
+    yield Case("repeats", replace(small, sizes=program.large[0], dtype=torch.float16))
+    if program.name in EVERY_LENGTH:
+        for length, dtype in itertools.product(range(1, 301), TYPES):
+            sizes = _of_length(program, length)
+            yield Case("length", replace(small, sizes=sizes, dtype=dtype, recipe=_rotating(recipes, length + 1)))
+    if huge and program.rows and "N" in program.small:
+        yield Case("huge", replace(small, sizes={"M": HUGE[0], "N": HUGE[1]}, dtype=torch.float16))
+
+
+def _diagonal(types: tuple[torch.dtype, ...], recipes: tuple[str, ...]) -> Iterator[tuple[torch.dtype, str]]:
+    """All pairs, the types taking turns."""
+    for turn in range(len(types)):
+        for i, recipe in enumerate(recipes):
+            yield types[(i + turn) % len(types)], recipe
+
+
+def _rotating(recipes: tuple[str, ...], turn: int) -> str:
+    return recipes[turn % len(recipes)]
+
+
+def _of_length(program: Program, length: int) -> Sizes:
+    return {**program.small, **dict.fromkeys(program.lengths, length)}
+
+
+def _empty(program: Program, small: Draw) -> Iterator[Case]:
+    """Every rank in turn without a coordinate, and every length 0: no row has a live element."""
+    for symbol in program.small:
+        if symbol not in program.extra:
+            yield Case("empty rank", replace(small, sizes={**program.small, symbol: 0}))
+    ends = [name for name in ("len", "stop") if name in program.inputs]
+    if ends:
+
+        def nothing(inputs: Tensors) -> Tensors:
+            return {name: torch.zeros_like(t) if name in ends else t for name, t in inputs.items()}
+
+        for dtype in TYPES:
+            yield Case("no live element", replace(small, dtype=dtype, laid=nothing))
+
+
+def _many_and_long(program: Program, small: Draw) -> Iterator[Case]:
+    """More independent outputs than a dimension of a grid holds, and a rank of 131,072."""
+    if program.batch:
+        few = {symbol: min(size, 4) for symbol, size in program.small.items()} if program.heads else program.small
+        yield Case("70,000", replace(small, sizes={**few, program.batch: MANY}, dtype=torch.float16))
+    if program.long is not None:
+        for dtype, recipe in zip(TYPES, ("spike", "rising", "normal"), strict=True):
+            yield Case("long", replace(small, sizes=program.long, dtype=dtype, recipe=recipe))
+
+
+# --- running a case --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def compiled(name: str, interp: bool) -> tuple[Callable[..., Any], Cascade]:
+    """The kernels of a program, or the interpreter, and its cascade as written."""
+    call = cascade.compile(PROGRAMS[name].text, backend="interp" if interp else "triton")
+    return call, cascade.compile(PROGRAMS[name].text).cascade
+
+
+def outcome(case: Case, interp: bool) -> Verdict:
+    """The verdict on a case."""
+    call, source = compiled(case.draw.program.name, interp)
+    if CUDA:
+        poison()
+    if case.kind == "repeats":
+        return repeated(call, case.draw)
+    return at_the_edges(call, source, case.draw) if case.kind == "huge" else confirmed(call, source, case.draw)
+
+
+def poison() -> None:
+    """Fills the free memory that torch's allocator holds with NaN, so that whatever reads or keeps it shows."""
+    held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    blocks = [
+        torch.full((size,), math.nan, device=DEVICE) for size in (1 << 8, 1 << 12, 1 << 16, 1 << 20) for _ in range(4)
+    ]
+    blocks.append(torch.full((max(1, min(held // 8, 1 << 26)),), math.nan, device=DEVICE))
+    torch.cuda.synchronize()
+    del blocks
+
+
+def repeated(call: Callable[..., Any], draw: Draw) -> Verdict:
+    """Whether the same call gives the same bits every time."""
+    inputs, given = draw.inputs(0), draw.given()
+    first = _listed(call(**inputs, **given))
+    for turn in range(1, REPEATS if CUDA else 3):
+        for ours, before in zip(_listed(call(**inputs, **given)), first, strict=True):
+            if not same_bits(ours, before):
+                return Verdict("bits differ", detail=f"in call {turn + 1}")
+    return Verdict()
+
+
+def _listed(results: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else list(results)
+
+
+def at_the_edges(call: Callable[..., Any], source: Cascade, draw: Draw) -> Verdict:
+    """The verdict on the first and the last rows of a program that treats its rows alike."""
+    inputs, given = draw.inputs(0), draw.given()
+    with filled_with_nan():
+        ours = _listed(call(**inputs, **given))
+    for rows in (slice(0, EDGE_ROWS), slice(-EDGE_ROWS, None)):
+        ends = {n: t[rows] if draw.program.inputs[n].shape.startswith("M") else t for n, t in inputs.items()}
+        verdict = judge_all([result[rows] for result in ours], standard(source, ends, given))
+        if not verdict.ok:
+            return replace(verdict, detail=f"{verdict.detail}, rows {rows.start}:{rows.stop}")
+    return Verdict()
+
+
+def try_case(case: Case, tally: Tally, interp: bool) -> bool:
+    """Runs a case and counts it; False where the device is lost."""
+    alive, verdict = True, ""
+    try:
+        found = outcome(case, interp)
+        verdict = "" if found.ok else str(found)
+    except torch.OutOfMemoryError:
+        tally.no_memory += 1
+        return True
+    except Exception as error:  # whatever a case raises is a failure of that case
+        lines = str(error).strip().splitlines() or [""]
+        verdict = f"{type(error).__name__}: {lines[0]}"
+        alive = device_answers()
+    tally.cases += 1
+    if verdict:
+        tally.failures += 1
+        if not tally.first:
+            tally.first, tally.verdict = str(case), verdict
+            print(f"FAILED {case.draw.program.name}: {case}: {verdict}", flush=True)
+    return alive
+
+
+def device_answers() -> bool:
+    """Whether the device still works: an illegal access takes the whole process with it."""
+    if not CUDA:
+        return True
+    try:
+        torch.cuda.synchronize()
+        return bool(torch.ones(1, device=DEVICE).sum() == 1)
+    except Exception:  # of whatever class: the context is gone
+        return False
+
+
+# --- the campaign ----------------------------------------------------------------------------------------------------
+
+
+def campaign(options: argparse.Namespace, progress: Progress) -> None:
+    """Programs take turns with their cases until all are done or time is up."""
+    names = [name for name in PROGRAMS if options.only in (None, name)]
+    lists = {}
+    for name in names:
+        wanted = (case for case in cases(PROGRAMS[name], options.huge) if options.kind in (None, case.kind))
+        lists[name] = itertools.islice(wanted, progress.tried.setdefault(name, 0), None)
+        progress.tallies.setdefault(name, Tally())
+    while lists:
+        for name in list(lists):
+            if time.time() - progress.started > options.seconds:
+                return
+            case = next(lists[name], None)
+            if case is None:
+                del lists[name]
+                continue
+            progress.tried[name] += 1
+            if not try_case(case, progress.tallies[name], options.interp):
+                start_again(progress)
+
+
+def start_again(progress: Progress) -> None:
+    """This campaign in a new process, behind the case that lost the device."""
+    path = Path(tempfile.mkdtemp(prefix="cascade-correctness-")) / "progress.json"
+    progress.save(path)
+    kept = [word for word in sys.argv[1:] if not word.startswith("--resume=")]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.correctness", *kept, f"--resume={path}"])
+
+
+def table(progress: Progress) -> str:
+    """Program, cases, failures, cases that did not fit into memory, the first failing case and its verdict."""
+    rows: list[tuple[str, ...]] = [("program", "cases", "failed", "no memory", "first failing case: verdict")]
+    for name, tally in progress.tallies.items():
+        first = f"{tally.first}: {tally.verdict}" if tally.first else ""
+        rows.append((name, str(tally.cases), str(tally.failures), str(tally.no_memory), first))
+    every = progress.tallies.values()
+    sums = (sum(t.cases for t in every), sum(t.failures for t in every), sum(t.no_memory for t in every))
+    rows.append(("all", *map(str, sums), ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2, 3)), row[4]]) for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the campaign; 1 where a case failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.correctness", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--seconds", type=float, default=480, help="when to stop (480)")
+    parser.add_argument("--only", choices=list(PROGRAMS), metavar="NAME", help="one program")
+    parser.add_argument("--kind", help="one kind of case: recipe, empty rank, layout, large, length, long, ...")
+    parser.add_argument("--huge", action="store_true", help="a tensor of more than 2^31 elements as well")
+    parser.add_argument("--interp", action="store_true", help="the interpreter in the place of the kernels")
+    parser.add_argument("--resume", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if not CUDA:
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    progress = Progress.load(options.resume) if options.resume else Progress(time.time())
+    campaign(options, progress)
+    device = torch.cuda.get_device_name() if CUDA else "cpu"
+    spent = time.time() - progress.started
+    text = f"{device}, torch {torch.__version__}, {spent:.0f} s\n{table(progress)}"
+    print(text, end="")
+    if CUDA and not options.only and not options.kind:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"correctness-{device.replace(' ', '-').lower()}.txt").write_text(text, encoding="utf-8")
+    return int(any(tally.failures for tally in progress.tallies.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""The workloads as plain maths, one cascade each. Nothing here says how anything runs."""
+
+from __future__ import annotations
+
+SCALED = "(sum[e] {q}[{head},m,e] * {k}[{key},n,e]) / sqrt(E)"
+
+
+def attention(group: int = 1, score: str = "{s}", where: str = "", params: str = "", square: bool = False) -> str:
+    """Scaled dot-product attention.
+
+    `group` query heads share a key head; `score` rewrites the scaled score `{s}` and `where` says which keys a query
+    sees; `params` are further parameters; `square` says that there are as many keys as queries.
+    """
+    key = f"b,h//{group}" if group > 1 else "b,h"
+    heads, rows = ("G" if group > 1 else "H"), ("M" if square else "N")
+    scaled = f"({SCALED.format(q='Q', k='K', head='b,h', key=key)})"
+    return f"""cascade attention(Q[B,H,M,E], K[B,{heads},{rows},E], V[B,{heads},{rows},F]{params}) -> O[B,H,M,F] {{
+    S[b,h,m,n] = {score.format(s=scaled)}{where and f"   where {where}"}
+    P[b,h,m,n] = softmax[n] S[b,h,m,n]
+    O[b,h,m,f] = sum[n] P[b,h,m,n] * V[{key},n,f]
+}}
+"""
+
+
+def decode(group: int) -> str:
+    """Attention of one new token: a single query for every head; `group` query heads share a key head."""
+    key = f"b,h//{group}" if group > 1 else "b,h"
+    heads = "G" if group > 1 else "H"
+    return f"""cascade decode(Q[B,H,E], K[B,{heads},N,E], V[B,{heads},N,F]) -> O[B,H,F] {{
+    S[b,h,n] = (sum[e] Q[b,h,e] * K[{key},n,e]) / sqrt(E)
+    P[b,h,n] = softmax[n] S[b,h,n]
+    O[b,h,f] = sum[n] P[b,h,n] * V[{key},n,f]
+}}
+"""
+
+
+DIFFERENTIAL = """
+cascade differential(Q[B,H,M,E], K[B,H,N,E], R[B,H,M,E], L[B,H,N,E], V[B,H,N,F], lam: f32[H]) -> O[B,H,M,F] {
+    S[b,h,m,n] = (sum[e] Q[b,h,m,e] * K[b,h,n,e]) / sqrt(E)   where n <= m
+    T[b,h,m,n] = (sum[e] R[b,h,m,e] * L[b,h,n,e]) / sqrt(E)   where n <= m
+    A[b,h,m,n] = softmax[n](S[b,h,m,n]) - lam[h] * softmax[n](T[b,h,m,n])
+    O[b,h,m,f] = sum[n] A[b,h,m,n] * V[b,h,n,f]
+}
+"""
+
+SIGMOID = """
+cascade gated(Q[B,H,M,E], K[B,H,N,E], V[B,H,N,F]) -> O[B,H,M,F] {
+    P[b,h,m,n] = sigmoid((sum[e] Q[b,h,m,e] * K[b,h,n,e]) / sqrt(E) - log(N))   where n <= m
+    O[b,h,m,f] = sum[n] P[b,h,m,n] * V[b,h,n,f]
+}
+"""
+
+RMSNORM = """
+cascade rmsnorm_rows(X[M,N], g[N]) -> Y[M,N] {
+    Y[m,n] = X[m,n] * rsqrt((mean[n] X[m,n] * X[m,n]) + 1e-6) * g[n]
+}
+"""
+
+RESIDUAL_RMSNORM = """
+cascade residual_rmsnorm(X[M,N], R[M,N], g[N]) -> A[M,N], Y[M,N] {
+    A[m,n] = X[m,n] + R[m,n]
+    Y[m,n] = A[m,n] * rsqrt((mean[n] A[m,n] * A[m,n]) + 1e-6) * g[n]
+}
+"""
+
+LAYERNORM = """
+cascade layernorm_rows(X[M,N], g[N], h[N]) -> Y[M,N] {
+    U[m] = mean[n] X[m,n]
+    W[m] = mean[n] (X[m,n] - U[m]) * (X[m,n] - U[m])
+    Y[m,n] = (X[m,n] - U[m]) * rsqrt(W[m] + 1e-5) * g[n] + h[n]
+}
+"""
+
+SOFTMAX = """
+cascade softmax_rows(X[M,N]) -> Y[M,N] {
+    Y[m,n] = softmax[n] X[m,n]
+}
+"""
+
+ENTROPY = """
+cascade entropy(X[M,N]) -> H[M] {
+    P[m,n] = softmax[n] X[m,n]
+    H[m] = -(sum[n] P[m,n] * log(P[m,n]))
+}
+"""
+
+KL = """
+cascade divergence(X[M,N], Z[M,N]) -> D[M] {
+    P[m,n] = logsoftmax[n] X[m,n]
+    Q[m,n] = logsoftmax[n] Z[m,n]
+    D[m] = sum[n] exp(P[m,n]) * (P[m,n] - Q[m,n])
+}
+"""
+
+VARIANCE = """
+cascade variance(X[M,N]) -> W[M] {
+    U[m] = mean[n] X[m,n]
+    W[m] = mean[n] (X[m,n] - U[m]) * (X[m,n] - U[m])
+}
+"""
+
+ROUTE = """
+cascade route(X[T,N]) -> G[T,8], I[T,8] {
+    P[t,n] = softmax[n] X[t,n]
+    W[t,k], I[t,k] = topk[n, 8] P[t,n]
+    G[t,k] = W[t,k] / (sum[k] W[t,k])
+}
+"""
+
+CROSS_ENTROPY = """
+cascade cross_entropy(Z[T,N], y: i64[T]) -> L[] {
+    P[t] = (logsumexp[n] Z[t,n]) - Z[t,y[t]]
+    L = mean[t] P[t]
+}
+"""
+
+MATMUL = """
+cascade matmul(A[M,K], B[K,N]) -> C[M,N] {
+    C[m,n] = sum[k] A[m,k] * B[k,n]
+}
+"""
+
+MATMUL_GELU = """
+cascade matmul_gelu(A[M,K], B[K,N], bias[N]) -> C[M,N] {
+    C[m,n] = gelu((sum[k] A[m,k] * B[k,n]) + bias[n])
+}
+"""
+
+MATMUL_BATCHED = """
+cascade matmul_batched(A[B,M,K], W[B,K,N]) -> C[B,M,N] {
+    C[b,m,n] = sum[k] A[b,m,k] * W[b,k,n]
+}
+"""

@@ -1,0 +1,1 @@
+"""Backends: what turns a cascade into code for a machine."""

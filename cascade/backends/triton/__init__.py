@@ -1,0 +1,1 @@
+"""Kernels in Triton for the cascades of the one IR."""

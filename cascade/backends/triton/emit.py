@@ -1,0 +1,785 @@
+"""From a plan to the text of a kernel: names from the cascade, equations as comments, nothing dead.
+
+The text imports Triton only and needs nothing of this project. `Source` has it with the arguments that a launch gives.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import assert_never
+
+from cascade.backends.triton import spell
+from cascade.backends.triton.lower import RESERVED
+from cascade.backends.triton.plan import (
+    Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Role, Scan, Seen, Start, Store, Tensor, TopKept,
+    every_op,
+)  # fmt: skip
+from cascade.backends.triton.spell import ATOM, COMPARE, PRODUCT, SPELLINGS, SUM, TYPES, UNARY
+from cascade.inference import FLOATS
+from cascade.ir import Apply, Cast, Const, DType, Expr, Extent, Local, Rank
+from cascade.walk import walk
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """An argument of a kernel: what it is called there, and what a launch puts in.
+
+    Kinds: `pointer` and `descriptor` of a tensor, `stride` of a dimension of it, `size` of a shape symbol, `constant`.
+    """
+
+    name: str
+    kind: str
+    tensor: str = ""
+    position: int = 0  # of the dimension, for a stride
+    box: tuple[int, ...] = ()
+    value: int = 0
+    symbol: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The text of a kernel, its arguments in order, and the extents of its grid."""
+
+    kernel: str
+    text: str
+    arguments: tuple[Argument, ...]
+    grid: tuple[tuple[str | int, int], ...]  # per axis: an extent and how many coordinates a program has
+    num_warps: int
+    num_stages: int
+
+
+def emit(kernel: Kernel, portable: bool = False) -> Source:
+    """The text of a kernel. A `portable` one runs in Triton's interpreter: no assembly, no 16-bit products."""
+    return _Emitter(kernel, portable).source()
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """The text of an expression, its dimensions, and how strongly its last operator binds."""
+
+    text: str
+    axes: tuple[str, ...]
+    level: int = ATOM
+    real: bool = True  # a float: not an integer or truth value
+
+
+@dataclass(slots=True, eq=False)
+class _Emitter:
+    kernel: Kernel
+    portable: bool
+    lines: list[str] = field(default_factory=list)
+    depth: int = 1
+    arguments: dict[str, Argument] = field(default_factory=dict)
+    helpers: dict[str, None] = field(default_factory=dict)
+    functions: list[str] = field(default_factory=list)
+    always_edge: bool = False  # inside a loop all tiles of which are tested
+    edge_end: tuple[int, int] = (0, 0)  # where the last block of lines for edges ends
+
+    # --- the whole ---------------------------------------------------------------------------------------------------
+
+    def source(self) -> Source:
+        """The kernel with its helpers and its arguments."""
+        for axis in self.kernel.axes:
+            if axis.role is not Role.POINT:
+                self.argument(Argument(self.block(axis.rank), "constant", value=axis.tile))
+        for op in self.kernel.ops:
+            self.op(op)
+        body, self.lines = self.lines, []
+        self.places("\n".join(body))
+        head, self.lines = self.lines, []
+        text = "\n".join([*self.header(), *self.helper_texts(), *self.functions, *self.definition(), *head, *body, ""])
+        grid = tuple((axis.extent, axis.advance) for axis in self.kernel.grid)
+        options = self.kernel.options
+        used = tuple(sorted(self.arguments.values(), key=_argument_order))
+        return Source(self.kernel.name, text, used, grid, options.num_warps, options.num_stages)
+
+    def header(self) -> list[str]:
+        equations = [f"    {line}" for line in self.kernel.statements]
+        return [f'"""{self.kernel.name}, one kernel for', "", *equations, '"""', "", "import triton",
+                "import triton.language as tl", ""]  # fmt: skip
+
+    def helper_texts(self) -> Iterator[str]:
+        wanted: dict[str, None] = {}
+        for name in self.helpers:
+            for needed in spell.NEEDS.get(name, ()):
+                wanted.setdefault(needed)
+            wanted.setdefault(name)
+        for name in wanted:
+            yield "\n" + spell.HELPERS[name]
+
+    def definition(self) -> list[str]:
+        """The first lines of the kernel function."""
+        found = sorted(self.arguments.values(), key=_argument_order)
+        words = [f"{a.name}: tl.constexpr" if a.kind == "constant" else a.name for a in found]
+        return ["", "@triton.jit", *wrapped(f"def {self.kernel.name}(", words, "):")]
+
+    def argument(self, wanted: Argument) -> str:
+        """The name of an argument, added where the kernel has it not yet."""
+        self.arguments.setdefault(wanted.name, wanted)
+        return wanted.name
+
+    def places(self, body: str) -> None:
+        """Which coordinates a program has: its number taken apart, as far as the body asks."""
+        words = set(re.findall(r"\w+", body))
+        grid = self.kernel.grid
+        rest = "tl.program_id(0)"
+        if len(grid) > 1:
+            self.line("pid = tl.program_id(0)")
+            rest = "pid"
+        for number, axis in enumerate(grid):
+            last = number == len(grid) - 1
+            count = self.count(axis)
+            name = self.rank(axis.rank) if axis.role is Role.POINT else f"{self.rank(axis.rank)}_tile"
+            if axis.parts > 1:
+                name, count = f"{self.rank(axis.rank)}_part", str(axis.parts)
+            mine = rest if last else f"{rest} % {count}"
+            if axis.rank == self.kernel.reverse:
+                self.line(f"{name} = {count} - 1 - {mine}  # the longest loops start first")
+            else:
+                self.line(f"{name} = {mine}")
+            if not last:
+                self.line(f"pid = pid // {count}")
+        for axis in self.kernel.axes:
+            self.coordinates(axis, words)
+
+    def coordinates(self, axis: Axis, words: set[str]) -> None:
+        """The first, the last and all coordinates of a tile, where the body uses them."""
+        rank, block = self.rank(axis.rank), self.block(axis.rank)
+        if axis.role is Role.TILE:
+            self.line(f"{rank}_first = {rank}_tile * {axis.step or block}")
+            if f"{rank}_last" in words:
+                beyond = f"{rank}_first + {block}"
+                beyond = beyond if axis.exact else f"tl.minimum({beyond}, {self.size(axis.extent)})"
+                self.line(f"{rank}_last = {beyond} - 1")
+            if rank in words:
+                self.line(f"{rank} = {rank}_first + tl.arange(0, {block})")
+        elif axis.role is Role.WHOLE and rank in words:
+            self.line(f"{rank} = tl.arange(0, {block})")
+
+    def count(self, axis: Axis) -> str:
+        """The number of programs along an axis."""
+        size = self.size(axis.extent)
+        return size if axis.role is Role.POINT else f"tl.cdiv({size}, {axis.step or self.block(axis.rank)})"
+
+    # --- names -------------------------------------------------------------------------------------------------------
+
+    def rank(self, name: str) -> str:
+        return f"{name}_" if name in RESERVED else name
+
+    def block(self, rank: str) -> str:
+        return f"BLOCK_{rank.upper()}"
+
+    def size(self, extent: str | int) -> str:
+        if isinstance(extent, int):
+            return str(extent)
+        return self.argument(Argument(f"{extent}_" if extent in RESERVED else extent, "size", symbol=extent))
+
+    def tensor(self, name: str) -> Tensor:
+        return next(tensor for tensor in self.kernel.tensors if tensor.name == name)
+
+    def variable(self, name: str) -> tuple[tuple[str, ...], DType] | None:
+        return next(((axes, dtype) for known, axes, dtype in self.kernel.variables if known == name), None)
+
+    def line(self, text: str) -> None:
+        self.lines.append("    " * self.depth + text)
+
+    def dims(self, axes: Sequence[str]) -> str:
+        """The shape of a tile, as it is written."""
+        return "[" + ", ".join(self.block(rank) for rank in axes) + "]"
+
+    def order(self, axes: set[str]) -> tuple[str, ...]:
+        return tuple(axis.rank for axis in self.kernel.axes if axis.rank in axes and axis.role is not Role.POINT)
+
+    # --- expressions -------------------------------------------------------------------------------------------------
+
+    def text(self, expr: Expr, axes: Sequence[str]) -> str:
+        """An expression as a tile over these axes."""
+        return self.aligned(self.piece(expr), tuple(axes)).text
+
+    def aligned(self, piece: _Piece, axes: tuple[str, ...]) -> _Piece:
+        """A piece with dimensions of extent 1 put in, or its two dimensions exchanged."""
+        if piece.axes == axes or not piece.axes:
+            return piece
+        assert set(piece.axes) <= set(axes), f"{piece.text} lies over {piece.axes}, not over {axes}"
+        atom = piece.text if piece.level == ATOM else f"({piece.text})"
+        if set(piece.axes) == set(axes):
+            if len(axes) == 2:
+                return _Piece(f"tl.trans({piece.text})", axes, ATOM, piece.real)
+            places = ", ".join(str(piece.axes.index(rank)) for rank in axes)
+            return _Piece(f"tl.permute({piece.text}, ({places}))", axes, ATOM, piece.real)
+        inner = tuple(rank for rank in axes if rank in piece.axes)
+        if inner != piece.axes:
+            return self.aligned(self.aligned(piece, inner), axes)
+        marks = ", ".join(":" if rank in piece.axes else "None" for rank in axes)
+        return _Piece(f"{atom}[{marks}]", axes, ATOM, piece.real)
+
+    def piece(self, expr: Expr) -> _Piece:
+        """An expression with the dimensions that it has."""
+        match expr:
+            case Const():
+                return _Piece(number(expr.value), (), ATOM, isinstance(expr.value, float))
+            case Rank():
+                axis = self.kernel.axis(expr.name)
+                return _Piece(self.rank(expr.name), () if axis.role is Role.POINT else (expr.name,), ATOM, False)
+            case Extent():
+                return _Piece(self.size(expr.name), (), ATOM, False)
+            case Local():
+                return self.local(expr)
+            case Cast():
+                inner = self.piece(expr.arg)
+                atom = inner.text if inner.level == ATOM else f"({inner.text})"
+                text = f"{atom}.to({TYPES[expr.dtype]})"
+                return _Piece(f"{text}.to(tl.float32)" if expr.dtype in FLOATS else text, inner.axes)
+            case Apply():
+                return self.apply(expr)
+            case _:
+                raise AssertionError(f"{type(expr).__name__} is lowered before it is written")
+
+    def local(self, expr: Local) -> _Piece:
+        """A variable; data of short types is widened where it is computed with."""
+        known = self.variable(expr.name)
+        if known is None:  # the end of a tile: m_first
+            rank, _, end = expr.name.rpartition("_")
+            axis = self.kernel.axis(rank)
+            if axis.role is Role.WHOLE:
+                return _Piece("0" if end == "first" else f"({self.size(axis.extent)} - 1)", (), ATOM, False)
+            return _Piece(f"{self.rank(rank)}_{end}", (), ATOM, False)
+        axes, dtype = known
+        if dtype in FLOATS and dtype is not DType.F32:
+            return _Piece(f"{expr.name}.to(tl.float32)", axes)
+        if dtype is DType.BOOL or dtype in FLOATS:
+            return _Piece(expr.name, axes, ATOM, dtype in FLOATS)
+        return _Piece(expr.name, axes, ATOM, False)
+
+    def apply(self, expr: Apply) -> _Piece:
+        """An operation by its row, operands brought to common dimensions."""
+        if (whole := self.quotient(expr)) is not None:
+            return _Piece(whole, (), PRODUCT, False)
+        pieces = [self.piece(arg) for arg in expr.args]
+        together = self.order({rank for piece in pieces for rank in piece.axes})
+        largest = max(pieces, key=lambda piece: len(piece.axes))
+        axes = largest.axes if set(largest.axes) == set(together) else together
+        pieces = [self.aligned(piece, axes) for piece in pieces]
+        row = SPELLINGS[expr.op]
+        if not self.portable and expr.op in spell.FAST and self.short_results():
+            row = spell.FAST[expr.op]
+        real = any(piece.real for piece in pieces)
+        if not real and expr.op in spell.INTEGER:
+            return self.integer(expr, pieces, axes)
+        if row.helper is not None:
+            self.helpers.setdefault(row.helper)
+        words = [self.bracketed(piece, row, position) for position, piece in enumerate(pieces)]
+        result_real = (real or expr.op == "div" or "tl.exp" in row.text) and row.infix != COMPARE
+        return _Piece(row.text.format(*words), axes, row.infix or ATOM, result_real)
+
+    def integer(self, expr: Apply, pieces: list[_Piece], axes: tuple[str, ...]) -> _Piece:
+        """An operation on integers; division of what may be negative rounds down, unlike Triton's."""
+        words = [piece.text for piece in pieces]
+        if expr.op in ("floordiv", "mod"):
+            if never_negative(expr.args[0]) and never_negative(expr.args[1]):
+                row = SPELLINGS[expr.op]
+                words = [self.bracketed(piece, row, position) for position, piece in enumerate(pieces)]
+                return _Piece(row.text.format(*words), axes, row.infix, False)
+            self.helpers.setdefault("floor_divide" if expr.op == "floordiv" else "floor_modulo")
+        return _Piece(spell.INTEGER[expr.op].format(*words), axes, ATOM, False)
+
+    def bracketed(self, piece: _Piece, row: spell.Spelling, position: int) -> str:
+        """An operand in brackets where it binds less than the operator around it."""
+        if not row.infix or piece.level == ATOM:
+            return piece.text
+        tight = piece.level > row.infix or (piece.level == row.infix and position == 0 and row.infix in (SUM, PRODUCT))
+        return piece.text if tight and row.infix != UNARY else f"({piece.text})"
+
+    def short_results(self) -> bool:
+        """Whether all floats that are stored have 16 bits or fewer."""
+        stored = {op.tensor for op in every_op(self.kernel.ops) if isinstance(op, Store)}
+        return all(self.tensor(name).dtype is not DType.F32 for name in stored)
+
+    # --- ops ---------------------------------------------------------------------------------------------------------
+
+    def op(self, op: Op) -> None:  # long because every kind of op has its arm
+        match op:
+            case Load():
+                self.load(op)
+            case Let():
+                text = self.text(op.expr, op.axes)
+                had = self.piece(op.expr).axes
+                if set(had) != set(op.axes) and not had:
+                    known = self.variable(op.name)
+                    text = f"tl.full({self.dims(op.axes)}, {text}, {TYPES[known[1]] if known else 'tl.float32'})"
+                elif set(had) != set(op.axes):
+                    text = f"tl.broadcast_to({text}, {self.dims(op.axes)})"
+                if op.dtype is not None:
+                    text = f"{self.enclosed(op.expr, op.axes)}.to({self.narrow(op.dtype)})"
+                self.line(f"{op.name} = {text}")
+            case Mask():
+                with_edge = op.edge and not self.always_edge
+                texts = [self.enclosed(test, op.axes) for test in op.live]
+                self.guarded(with_edge, f"{op.name} = {' & '.join(texts)}")
+            case Keep():
+                mask = self.text(Local(op.mask), op.axes)
+                self.guarded(
+                    op.edge and not self.always_edge, f"{op.name} = tl.where({mask}, {op.name}, {number(op.fill)})"
+                )
+            case Dot():
+                self.dot(op)
+            case Fold():
+                self.line(f"{op.name} = {self.fold(op)}")
+            case Seen():
+                self.seen(op)
+            case TopKept():
+                self.top_k(op)
+            case Scan():
+                raise AssertionError("scans are not planned yet")
+            case Carry():
+                for target, new in op.pairs:
+                    self.line(f"{target} = {new}")
+            case Start():
+                self.start(op)
+            case Loop():
+                self.loop(op)
+            case Store():
+                self.store(op)
+            case _:
+                assert_never(op)
+
+    def guarded(self, edge: bool, text: str) -> None:
+        """A line that runs only where a tile is not whole; neighbours share one test."""
+        if not edge:
+            self.line(text)
+            return
+        if self.edge_end != (id(self.lines), len(self.lines)):
+            self.line("if EDGE:")
+        self.line(f"    {text}")
+        self.edge_end = (id(self.lines), len(self.lines))
+
+    def enclosed(self, expr: Expr, axes: Sequence[str]) -> str:
+        piece = self.aligned(self.piece(expr), tuple(axes))
+        return piece.text if piece.level == ATOM else f"({piece.text})"
+
+    def narrow(self, dtype: DType) -> str:
+        """The type of an operand of a matrix product."""
+        return "tl.float32" if self.portable and dtype is DType.BF16 else TYPES[dtype]
+
+    def start(self, op: Start) -> None:
+        if not op.axes:
+            self.line(f"{op.name} = {self.scalar(op)}")
+        elif isinstance(op.value, Const) and op.value.value == 0 and op.dtype is not DType.BOOL:
+            self.line(f"{op.name} = tl.zeros({self.dims(op.axes)}, {TYPES[op.dtype]})")
+        elif isinstance(op.value, Const):
+            self.line(f"{op.name} = tl.full({self.dims(op.axes)}, {number(op.value.value)}, {TYPES[op.dtype]})")
+        else:
+            zeros = f"tl.zeros({self.dims(op.axes)}, {TYPES[op.dtype]})"
+            self.line(f"{op.name} = {zeros} + {self.enclosed(op.value, op.axes)}")
+
+    def scalar(self, op: Start) -> str:
+        if isinstance(op.value, Const):
+            return f"tl.full([], {number(op.value.value)}, {TYPES[op.dtype]})"
+        return self.text(op.value, ())
+
+    def dot(self, op: Dot) -> None:
+        """A matrix product; operands are turned where they lie the other way in memory."""
+        left = self.operand(op.left, (op.axes[0], op.over))
+        right = self.operand(op.right, (op.over, op.axes[1]))
+        more = f", {op.name}" if op.into else ""
+        precision = ', input_precision="ieee"' if op.exact else ""
+        plain = f"{op.name} = tl.dot({left}, {right}{more}{precision})"
+        if op.live is None:
+            self.line(plain)
+            return
+        self.helpers.setdefault("dot_present")
+        live = self.text(Local(op.live), (op.axes[0], op.over))
+        before = op.name if op.into else f"tl.zeros({self.dims(op.axes)}, tl.float32)"
+        exact = '"ieee"' if op.exact else '"tf32"'
+        careful = f"{op.name} = dot_present({left}, {right}, {live}, {before}, {exact})"
+        if op.edge and not self.always_edge:
+            for line in ("if EDGE:", f"    {careful}", "else:", f"    {plain}"):
+                self.line(line)
+        else:
+            self.line(careful)
+
+    def operand(self, name: str, axes: tuple[str, str]) -> str:
+        known = self.variable(name)
+        assert known is not None
+        text = f"{name}.to(tl.float32)" if self.portable and known[1] is DType.BF16 else name
+        return text if known[0] == axes else f"{text}.T"
+
+    def fold(self, op: Fold) -> str:
+        """A reduction along some dimensions, the last first."""
+        piece = self.piece(op.expr)
+        inner = self.order(set(piece.axes) | set(op.axes) | set(op.over))
+        inner = piece.axes if set(piece.axes) == set(inner) else inner
+        missing = set(inner) - set(piece.axes)
+        text = self.aligned(piece, inner).text
+        if missing & set(op.over) or len(inner) > len(piece.axes):
+            text = f"tl.broadcast_to({text}, {self.dims(inner)})"
+        axes = list(inner)
+        for rank in sorted(op.over, key=axes.index, reverse=True):
+            text = self.along(op, text, axes.index(rank))
+            axes.remove(rank)
+        if op.reducer in ("any", "all"):
+            text = f"{text} > 0"
+        return text if tuple(axes) == op.axes else self.aligned(_Piece(text, tuple(axes)), op.axes).text
+
+    def seen(self, op: Seen) -> None:
+        """Whether anything was present so far; in a whole tile everything is."""
+        found = f"({op.mask}).to(tl.int32)"
+        known = self.variable(op.mask)
+        assert known is not None
+        axes = list(known[0])
+        for rank in sorted(op.over, key=axes.index, reverse=True):
+            found = f"tl.max({found}, {axes.index(rank)})"
+            axes.remove(rank)
+        tested = f"{op.name} = {op.name} | ({found} > 0)"
+        if self.always_edge:
+            self.line(tested)
+            return
+        for line in ("if EDGE:", f"    {tested}", "else:", f"    {op.name} = {op.name} | True"):
+            self.line(line)
+
+    def along(self, op: Fold, text: str, axis: int) -> str:
+        match op.reducer:
+            case "sum":
+                return f"tl.sum({text}, {axis})"
+            case "max" | "min" if op.nan:
+                helper = {"max": "larger", "min": "smaller"}[op.reducer]
+                self.helpers.setdefault(helper)
+                return f"tl.reduce({text}, {axis}, {helper})"
+            case "max" | "min":
+                return f"tl.{op.reducer}({text}, {axis})"
+            case "any" | "all":
+                reduce = {"any": "max", "all": "min"}[op.reducer]
+                return f"tl.{reduce}(({text}).to(tl.int32), {axis})"
+            case "argmax" | "argmin":
+                return f"tl.{op.reducer}({text}, {axis}, tie_break_left=True)"
+            case _:
+                self.helpers.setdefault("times")
+                return f"tl.reduce({text}, {axis}, times)"
+
+    def top_k(self, op: TopKept) -> None:
+        """The largest one after the other: value and coordinate in one integer, so that a maximum is also its place."""
+        known = self.variable(op.source)
+        assert known is not None
+        axes, dtype = known
+        place, _rank = axes.index(op.over), self.rank(op.over)
+        short = op.bits == 16 and dtype in (DType.BF16, DType.F16)
+        wide, shift = ("tl.int32", 16) if short else ("tl.int64", 32)
+        key, column = f"{op.values}_key", self.text(Rank(op.over), axes)
+        base = op.source if short else self.text(Local(op.source), axes)
+        bits = (
+            f"({base} + 0.0).to(tl.int16, bitcast=True).to(tl.int32)"
+            if short
+            else f"({base} + 0.0).to(tl.int32, bitcast=True)"
+        )
+        low = "0x7FFF" if short else "0x7FFFFFFF"
+        size = self.block(op.over)
+        self.line("# an integer whose order is that of the values, the lower coordinate first among equals")
+        self.line(f"{key} = {bits}")
+        self.line(f"{key} = {key} ^ (({key} >> 31) & {low})")
+        self.line(f"{key} = ({key}.to({wide}) << {shift}) | ({size} - 1 - {column})")
+        count = f"{op.values}_best"
+        self.line(f"{count} = tl.zeros({self.dims(op.axes)}, {wide})")
+        kept = self.text(Rank(op.kept), op.axes)
+        marks = ", ".join("None" if r == op.over else ":" for r in axes)
+        back = ", ".join("None" if r == op.kept else ":" for r in op.axes)
+        top_in, top_out = (f"top[{marks}]", f"top[{back}]") if len(axes) > 1 else ("top", "top")
+        self.line(f"for i in tl.static_range({op.count}):")
+        self.line(f"    top = tl.max({key}, {place})")
+        self.line(f"    {count} = tl.where({kept} == i, {top_out}, {count})")
+        self.line(
+            f"    {key} = tl.where({key} == {top_in}, {'-2147483648' if short else '-9223372036854775808'}, {key})"
+        )
+        self.line(f"{op.coords} = ({size} - 1 - ({count} & {hex((1 << shift) - 1)})).to(tl.int32)")
+        value = f"({count} >> {shift}).to(tl.int32)"
+        self.line(f"{op.values}_bits = {value}")
+        self.line(f"{op.values}_bits = {op.values}_bits ^ (({op.values}_bits >> 31) & {low})")
+        if short:
+            self.line(f"{op.values} = {op.values}_bits.to(tl.int16).to({TYPES[dtype]}, bitcast=True).to(tl.float32)")
+        else:
+            self.line(f"{op.values} = {op.values}_bits.to(tl.float32, bitcast=True)")
+
+    # --- loops -------------------------------------------------------------------------------------------------------
+
+    def loop(self, op: Loop) -> None:
+        """The tiles of a stream: one loop, or a function that is called for the edges and for whole tiles."""
+        rank, block = self.rank(op.rank), self.block(op.rank)
+        axis = self.kernel.axis(op.rank)
+        start = f"tl.maximum({self.text(op.first, ())}, 0) // {block} * {block}" if op.first is not None else "0"
+        size = self.size(axis.extent)
+        stop = size if op.stop is None else f"tl.minimum({self.text(op.stop, ())}, {size})"
+        if not op.edges or op.inner is None:
+            if op.stop is None and op.first is None and not isinstance(axis.extent, int):
+                self.line(f"tl.assume({size} > 0)")
+            self.one_loop(op, start, stop)
+            return
+        self.line(f"{rank}_from, {rank}_to = {start}, {stop}")
+        first, last = op.inner
+        begin = f"{rank}_from"
+        if first is not None:
+            begin = f"tl.maximum(tl.cdiv({self.text(first, ())}, {block}) * {block}, {rank}_from)"
+            begin = f"tl.minimum({begin}, tl.cdiv({rank}_to, {block}) * {block})"
+        end = f"{rank}_to" if last is None else f"tl.minimum({self.text(last, ())}, {rank}_to)"
+        self.line(f"whole_from = {begin}")
+        self.line(f"whole_to = tl.maximum({end} // {block} * {block}, whole_from)")
+        name, words = self.body_function(op)
+        states = ", ".join(op.carried)
+        calls = [(f"{rank}_from", "whole_from", True)] if first is not None else []
+        calls += [("whole_from", "whole_to", False), ("whole_to", f"{rank}_to", True)]
+        for low, high, edge in calls:
+            head = f"{states} = {name}(" if states else f"{name}("
+            for text in wrapped(head, [*words, low, high, f"EDGE={edge}"], ")"):
+                self.line(text)
+
+    def one_loop(self, op: Loop, start: str, stop: str) -> None:
+        rank, block = self.rank(op.rank), self.block(op.rank)
+        self.line(f"for {rank}_first in tl.range({start}, {stop}, {block}):")
+        self.depth += 1
+        before, self.always_edge = self.always_edge, True
+        body = self.captured(op)
+        if re.search(rf"\b{rank}\b", "\n".join(body)):
+            self.line(f"{rank} = {rank}_first + tl.arange(0, {block})")
+        self.lines.extend(body)
+        self.always_edge = before
+        self.depth -= 1
+
+    def captured(self, op: Loop) -> list[str]:
+        """The lines of a loop's body."""
+        outside, self.lines = self.lines, []
+        for inner in op.body:
+            self.op(inner)
+        found, self.lines = self.lines, outside
+        return found
+
+    def body_function(self, op: Loop) -> tuple[str, list[str]]:
+        """The loop as a function of its own, and the variables that it takes from outside."""
+        rank, block = self.rank(op.rank), self.block(op.rank)
+        depth, self.depth = self.depth, 2
+        body = self.captured(op)
+        self.depth = depth
+        if re.search(rf"\b{rank}\b", "\n".join(body)):
+            body.insert(0, f"        {rank} = {rank}_first + tl.arange(0, {block})")
+        made = {inner.name for inner in op.body if isinstance(inner, (Load, Let, Mask, Dot, Fold))} - set(op.carried)
+        outer = list(op.carried)
+        text = "\n".join(body)
+        words = dict.fromkeys(re.findall(r"\b[A-Za-z_]\w*\b", text))
+        known = {name for name, _, _ in self.kernel.variables} | set(self.arguments) | self.place_names()
+        own = made | {rank, f"{rank}_first"}
+        outer += [w for w in words if w in known and w not in own and w not in op.carried and not self.is_constant(w)]
+        constants = [w for w in words if self.is_constant(w)] + ([block] if block not in words else [])
+        number_ = 1 + sum(line.startswith("def ") for line in "\n".join(self.functions).split("\n"))
+        name = f"{self.kernel.name}_{rank}" + (f"_{number_}" if number_ > 1 else "")
+        heads = [*outer, *(f"{c}: tl.constexpr" for c in constants), f"{rank}_from", f"{rank}_to", "EDGE: tl.constexpr"]
+        lines = ["", "@triton.jit", *wrapped(f"def {name}(", heads, "):")]
+        lines.append(f"    for {rank}_first in tl.range({rank}_from, {rank}_to, {block}):")
+        lines.extend(body)
+        if op.carried:
+            lines.append(f"    return {', '.join(op.carried)}")
+        self.functions.extend([*lines, ""])
+        return name, [*outer, *constants]
+
+    def place_names(self) -> set[str]:
+        """The names of coordinates that a kernel has outside its loops."""
+        found: set[str] = set()
+        for axis in self.kernel.axes:
+            rank = self.rank(axis.rank)
+            found |= {rank, f"{rank}_first", f"{rank}_last", f"{rank}_part"}
+        return found
+
+    def is_constant(self, word: str) -> bool:
+        known = self.arguments.get(word)
+        return known is not None and known.kind == "constant"
+
+    # --- memory ------------------------------------------------------------------------------------------------------
+
+    def load(self, op: Load) -> None:
+        """A tile by its descriptor, or by pointers; by pointers where tests stand, at the edges or everywhere."""
+        if op.box is not None and not op.live and not (op.edge and self.always_edge):
+            plain = self.boxed(op, op.box)
+        else:
+            plain = self.pointed(op, op.live)
+        if not op.edge:
+            self.line(plain)
+            return
+        tested = self.pointed(op, (*op.live, *op.edge))
+        if self.always_edge:
+            self.line(tested)
+        else:
+            for line in ("if EDGE:", f"    {tested}", "else:", f"    {plain}"):
+                self.line(line)
+
+    def boxed(self, op: Load, box: tuple[int, ...]) -> str:
+        """A tile by its descriptor; dimensions of one coordinate are dropped."""
+        shape = ", ".join(self.block(rank) for rank in op.axes)
+        text = f"{self.descriptor(self.tensor(op.tensor), box)}.load([{', '.join(self.corner(op.index, box))}])"
+        return f"{op.name} = {text}" + (f".reshape({shape})" if len(box) > len(op.axes) else "")
+
+    def pointed(self, op: Load, tests: Sequence[Expr]) -> str:
+        """A tile by the addresses of its elements, 0 where a test fails."""
+        tensor = self.tensor(op.tensor)
+        place = self.address(tensor, op.index, op.axes)
+        if not tests:
+            return f"{op.name} = tl.load({place})"
+        other = "False" if tensor.dtype is DType.BOOL else "0.0" if tensor.dtype in FLOATS else "0"
+        mask = " & ".join(self.enclosed(test, op.axes) for test in tests)
+        return f"{op.name} = tl.load({place}, mask={mask}, other={other})"
+
+    def descriptor(self, tensor: Tensor, box: tuple[int, ...]) -> str:
+        """The name of a descriptor; one more for each other box of the same tensor."""
+        others = [a for a in self.arguments.values() if a.kind == "descriptor" and a.tensor == tensor.name]
+        for known in others:
+            if known.box == box:
+                return known.name
+        name = f"{tensor.name}_desc" + (f"_{len(others) + 1}" if others else "")
+        return self.argument(Argument(name, "descriptor", tensor.name, box=box))
+
+    def corner(self, index: Sequence[Expr], box: tuple[int, ...]) -> list[str]:
+        """Where a box begins, in the order of the descriptor's dimensions."""
+        found = []
+        for part in (index[position] for position in permutation(box)):
+            if isinstance(part, Rank):
+                axis = self.kernel.axis(part.name)
+                rank = self.rank(part.name)
+                named = {Role.POINT: rank, Role.WHOLE: "0"}
+                found.append(named.get(axis.role, f"{rank}_first"))
+            else:
+                found.append(self.text(part, ()))
+        return found
+
+    def quotient(self, expr: Expr) -> str | None:
+        """A quotient that is one number for a whole tile, taken at its first coordinate; None for anything else."""
+        if not isinstance(expr, Apply) or expr.op != "floordiv" or not isinstance(expr.args[0], Rank):
+            return None
+        axis, by = self.kernel.axis(expr.args[0].name), expr.args[1]
+        if axis.role not in (Role.TILE, Role.STREAM) or not isinstance(by, Const) or int(by.value) % axis.advance:
+            return None
+        return f"{self.rank(axis.rank)}_first // {by.value}"
+
+    def address(self, tensor: Tensor, index: Sequence[Expr], axes: Sequence[str]) -> str:
+        """The addresses of a tile: offsets of 64 bits where a stride multiplies, the contiguous dimension last."""
+        base = self.argument(Argument(f"{tensor.name}_ptr", "pointer", tensor.name))
+        terms: list[tuple[int, str]] = []
+        for position, part in enumerate(index):
+            stride = tensor.strides[position]
+            if stride == 0 or part == Const(0):
+                continue
+            piece = self.piece(part)
+            step = f"{tensor.name}_{position}" if stride is None else str(stride)
+            if stride is None:
+                self.argument(Argument(step, "stride", tensor.name, position))
+            if stride != 1:
+                atom = piece.text if piece.level == ATOM else f"({piece.text})"
+                wide = atom if atom.endswith("int64)") or atom.isdigit() else f"{atom}.to(tl.int64)"
+                piece = _Piece(f"{wide} * {step}", piece.axes, PRODUCT)
+            terms.append((len(piece.axes), self.aligned(piece, tuple(axes)).text))
+        terms.sort(key=lambda term: term[0])
+        place = " + ".join([base, *(text for _, text in terms)])
+        covered = {rank for part in index for rank in self.piece(part).axes if stepped(tensor, index, part)}
+        return place if covered >= set(axes) or not axes else f"tl.broadcast_to({place}, {self.dims(axes)})"
+
+    def store(self, op: Store) -> None:
+        tensor = self.tensor(op.tensor)
+        expr = self.enclosed(op.expr, op.axes)
+        if op.live:
+            live = " & ".join(self.enclosed(test, op.axes) for test in op.live)
+            expr = f"tl.where({live}, {self.text(op.expr, op.axes)}, {number(op.fill)})"
+        piece = self.piece(op.expr)
+        if piece.axes != op.axes and set(piece.axes) != set(op.axes) and op.axes:
+            expr = f"tl.broadcast_to({expr}, {self.dims(op.axes)})"
+        value = self.cast(expr, tensor.dtype, op)
+        if op.box is not None:
+            shape = "" if len(op.box) == len(op.axes) else f".reshape({', '.join(self.box_dims(op))})"
+            self.line(
+                f"{self.descriptor(tensor, op.box)}.store([{', '.join(self.corner(op.index, op.box))}], {value}{shape})"
+            )
+            return
+        tests = [self.enclosed(test, op.axes) for rank in op.axes for test in self.own(rank)]
+        mask = f", mask={' & '.join(tests)}" if tests else ""
+        self.line(f"tl.store({self.address(tensor, op.index, op.axes)}, {value}{mask})")
+
+    def own(self, rank: str) -> Iterator[Expr]:
+        """The tests that a coordinate of a tile is one of the program's."""
+        axis = self.kernel.axis(rank)
+        if axis.step:
+            yield Apply("lt", (Rank(rank), Apply("add", (Local(f"{rank}_first"), Const(axis.step)))))
+        elif not axis.exact:
+            yield Apply("lt", (Rank(rank), _size(axis.extent)))
+
+    def box_dims(self, op: Store) -> list[str]:
+        """The shape of a box, as it is written."""
+        found = []
+        assert op.box is not None
+        for part in (op.index[position] for position in permutation(op.box)):
+            axis = self.kernel.axis(part.name) if isinstance(part, Rank) else None
+            found.append("1" if axis is None or axis.role is Role.POINT else self.block(axis.rank))
+        return found
+
+    def cast(self, text: str, dtype: DType, op: Store) -> str:
+        known = self.variable(op.expr.name) if isinstance(op.expr, Local) else None
+        if isinstance(op.expr, Const) or (known is None and not re.search(r"[A-Za-z_]", text)):
+            return text if not op.axes else f"tl.full({self.dims(op.axes)}, {text}, {TYPES[dtype]})"
+        if known is not None and known[1] is dtype and not op.live:
+            return op.expr.name if isinstance(op.expr, Local) and known[0] == op.axes else text
+        return f"{text}.to({TYPES[dtype]})"
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def stepped(tensor: Tensor, index: Sequence[Expr], part: Expr) -> bool:
+    """Whether moving along an index moves in memory."""
+    return any(stride != 0 for other, stride in zip(index, tensor.strides, strict=True) if other is part)
+
+
+def permutation(box: Sequence[int]) -> tuple[int, ...]:
+    """The order of a descriptor's dimensions: those of which a box has one coordinate stand in front.
+
+    A tile whose rows are neighbours goes into shared memory as it is; with a dimension of one between them a left
+    operand would be taken through registers.
+    """
+    return tuple(sorted(range(len(box)), key=lambda position: box[position] > 1))
+
+
+def number(value: float | int | bool) -> str:
+    """A number as Triton reads it."""
+    if isinstance(value, (bool, int)):
+        return str(value)
+    if value != value:
+        return 'float("nan")'
+    if value in (float("inf"), float("-inf")):
+        return 'float("inf")' if value > 0 else 'float("-inf")'
+    return repr(value)
+
+
+def wrapped(head: str, words: Sequence[str], tail: str, width: int = 110) -> list[str]:
+    """A call or definition on one line, or its words on indented lines."""
+    line = head + ", ".join(words) + tail
+    if len(line) <= width:
+        return [line]
+    lines, current = [head], "    "
+    for word in words:
+        if len(current) + len(word) + 2 > width:
+            lines.append(current.rstrip())
+            current = "    "
+        current += f"{word}, "
+    return [*lines, current.rstrip(), tail]
+
+
+def never_negative(expr: Expr) -> bool:
+    """Whether an integer expression is made of coordinates and sizes without subtraction."""
+    for node in walk(expr):
+        if isinstance(node, Local) or (isinstance(node, Apply) and node.op in ("sub", "neg")):
+            return False
+        if isinstance(node, Const) and node.value < 0:
+            return False
+    return True
+
+
+def _size(extent: str | int) -> Expr:
+    return Const(extent) if isinstance(extent, int) else Extent(extent)
+
+
+def _argument_order(argument: Argument) -> tuple[int, str, int]:
+    kinds = ("descriptor", "pointer", "size", "stride", "constant")
+    return (kinds.index(argument.kind), "", 0)

@@ -1,0 +1,1224 @@
+"""From the statements of one group to the tile program of a kernel.
+
+Statements run in trips over the streamed rank: a reduction over it is a state that a loop carries, what reads a
+finished state runs behind the loop or in the next one. Within a trip the merges of the fold move the old state into
+the new one before the tile is folded in. A coordinate that is absent takes no part in any reduction: every value knows
+the tests under which it is present and, where it can be told, the number that it is otherwise, so that most
+reductions need no test of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import keyword
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from cascade.backends.triton.bounds import always, conjuncts, loop_bounds, never_empty
+from cascade.backends.triton.partition import Group, reduced_ranks
+from cascade.backends.triton.plan import (
+    Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Options, Role, Seen, Start, Store, Tensor, TopKept,
+)  # fmt: skip
+from cascade.backends.triton.products import factors, folded, product, ranks_of
+from cascade.errors import Diagnostic, UnsupportedError
+from cascade.inference import FLOATS
+from cascade.ir import (
+    Apply, Cast, Const, DType, Einsum, Expr, Extent, FoldMerge, Local, Rank, Read, Reduce, Result, Size, Stmt, TopK,
+)  # fmt: skip
+from cascade.ops import OPS, REDUCERS, Kind
+from cascade.passes.scalars import evaluate
+from cascade.text import render_stmt
+from cascade.walk import children, defines, reads, rewrite, targets, walk, with_children
+
+SAMPLES = (0.75, -1.25, 3.5)  # stand for any finite number where it is asked what an expression comes to
+SMALLEST_SIDE = 16  # of a matrix product
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a group is lowered for: the arguments, how the axes lie, in which types."""
+
+    axes: tuple[Axis, ...]  # in the order of the dimensions of a tile
+    tensors: Mapping[str, Tensor]
+    dtypes: Mapping[str, DType]  # nominal types of everything
+    results: Mapping[str, Result]  # what is stored, with its fill; other groups' inputs have none
+    extents: Mapping[str, Size]  # of every rank
+    numbers: Mapping[str, int]  # of every rank and shape symbol, in this kind of call: proofs use them
+    options: Options = field(default=Options())
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """What a tensor of the cascade is inside the kernel.
+
+    `live` are the tests under which a coordinate is present; `absent` is what the expression comes to elsewhere.
+    """
+
+    expr: Expr
+    live: tuple[Expr, ...] = ()
+    absent: float | None = None
+    data: frozenset[tuple[tuple[str, ...], tuple[Expr, ...]]] = frozenset()  # loaded tiles in it, and where they are 0
+
+
+def unsupported(what: str, stmt: Stmt | None = None) -> UnsupportedError:
+    """The error for what this backend cannot put into a kernel."""
+    span = None if stmt is None else stmt.span
+    return UnsupportedError(Diagnostic("C530", what, span, help="it runs outside a kernel, statement by statement"))
+
+
+def lower(name: str, group: Group, setting: Setting) -> Kernel:
+    """The tile program of a group."""
+    return _Lowering(name, group, setting).kernel()
+
+
+@dataclass(slots=True, eq=False)
+class _Lowering:
+    name: str
+    group: Group
+    setting: Setting
+    values: dict[str, Value] = field(default_factory=dict)  # by tensor; `R'` is a state before this tile
+    loaded: dict[tuple[object, ...], Local] = field(default_factory=dict)
+    variables: dict[str, tuple[tuple[str, ...], DType]] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
+    ops: list[Op] = field(default_factory=list)  # where ops go at the moment
+    outer: list[list[Op]] = field(default_factory=list)  # of the enclosing blocks, outermost first
+    masks: dict[frozenset[Expr], Local] = field(default_factory=dict)
+    shifts: dict[Expr, Local] = field(default_factory=dict)
+    streaming: bool = False  # inside a loop
+    edges: list[tuple[Expr, ...]] = field(default_factory=list)  # the tests of each reduction and store of the loop
+    presence: dict[tuple[Expr, ...], str] = field(default_factory=dict)  # a state that counts who was there
+
+    # --- the whole ---------------------------------------------------------------------------------------------------
+
+    def kernel(self) -> Kernel:
+        """Everything in order: what precedes the stream, each trip with what follows it."""
+        self.names |= RESERVED | {axis.rank for axis in self.setting.axes} | set(self.setting.tensors)
+        self.names |= {size for size in self.setting.extents.values() if isinstance(size, str)}
+        self.names -= {name for name in self.group.names if name in self.setting.results}
+        trips = Trips.of(self.group)
+        for stmt in trips.before:
+            self.statement(stmt)
+        for number in range(trips.count):
+            self.trip(trips, number)
+            for stmt in trips.after(number):
+                self.statement(stmt)
+        for stmt in self.group.statements:
+            for name in defines(stmt):
+                if name in self.setting.results and trips.kind[name] != "block":
+                    self.store(name, targets(stmt)[defines(stmt).index(name)].ranks)
+        self.ops = live_ops(self.ops)
+        used = {op.tensor for op in _all(self.ops) if isinstance(op, (Load, Store))}
+        return Kernel(
+            self.name,
+            tuple(render_stmt(stmt) for stmt in self.group.statements),
+            self.setting.axes,
+            tuple(tensor for tensor in self.setting.tensors.values() if tensor.name in used),
+            tuple(self.ops),
+            tuple((name, axes, dtype) for name, (axes, dtype) in self.variables.items()),
+            self.setting.options,
+        )
+
+    def axis(self, rank: str) -> Axis:
+        return next(axis for axis in self.setting.axes if axis.rank == rank)
+
+    def spread(self, ranks: Collection[str]) -> tuple[str, ...]:
+        """The dimensions of a tile over these ranks: points have none."""
+        return tuple(a.rank for a in self.setting.axes if a.rank in ranks and a.role is not Role.POINT)
+
+    def fresh(self, wanted: str) -> str:
+        """A name that nothing has yet, like the wanted one."""
+        found, number = wanted, 1
+        while found in self.names:
+            found, number = f"{wanted}_{number}", number + 1
+        self.names.add(found)
+        return found
+
+    def variable(self, wanted: str, axes: tuple[str, ...], dtype: DType) -> str:
+        """A new variable."""
+        name = self.fresh(wanted)
+        self.variables[name] = (axes, dtype)
+        return name
+
+    # --- trips -------------------------------------------------------------------------------------------------------
+
+    def trip(self, trips: Trips, number: int) -> None:
+        """One loop over the streamed rank: states begin, tiles are folded in, states come out."""
+        stream = self.group.arrangement.stream
+        assert stream is not None
+        statements = trips.statements(number)
+        states = [stmt for stmt in statements if trips.kind[defines(stmt)[0]] == "state"]
+        for stmt in states:
+            self.begin(stmt)
+        self.outer.append(self.ops)
+        self.ops, self.streaming, self.edges = [], True, []
+        kept_masks, kept_loads = dict(self.masks), dict(self.loaded)
+        pairs: list[tuple[str, str]] = []
+        for index, stmt in enumerate(statements):
+            name = defines(stmt)[0]
+            if trips.kind[name] == "state":
+                pairs.extend(self.advance(stmt, statements[index + 1 :]))
+            else:
+                self.statement(stmt)
+            if trips.kind[name] == "block" and trips.number[name] == number:
+                for target in targets(stmt):
+                    if target.name in self.setting.results:
+                        self.store(target.name, target.ranks)
+        body = self.ops
+        if pairs:
+            body.append(Carry(tuple(pairs)))
+        self.ops, self.streaming = self.outer.pop(), False
+        self.masks, self.loaded, self.shifts = kept_masks, self.outside(kept_loads), {}
+        self.ops.append(self.loop(stream, body, states))
+        self.leave(trips, statements, states)
+
+    def outside(self, kept: dict[tuple[object, ...], Local]) -> dict[tuple[object, ...], Local]:
+        """The loads that are still known behind a loop: those before it and those it made to be done before it."""
+        stream = self.group.arrangement.stream
+        return {key: local for key, local in self.loaded.items() if key in kept or key[-1] != stream}
+
+    def loop(self, stream: str, body: list[Op], states: Sequence[Stmt]) -> Loop:
+        """The loop over the tiles of the stream, its bounds from the filters of what it computes."""
+        axis = self.axis(stream)
+        every = [set(tests) for tests in self.edges]
+        common = set.intersection(*every) if every else set()
+        tests = tuple(dict.fromkeys(test for group in self.edges for test in group))
+        tiled = [a.rank for a in self.setting.axes if a.role in (Role.TILE, Role.WHOLE)]
+        tail = None if axis.exact else Apply("lt", (Rank(stream), _size(axis.extent)))
+        visited = loop_bounds([test for test in tests if test in common and test != tail], stream, tiled)
+        inside = loop_bounds([test for test in tests if test != tail], stream, tiled)
+        edges = bool(tests)
+        full_stop = inside.full_stop
+        if tail in tests:
+            full_stop = _size(axis.extent) if full_stop is None else Apply("min", (full_stop, _size(axis.extent)))
+        inner = None if inside.never_full else (self.bound(inside.full_first), self.bound(full_stop))
+        carried = tuple(name for stmt in states for name in self.carried(stmt))
+        carried += tuple(name for name in self.presence.values())
+        return Loop(stream, self.bound(visited.first), self.bound(visited.stop), inner, edges, carried, tuple(body))
+
+    def bound(self, expr: Expr | None) -> Expr | None:
+        """A bound with what it reads loaded before the loop."""
+        return None if expr is None else folded(self.expression(expr).expr)
+
+    def carried(self, stmt: Stmt) -> Iterator[str]:
+        for name in defines(stmt):
+            expr = self.values[f"{name}'"].expr
+            assert isinstance(expr, Local)
+            yield expr.name
+
+    def begin(self, stmt: Stmt) -> None:
+        """A state before the first element: the identity of its reducer, or what the fold says."""
+        if isinstance(stmt, TopK):
+            raise unsupported("a topk over a rank that is streamed", stmt)
+        assert isinstance(stmt, Einsum)
+        name, axes = stmt.target.name, self.spread(stmt.target.ranks)
+        reducer = reducer_of(stmt)
+        dtype = self.accumulator(name, reducer)
+        value: Expr = Const(identity(reducer, dtype))
+        for init in self.group.fold.init if self.group.fold else ():
+            if init.target.name == name and init.expr is not None:
+                value = self.expression(init.expr).expr
+        variable = self.variable(name, axes, dtype)
+        self.ops.append(Start(variable, axes, value, dtype))
+        self.values[f"{name}'"] = Value(Local(variable))
+
+    def accumulator(self, name: str, reducer: str) -> DType:
+        """The type in which a reduction accumulates."""
+        if reducer in ("any", "all"):
+            return DType.BOOL
+        if reducer in ("argmax", "argmin"):
+            raise unsupported(f"{reducer} over a rank that is streamed")
+        return computed(self.setting.dtypes[name])
+
+    def advance(self, stmt: Stmt, later: Sequence[Stmt]) -> list[tuple[str, str]]:
+        """A state after this tile: the old one moved by its merge, joined with what the tile gives.
+
+        Where a later merge still needs the old state the new one has a name of its own until the iteration ends.
+        """
+        assert isinstance(stmt, Einsum)
+        name, axes = stmt.target.name, self.spread(stmt.target.ranks)
+        old = self.values[f"{name}'"].expr
+        assert isinstance(old, Local)
+        needed = {node.tensor for s in later for node in self.merge_reads(s)}
+        reducer = reducer_of(stmt)
+        moved = self.moved(name, reducer)
+        into = f"{name}'" not in needed
+        if into and self.accumulate(stmt, old, moved):
+            self.values[name] = Value(old, *self.joined(stmt))
+            return []
+        tile = self.reduction(stmt) if isinstance(stmt.expr, Reduce) else self.inner(stmt)
+        joined = join(reducer, moved, tile.expr)
+        target = old.name if into else self.variable(f"{name}_next", axes, self.variables[old.name][1])
+        self.ops.append(Let(target, axes, joined))
+        self.values[name] = Value(Local(target), tile.live, None)
+        return [] if into else [(old.name, target)]
+
+    def merge_reads(self, stmt: Stmt) -> Iterator[Read]:
+        merge = self.merge(defines(stmt)[0])
+        if merge is not None:
+            yield from (node for node in walk(merge.expr) if isinstance(node, Read))
+
+    def merge(self, name: str) -> FoldMerge | None:
+        """The merge of a state; None outside folds, where parts are joined as they are."""
+        fold = self.group.fold
+        return None if fold is None else next((m for m in fold.merge if m.target.name == name), None)
+
+    def moved(self, name: str, reducer: str) -> Expr:
+        """What the state before this tile counts for in the new one."""
+        merge = self.merge(name)
+        old = self.values[f"{name}'"].expr
+        if merge is None or merge.expr == Read(f"{name}'", tuple(map(Rank, merge.target.ranks))):
+            return old
+        guard = self.guard(merge, reducer)
+        expr = self.expression(self.shared_shifts(merge.expr)).expr
+        if guard is None:
+            return expr
+        return Apply("select", (Apply("eq", (guard, Const(-math.inf))), Const(identity(reducer, DType.F32)), expr))
+
+    def guard(self, merge: FoldMerge, reducer: str) -> Expr | None:
+        """The state whose being nothing yet must be asked for, where the merge of nothing is not nothing by itself."""
+
+        def empty(sample: float) -> Callable[[Expr], float]:
+            def value(node: Expr) -> float:
+                if isinstance(node, Read) and node.tensor.endswith("'"):
+                    owner = self.owner(node.tensor[:-1])
+                    return float(identity(reducer_of(owner), DType.F32))
+                return sample
+
+            return value
+
+        wanted = float(identity(reducer, DType.F32))
+        if all(_same(evaluate(merge.expr, empty(sample)), wanted) for sample in SAMPLES):
+            return None
+        for node in walk(merge.expr):
+            old = isinstance(node, Read) and node.tensor.endswith("'")
+            if isinstance(node, Read) and old and reducer_of(self.owner(node.tensor[:-1])) == "max":
+                return self.values[node.tensor].expr
+        raise unsupported(f"the merge of {merge.target.name} with a state that has seen nothing")
+
+    def owner(self, name: str) -> Stmt:
+        return next(stmt for stmt in self.group.statements if name in defines(stmt))
+
+    def shared_shifts(self, expr: Expr) -> Expr:
+        """A merge whose exponentials, which others have as well, are variables."""
+        if isinstance(expr, Apply) and expr.op in ("exp", "exp2"):
+            if expr not in self.shifts:
+                found = self.expression(expr).expr
+                first = next(node.tensor[:-1] for node in walk(expr) if isinstance(node, Read) and "'" in node.tensor)
+                self.shifts[expr] = self.let(f"{first}_shift", found)
+            return self.shifts[expr]
+        return with_children(expr, tuple(map(self.shared_shifts, children(expr))))
+
+    def accumulate(self, stmt: Einsum, old: Local, moved: Expr) -> bool:
+        """Adds a matrix product straight to the state, where the tile's part is one without further factors."""
+        if not isinstance(stmt.expr, Reduce) or stmt.expr.reducer != "sum":
+            return False
+        found = self.dot(stmt, self.spread(stmt.target.ranks), into=(old, moved))
+        return found is not None
+
+    def inner(self, stmt: Einsum) -> Value:
+        """What a tile gives to a state that joins a reduction with virtual elements: the reduction of the tile."""
+        found = next(node for node in walk(stmt.expr) if isinstance(node, Read) and node.tensor in self.values
+                     and self.group.arrangement.stream in reduced_ranks(self.owner(node.tensor)))  # fmt: skip
+        return self.values[found.tensor]
+
+    def joined(self, stmt: Einsum) -> tuple[tuple[Expr, ...], None]:
+        """The presence of a state whose tiles were accumulated in place."""
+        assert isinstance(stmt.expr, Reduce)
+        body = self.peek(stmt.expr.body)
+        return self.present_after((*body, *conjuncts(stmt.where)), stmt.expr.ranks, stmt), None
+
+    def leave(self, trips: Trips, statements: Sequence[Stmt], states: Sequence[Stmt]) -> None:
+        """Behind a loop: states have their last value, what depends on the tile alone is gone."""
+        for stmt in states:
+            name = defines(stmt)[0]
+            self.values[name] = dataclasses.replace(self.values[name], expr=self.values[f"{name}'"].expr)
+        for stmt in statements:
+            name = defines(stmt)[0]
+            if trips.kind[name] in ("block", "inner"):
+                self.values.pop(name, None)
+        for stmt in statements:
+            if trips.kind[defines(stmt)[0]] == "of state":
+                self.statement(stmt)
+
+    # --- statements --------------------------------------------------------------------------------------------------
+
+    def statement(self, stmt: Stmt) -> None:
+        """A statement that is complete where it stands: a map, or a reduction of what the tile holds."""
+        if isinstance(stmt, TopK):
+            self.top_k(stmt)
+            return
+        assert isinstance(stmt, Einsum)
+        name = stmt.target.name
+        if isinstance(stmt.expr, Reduce):
+            self.values[name] = self.reduction(stmt)
+            return
+        found = self.expression(stmt.expr)
+        live = merged(found.live, self.tests(conjuncts(stmt.where)))
+        if isinstance(found.expr, Const) or is_scaled(found.expr):
+            self.values[name] = Value(found.expr, live, found.absent, found.data)
+            return
+        self.values[name] = Value(self.let(name, found.expr), live, found.absent, found.data)
+
+    def let(self, name: str, expr: Expr, axes: tuple[str, ...] | None = None) -> Local:
+        """A variable for an expression, over its own dimensions or more."""
+        axes, dtype = self.shape(expr) if axes is None else axes, self.type_of(expr)
+        variable = self.variable(name, axes, dtype)
+        self.ops.append(Let(variable, axes, expr))
+        return Local(variable)
+
+    def tests(self, conditions: Sequence[Expr]) -> tuple[Expr, ...]:
+        """Filters that are not always true, what they read left as it is: a mask or a bound loads it."""
+        return tuple(test for test in conditions if not self.proved(test))
+
+    def proved(self, test: Expr) -> bool:
+        """Whether a test holds at all coordinates, for extents as they are in this kind of call."""
+        return always([self.numbered(test)], self.setting.numbers)
+
+    def numbered(self, expr: Expr) -> Expr:
+        """An expression with the extents of this kind of call as numbers."""
+        numbers = self.setting.numbers
+        return rewrite(expr, lambda e: Const(numbers[e.name]) if isinstance(e, Extent) and e.name in numbers else e)
+
+    def reduction(self, stmt: Einsum) -> Value:
+        """A reduction of the tile at hand, over those of its ranks that are dimensions of it."""
+        assert isinstance(stmt.expr, Reduce)
+        reducer, ranks = stmt.expr.reducer, stmt.expr.ranks
+        axes = self.spread(stmt.target.ranks)
+        own = self.tests(conjuncts(stmt.where))
+        inside = tuple(test for test in own if ranks_of(test) & set(ranks))
+        outside = tuple(test for test in own if test not in inside)
+        if reducer == "count":
+            return self.count(stmt, inside, outside)
+        if reducer == "sum":
+            found = self.dot(stmt, axes)
+            if found is not None:
+                return dataclasses.replace(found, live=merged(found.live, outside))
+        body = self.expression(stmt.expr.body)
+        live = merged(body.live, inside)
+        over = self.spread(ranks)
+        expr = self.tested(stmt, body, live, over, identity(reducer, self.type_of(body.expr)))
+        live_after = self.present_after(live, ranks, stmt)
+        if not over:
+            return Value(expr, merged(live_after, outside))
+        if is_scaled(expr) and reducer in ("max", "min", "sum"):
+            raw, factor = split_scale(expr)
+            variable = self.variable(stmt.target.name, axes, self.type_of(raw))
+            self.ops.append(Fold(variable, axes, reducer, over, raw, self.nan_matters(stmt)))
+            return Value(product([Local(variable), factor]), merged(live_after, outside))
+        dtype = DType.I32 if reducer in ("argmax", "argmin") else self.type_of(expr)
+        variable = self.variable(stmt.target.name, axes, dtype)
+        self.ops.append(Fold(variable, axes, reducer, over, expr, self.nan_matters(stmt)))
+        return Value(Local(variable), merged(live_after, outside))
+
+    def nan_matters(self, stmt: Einsum) -> bool:
+        """Whether a NaN must come through an extreme: unless sums of the same elements bring it to every result."""
+        assert isinstance(stmt.expr, Reduce)
+        if stmt.expr.reducer not in ("max", "min") or self.type_of_tensor(stmt.target.name) not in FLOATS:
+            return False
+        elements = {node.tensor for node in walk(stmt.expr.body) if isinstance(node, Read)}
+        summed: set[str] = set()
+        for other in self.group.statements:
+            sums = isinstance(other, Einsum) and isinstance(other.expr, Reduce) and other.expr.reducer == "sum"
+            above = self.ancestors(other) if sums else set()
+            if elements & above and stmt.target.name in above:
+                summed.update(defines(other))
+        ends = [s for s in self.group.statements if any(name in self.setting.results for name in defines(s))]
+        return not all(
+            summed & self.ancestors(end) or stmt.target.name not in self.ancestors(end) | set(defines(end))
+            for end in ends
+        )
+
+    def ancestors(self, stmt: Stmt) -> set[str]:
+        """Everything that a statement depends on, and what it defines."""
+        found, todo = set(defines(stmt)), list(reads(stmt))
+        while todo:
+            name = todo.pop()
+            if name not in found:
+                found.add(name)
+                todo.extend(r for s in self.group.statements if name in defines(s) for r in reads(s))
+        return found
+
+    def type_of_tensor(self, name: str) -> DType:
+        return computed(self.setting.dtypes[name])
+
+    def tested(
+        self, stmt: Einsum, body: Value, live: tuple[Expr, ...], over: tuple[str, ...], wanted: float | int | bool
+    ) -> Expr:
+        """The elements with those that are absent put to what the reduction does not see."""
+        tests = tuple(test for test in live if self.reaches(test, over))
+        self.note_edges(stmt, live)
+        if not tests:
+            return body.expr
+        wild = any(set(axes) & set(over) and not set(tests) <= set(zero) for axes, zero in body.data)
+        if body.absent is not None and _same(body.absent, float(wanted)) and set(tests) <= set(body.live) and not wild:
+            return body.expr
+        return self.kept(stmt, body.expr, tests, wanted)
+
+    def kept(self, stmt: Stmt, expr: Expr, tests: tuple[Expr, ...], wanted: float | int | bool) -> Expr:
+        """An expression as a variable that is `wanted` where a test fails; later readers see it so as well."""
+        raw, factor = split_scale(expr) if is_scaled(expr) else (expr, Const(1.0))
+        fill = wanted
+        if factor != Const(1.0) and isinstance(wanted, float) and math.isinf(wanted) and float(factor.value) < 0:
+            fill = -wanted
+        local = raw if isinstance(raw, Local) and raw.name in self.variables else None
+        shared = [name for name, value in self.values.items() if value.expr == expr and local is not None]
+        spread = self.spread({rank for part in (raw, *tests) for rank in self.shape(part)} | self.read_axes(tests))
+        if local is None or not shared or set(spread) != set(self.variables[local.name][0]):
+            local, shared = self.let(f"{defines(stmt)[0]}_kept", raw, spread), []
+        axes = self.variables[local.name][0]
+        for edge in (False, True):
+            chosen = tuple(test for test in tests if self.is_edge(test) == edge)
+            if chosen:
+                self.ops.append(Keep(local.name, axes, self.mask(chosen, edge).name, fill, edge))
+        for name in shared:
+            value = self.values[name]
+            self.values[name] = Value(value.expr, merged(value.live, tests), float(wanted))
+        return product([local, factor]) if factor != Const(1.0) else local
+
+    def note_edges(self, stmt: Einsum, live: Sequence[Expr]) -> None:
+        """Remembers under which tests a tile of the stream gives anything to a state."""
+        if self.streaming and self.group.arrangement.stream in reduced_ranks(stmt):
+            self.edges.append(tuple(test for test in live if self.is_edge(test)))
+
+    def read_axes(self, tests: Sequence[Expr]) -> set[str]:
+        """The dimensions of what tests read."""
+        return {rank for test in tests for rank in self.index_axes(test)}
+
+    def reaches(self, test: Expr, over: Collection[str]) -> bool:
+        """Whether a test tells apart the elements that are reduced."""
+        ranks = self.test_ranks(test)
+        stream = self.group.arrangement.stream
+        return bool(ranks & set(over)) or (self.streaming and stream in ranks)
+
+    def is_edge(self, test: Expr) -> bool:
+        """Whether a test depends on the streamed rank: it is not needed in whole tiles."""
+        return self.streaming and self.group.arrangement.stream in self.test_ranks(test)
+
+    def test_ranks(self, test: Expr) -> set[str]:
+        """The dimensions along which a test differs."""
+        return set(self.index_axes(test))
+
+    def mask(self, tests: tuple[Expr, ...], edge: bool) -> Local:
+        """A variable that says where all of the tests hold."""
+        key = frozenset(tests)
+        if key not in self.masks:
+            lowered = tuple(self.expression(test).expr for test in tests)
+            axes = self.spread({rank for test in lowered for rank in self.shape(test)})
+            variable = self.variable("live", axes, DType.BOOL)
+            self.ops.append(Mask(variable, axes, lowered, edge))
+            self.masks[key] = Local(variable)
+        return self.masks[key]
+
+    def present_after(self, live: tuple[Expr, ...], ranks: tuple[str, ...], stmt: Stmt) -> tuple[Expr, ...]:
+        """The tests under which a reduction over some ranks is present: any of its elements is."""
+        inside = tuple(test for test in live if ranks_of(test) & set(ranks))
+        outside = tuple(test for test in live if test not in inside)
+        if not inside:
+            return outside
+        if len(ranks) == 1 and never_empty(list(map(self.numbered, inside)), ranks[0], self.setting.numbers):
+            return outside
+        return merged(outside, (self.somebody(inside, ranks),))
+
+    def somebody(self, tests: tuple[Expr, ...], ranks: tuple[str, ...]) -> Expr:
+        """A flag per row: whether any coordinate of these ranks passes the tests."""
+        axes = self.spread({rank for test in tests for rank in self.test_ranks(test)} - set(ranks))
+        over = self.spread(ranks)
+        if tests in self.presence:
+            return Local(self.presence[tests])
+        if not self.streaming:
+            mask = self.mask(tests, False)
+            inner = tuple(rank for rank in over if rank in self.variables[mask.name][0])
+            return self.any_of(mask, axes, inner)
+        state = self.variable("seen", axes, DType.BOOL)
+        self.outer[-1].append(Start(state, axes, Const(False), DType.BOOL))
+        self.presence[tests] = state
+        mask = self.mask(tests, True)
+        self.ops.append(Seen(state, axes, mask.name, tuple(r for r in over if r in self.variables[mask.name][0])))
+        return Local(state)
+
+    def any_of(self, mask: Local, axes: tuple[str, ...], over: tuple[str, ...]) -> Expr:
+        if not over:
+            return mask
+        found = self.variable("some", axes, DType.BOOL)
+        self.ops.append(Fold(found, axes, "any", over, mask))
+        return Local(found)
+
+    def count(self, stmt: Einsum, inside: tuple[Expr, ...], outside: tuple[Expr, ...]) -> Value:
+        """How many elements are present: a product of extents where all are, else the tests that hold."""
+        assert isinstance(stmt.expr, Reduce)
+        ranks = stmt.expr.ranks
+        live = merged(self.peek(stmt.expr.body), inside)
+        tests = tuple(test for test in live if self.test_ranks(test) & set(ranks))
+        stream = self.group.arrangement.stream
+        if not tests and not (self.streaming and stream in ranks):
+            sizes = [_size(self.setting.extents[rank]) for rank in ranks]
+            found = sizes[0]
+            for size in sizes[1:]:
+                found = Apply("mul", (found, size))
+            return Value(folded(found), outside)
+        axes, over = self.spread(stmt.target.ranks), self.spread(ranks)
+        tail = tuple(self.tail(rank) for rank in ranks if not self.axis(rank).exact)
+        every = merged(tests, tail)
+        self.note_edges(stmt, every)
+        ones = self.let(f"{stmt.target.name}_ones", Const(1), over)
+        expr = self.kept(stmt, ones, every, 0) if every else ones
+        variable = self.variable(stmt.target.name, axes, DType.I32)
+        self.ops.append(Fold(variable, axes, "sum", over, expr))
+        return Value(Local(variable), outside)
+
+    def top_k(self, stmt: TopK) -> None:
+        """The kept values and coordinates of a row that is whole in the tile."""
+        axes = self.spread(stmt.values.ranks)
+        body = self.expression(stmt.body)
+        live = merged(body.live, self.tests(conjuncts(stmt.where)))
+        source = body.expr if isinstance(body.expr, Local) else self.let(f"{stmt.values.name}_body", body.expr)
+        tests = tuple(test for test in live if self.reaches(test, (stmt.rank,)))
+        if tests and not (body.absent == -math.inf and set(tests) <= set(body.live)):
+            source = self.let(f"{stmt.values.name}_kept", source)
+            self.ops.append(
+                Keep(source.name, self.variables[source.name][0], self.mask(tests, False).name, -math.inf, False)
+            )
+        if not isinstance(stmt.k, int):
+            raise unsupported("a topk whose count is not a number", stmt)
+        kept = next(rank for rank in stmt.values.ranks if rank not in ranks_of(stmt.body))
+        values = self.variable(stmt.values.name, axes, DType.F32)
+        coords = self.variable(stmt.coords.name, axes, DType.I32)
+        bits = 16 if isinstance(stmt.body, Read) and self.setting.dtypes[stmt.body.tensor] in SHORT_FLOATS else 32
+        assert isinstance(source, Local)
+        self.ops.append(TopKept(values, coords, axes, stmt.rank, kept, stmt.k, source.name, bits))
+        outside = tuple(test for test in live if test not in tests)
+        for target, variable in ((stmt.values, values), (stmt.coords, coords)):
+            there = outside
+            size = self.size(stmt.rank)
+            if tests or size is None or size < stmt.k:
+                there = merged(outside, (Apply("gt", (Local(values), Const(-math.inf))),))
+            self.values[target.name] = Value(Local(variable), there)
+
+    def size(self, rank: str) -> int | None:
+        extent = self.setting.extents[rank]
+        return extent if isinstance(extent, int) else None
+
+    # --- matrix products ---------------------------------------------------------------------------------------------
+
+    def dot(self, stmt: Einsum, axes: tuple[str, ...], into: tuple[Local, Expr] | None = None) -> Value | None:
+        """A sum as a matrix product of two tiles; None where it is not one of a size that the hardware has.
+
+        With `into` it is added to a state that was moved, and only where nothing but the product is to be added.
+        """
+        assert isinstance(stmt.expr, Reduce)
+        over = self.spread(stmt.expr.ranks)
+        if len(over) != 1 or len(axes) != 2 or set(over) & set(axes):
+            return None
+        sides = self.sides(factors(stmt.expr.body), axes, over[0], stmt)
+        if sides is None or (into is not None and sides[2]):
+            return None
+        left_terms, right_terms, rest = sides
+        left, right, live, wide = self.operands(stmt, left_terms, right_terms, axes, over[0])
+        present, edge = self.present(right, wide)
+        exact = DType.F32 in (self.variables[left.name][1], self.variables[right.name][1])
+        if into is not None:
+            old, moved = into
+            if moved != old:
+                self.ops.append(Let(old.name, axes, moved))
+            self.ops.append(Dot(old.name, axes, left.name, right.name, over[0], True, exact, present, edge))
+            return Value(old, live)
+        variable = self.variable(stmt.target.name, axes, DType.F32)
+        self.ops.append(Dot(variable, axes, left.name, right.name, over[0], False, exact, present, edge))
+        scale = [self.expression(term) for term in rest]
+        found = folded(product([Local(variable), *(value.expr for value in scale)]))
+        live = merged(live, *(value.live for value in scale))
+        if isinstance(found, Local) or is_scaled(found):
+            return Value(found, live)
+        return Value(self.let(f"{stmt.target.name}_scaled", found), live)
+
+    def sides(
+        self, terms: Sequence[Expr], axes: tuple[str, ...], over: str, stmt: Einsum
+    ) -> tuple[list[Expr], list[Expr], list[Expr]] | None:
+        """The factors by the dimensions of the tile that they have: rows, columns, or neither and no reduced one."""
+        rows, columns = axes
+        left: list[Expr] = []
+        right: list[Expr] = []
+        rest: list[Expr] = []
+        for term in terms:
+            shape = set(self.index_axes(term))
+            if over not in shape:
+                rest.append(term)
+            elif shape <= {rows, over} and not (shape == {over} and left and not right):
+                left.append(term)
+            elif shape <= {columns, over}:
+                right.append(term)
+            else:
+                return None
+        if not left or not right:
+            return None
+        if {rows} - set().union(*map(self.index_axes, left)) or {columns} - set().union(*map(self.index_axes, right)):
+            return None
+        if any(self.type_of_tensor(name) not in FLOATS for t in (*left, *right) for name in _tensors(t)):
+            return None
+        if min(self.axis(rank).tile for rank in (rows, columns, over)) < SMALLEST_SIDE:
+            return None
+        return left, right, rest
+
+    def operands(
+        self, stmt: Einsum, left_terms: list[Expr], right_terms: list[Expr], axes: tuple[str, ...], over: str
+    ) -> tuple[Local, Local, tuple[Expr, ...], tuple[Expr, ...]]:
+        """Both sides as variables of one type, zero where an element is absent; the tests of both.
+
+        The last are the tests along the reduced rank that the right side alone does not decide.
+        """
+        assert isinstance(stmt.expr, Reduce)
+        known = merged(self.tests(conjuncts(stmt.where)), *map(self.peek, (*left_terms, *right_terms)))
+        inside = tuple(test for test in known if self.test_ranks(test) & set(stmt.expr.ranks))
+        narrow = self.narrow([*left_terms, *right_terms])
+        left, left_live = self.side(stmt, "left", left_terms, inside, (axes[0], over), narrow, over)
+        right, right_live = self.side(stmt, "right", right_terms, inside, (over, axes[1]), narrow, over)
+        live = merged(left_live, right_live, inside)
+        covered = {test for test in live if self.test_ranks(test) <= {axes[1], over}}
+        wide = tuple(test for test in live if self.reaches(test, (over,)))
+        self.note_edges(stmt, live)
+        unmet = tuple(test for test in wide if test not in self.zeroed.get(left.name, ()) and test not in covered)
+        unmet = tuple(test for test in unmet if test not in self.zeroed.get(right.name, ()))
+        if unmet:
+            left = self.zero(stmt, left, unmet)
+        inner = tuple(test for test in live if not self.reaches(test, (over,)))
+        after = merged(inner, self.present_after(wide, stmt.expr.ranks, stmt) if wide else ())
+        return left, right, after, wide if set(wide) - covered else ()
+
+    def present(self, right: Local, tests: tuple[Expr, ...]) -> tuple[str | None, bool]:
+        """The mask of a matrix product whose right side may hold what is not finite where an element is absent."""
+        if not tests or right.name not in self.raw:
+            return None, False
+        return self.mask(tests, all(map(self.is_edge, tests))).name, all(map(self.is_edge, tests))
+
+    raw: set[str] = field(default_factory=set)  # variables that hold data as it was loaded
+    zeroed: dict[str, tuple[Expr, ...]] = field(default_factory=dict)  # tests where a variable is 0 if they fail
+
+    def side(
+        self, stmt: Einsum, which: str, terms: list[Expr], inside: tuple[Expr, ...], dims: tuple[str, str],
+        narrow: DType, over: str,
+    ) -> tuple[Local, tuple[Expr, ...]]:  # fmt: skip
+        """One operand: a tile as it was loaded, or a computed one rounded to the type of the product."""
+        own = tuple(test for test in inside if self.test_ranks(test) <= set(dims) and self.reaches(test, (over,)))
+        if len(terms) == 1 and isinstance(terms[0], Read) and terms[0].tensor not in self.values:
+            value = self.load(terms[0], raw=True, tests=own)
+            assert isinstance(value.expr, Local)
+            self.raw.add(value.expr.name)
+            if self.variables[value.expr.name][1] is narrow:
+                self.zeroed[value.expr.name] = merged(own, value.live)
+                return value.expr, merged(value.live, own)
+        value = self.expression(product(terms))
+        expr = value.expr
+        wide = tuple(test for test in merged(value.live, own) if self.reaches(test, (over,)))
+        if wide and not (value.absent == 0.0 and set(wide) <= set(value.live)):
+            expr = self.kept(stmt, expr, wide, 0.0)
+        if isinstance(expr, Local) and self.variables[expr.name][1] is narrow:
+            found = expr
+        else:
+            name = expr.name if isinstance(expr, Local) else f"{stmt.target.name}_{which}"
+            variable = self.variable(f"{name}_{narrow.value}", self.shape(expr), narrow)
+            self.ops.append(Let(variable, self.shape(expr), expr, narrow))
+            found = Local(variable)
+        self.zeroed[found.name] = wide
+        return found, merged(value.live, own)
+
+    def zero(self, stmt: Stmt, operand: Local, tests: tuple[Expr, ...]) -> Local:
+        """An operand that is 0 where a test fails."""
+        axes, dtype = self.variables[operand.name]
+        variable = self.variable(f"{operand.name}_kept", axes, dtype)
+        self.ops.append(Let(variable, axes, operand))
+        for edge in (False, True):
+            chosen = tuple(test for test in tests if self.is_edge(test) == edge)
+            if chosen:
+                self.ops.append(Keep(variable, axes, self.mask(chosen, edge).name, 0.0, edge))
+        return Local(variable)
+
+    def narrow(self, terms: Sequence[Expr]) -> DType:
+        """The type in which a matrix product multiplies: the type of its data."""
+        found = [self.setting.dtypes[name] for term in terms for name in _tensors(term)]
+        floats = [dtype for dtype in found if dtype in FLOATS]
+        return DType.F32 if not floats or len(set(floats)) > 1 or DType.F64 in floats else floats[0]
+
+    # --- expressions -------------------------------------------------------------------------------------------------
+
+    def expression(self, expr: Expr) -> Value:
+        """An expression over variables of the kernel, with the tests of everything it reads."""
+        match expr:
+            case Const() | Rank() | Local():
+                return Value(expr)
+            case Extent():
+                return Value(_size(expr.name))
+            case Read() if expr.tensor in self.values:
+                return self.values[expr.tensor]
+            case Read():
+                return self.load(expr)
+            case Cast():
+                found = self.expression(expr.arg)
+                return Value(Cast(expr.dtype, found.expr), found.live, found.absent, found.data)
+            case Apply(op="default"):
+                return self.default(expr)
+            case Apply():
+                parts = [self.expression(arg) for arg in expr.args]
+                joined = folded(self.cheaper(Apply(expr.op, tuple(part.expr for part in parts))))
+                data = frozenset(tile for part in parts for tile in part.data)
+                return Value(joined, merged(*(part.live for part in parts)), absent_value(expr.op, parts), data)
+            case Reduce():
+                return self.extreme(expr)
+            case _:
+                raise unsupported(f"{type(expr).__name__} inside an expression")
+
+    def cheaper(self, expr: Apply) -> Expr:
+        """A division of a tile by what is the same for many of its elements, as a product with one over it."""
+        if expr.op != "div" or isinstance(expr.args[1], Const):
+            return expr
+        tile, by = map(self.shape, expr.args)
+        if len(by) < len(tile) and self.type_of(expr.args[0]) in FLOATS:
+            return Apply("mul", (expr.args[0], Apply("div", (Const(1.0), expr.args[1]))))
+        return expr
+
+    def extreme(self, expr: Reduce) -> Value:
+        """The extreme of a loaded tile that a loop bound asks for."""
+        found = self.expression(expr.body)
+        over = self.spread(expr.ranks)
+        variable = self.variable("bound", (), self.type_of(found.expr))
+        self.ops.append(Fold(variable, (), expr.reducer, over, found.expr))
+        return Value(Local(variable))
+
+    def default(self, expr: Apply) -> Value:
+        """The first operand where it is present, else the second."""
+        first, second = map(self.expression, expr.args)
+        if not first.live:
+            return first
+        mask = self.mask(first.live, False)
+        return Value(Apply("select", (mask, first.expr, second.expr)), second.live)
+
+    def peek(self, expr: Expr) -> tuple[Expr, ...]:
+        """The tests of an expression, without making anything for it."""
+        found: tuple[Expr, ...] = ()
+        for node in walk(expr):
+            if isinstance(node, Read):
+                known = self.values.get(node.tensor)
+                found = merged(found, known.live if known else self.load_tests(node))
+        return found
+
+    def index_axes(self, index: Expr) -> tuple[str, ...]:
+        """The dimensions of an expression: a quotient by a multiple of the tile is one number for the whole tile."""
+        if isinstance(index, Apply) and index.op == "floordiv" and isinstance(index.args[0], Rank):
+            axis, by = self.axis(index.args[0].name), index.args[1]
+            if axis.role in (Role.TILE, Role.STREAM) and isinstance(by, Const) and int(by.value) % axis.advance == 0:
+                return ()
+        found: set[str] = set()
+        match index:
+            case Rank():
+                return self.spread({index.name})
+            case Local():
+                return self.variables[index.name][0] if index.name in self.variables else ()
+            case Read() if index.tensor in self.values:
+                return self.index_axes(self.values[index.tensor].expr)
+            case _:
+                for child in children(index):
+                    found |= set(self.index_axes(child))
+        return self.spread(found)
+
+    def shape(self, expr: Expr) -> tuple[str, ...]:
+        """The dimensions of a lowered expression."""
+        return self.index_axes(expr)
+
+    def type_of(self, expr: Expr) -> DType:
+        """The type in which a lowered expression is computed."""
+        match expr:
+            case Const():
+                kinds = {bool: DType.BOOL, int: DType.I32, float: DType.F32}
+                return kinds[type(expr.value)]
+            case Local():
+                return computed(self.variables[expr.name][1]) if expr.name in self.variables else DType.I32
+            case Apply(op="select"):
+                return wider(*map(self.type_of, expr.args[1:]))
+            case Apply() if OPS[expr.op].kind is Kind.BOOL:
+                return DType.BOOL
+            case Apply() if OPS[expr.op].kind is Kind.FLOAT:
+                return DType.F32
+            case Apply():
+                return wider(*map(self.type_of, expr.args))
+            case Cast():
+                return computed(expr.dtype)
+            case _:
+                return DType.I32
+
+    # --- memory ------------------------------------------------------------------------------------------------------
+
+    def load(self, read: Read, raw: bool = False, tests: tuple[Expr, ...] = ()) -> Value:
+        """A tile of an argument, once for each use: as it is, for a matrix product, or to compute with.
+
+        A tile that feeds both would be overwritten while it is read (Triton 3.6): it is loaded twice.
+        """
+        tensor = self.setting.tensors[read.tensor]
+        own = self.load_tests(read)
+        stream = self.group.arrangement.stream
+        axes = self.load_axes(read, tensor)
+        inside = self.streaming and (stream in axes or any(stream in ranks_of(i) for i in read.index))
+        live = merged(own, tests)
+        key = (read, raw, tests, stream if inside else None)
+        if key not in self.loaded:
+            place = self.ops if inside or not self.outer else self.outer[-1]
+            here, self.ops = self.ops, place
+            streaming, self.streaming = self.streaming, inside
+            self.loaded[key] = self.make_load(read, tensor, axes, live, raw)
+            self.ops, self.streaming = here, streaming
+        return Value(self.loaded[key], live, 0.0 if live else None, frozenset({(axes, live)}))
+
+    def make_load(self, read: Read, tensor: Tensor, axes: tuple[str, ...], live: tuple[Expr, ...], raw: bool) -> Local:
+        index = tuple(self.expression(part).expr for part in read.index)
+        box = self.box(tensor, read.index, axes) if raw else None
+        beyond = [self.tail(rank) for rank in axes if not self.axis(rank).exact]
+        tests = merged(live, tuple(beyond))
+        if box is not None and set(tests) <= set(beyond):
+            tests = ()  # a descriptor gives 0 beyond the extent
+        name = (
+            read.tensor.lower()
+            if raw
+            else f"{read.tensor.lower()}_tile"
+            if read.tensor.lower() in self.names
+            else read.tensor.lower()
+        )
+        variable = self.variable(name, axes, tensor.dtype)
+        lowered = [(test, self.expression(test).expr) for test in tests]
+        always_ = tuple(low for test, low in lowered if not self.is_edge(test))
+        edge = tuple(low for test, low in lowered if self.is_edge(test))
+        self.ops.append(Load(variable, tensor.name, index, axes, always_, edge, box))
+        return Local(variable)
+
+    def load_axes(self, read: Read, tensor: Tensor) -> tuple[str, ...]:
+        """The dimensions of a loaded tile in the order of memory."""
+        found: list[str] = []
+        order = sorted(range(len(read.index)), key=lambda d: (tensor.strides[d] == 1, d))
+        for position in order:
+            for rank in self.index_axes(read.index[position]):
+                if rank not in found:
+                    found.append(rank)
+        return tuple(found)
+
+    def load_tests(self, read: Read) -> tuple[Expr, ...]:
+        """The tests under which a coordinate of a read exists: tiles that reach beyond, and computed indices."""
+        tensor = self.setting.tensors[read.tensor]
+        found: list[Expr] = []
+        for position, index in enumerate(read.index):
+            extent = _size(tensor.shape[position])
+            if isinstance(index, Rank):
+                axis = self.axis(index.name)
+                if axis.role in (Role.STREAM, Role.WHOLE) and not axis.exact:
+                    found.append(self.tail(index.name))
+                continue
+            for rank in self.index_axes(index):
+                axis = self.axis(rank)
+                if axis.role in (Role.STREAM, Role.WHOLE) and not axis.exact:
+                    found.append(self.tail(rank))
+            low, high = Apply("ge", (index, Const(0))), Apply("lt", (index, extent))
+            found.extend(test for test in (low, high) if not self.proved(test))
+        return merged(tuple(found))
+
+    def tail(self, rank: str) -> Expr:
+        """The test that a coordinate lies inside the extent of its rank."""
+        return Apply("lt", (Rank(rank), _size(self.axis(rank).extent)))
+
+    def box(self, tensor: Tensor, index: tuple[Expr, ...], axes: tuple[str, ...]) -> tuple[int, ...] | None:
+        """The box of a descriptor for a tile; None where its place in memory is no box."""
+        if not tensor.described or not axes:
+            return None
+        found = []
+        for _position, part in enumerate(index):
+            ranks = self.index_axes(part)
+            if ranks and not isinstance(part, Rank):
+                return None
+            found.append(self.axis(ranks[0]).tile if ranks else 1)
+        last = index[-1]
+        if tensor.strides[-1] != 1 or not isinstance(last, Rank) or not self.index_axes(last):
+            return None
+        if found[-1] * BYTES_OF[tensor.dtype] < 16 or any(size > 256 for size in found) or len(found) > 5:
+            return None
+        return tuple(found)
+
+    def store(self, name: str, ranks: tuple[str, ...]) -> None:
+        """Writes a value of the cascade to memory."""
+        value, result = self.values[name], self.setting.results[name]
+        tensor = self.setting.tensors[name]
+        axes = self.spread(ranks)
+        index = tuple(map(Rank, ranks))
+        box = None if any(self.axis(rank).step for rank in axes) else self.box(tensor, index, axes)
+        beyond = tuple(self.tail(rank) for rank in axes if not self.axis(rank).exact)
+        live = tuple(test for test in value.live if test not in beyond)
+        if self.streaming:
+            self.edges.append(())
+            if beyond:
+                self.edges.append(tuple(test for test in beyond if self.is_edge(test)))
+        lowered = tuple(self.expression(test).expr for test in live)
+        self.ops.append(Store(name, index, axes, value.expr, lowered, result.fill.value, box))
+
+
+# --- the trips of a kernel -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Trips:
+    """Where each statement of a group runs: before the stream, in a trip over it, behind one.
+
+    Kinds: `before`, `block` (a tile of the stream), `state` (carried), `inner` (the tile's part of a state), `of state`
+    (a map of a state in its trip), `after`.
+    """
+
+    group: Group
+    kind: Mapping[str, str]
+    number: Mapping[str, int]
+
+    @staticmethod
+    def of(group: Group) -> Trips:
+        """The trips of a group."""
+        stream, fold = group.arrangement.stream, group.fold
+        kind: dict[str, str] = {}
+        number: dict[str, int] = {}
+        for stmt in group.statements:
+            name = defines(stmt)[0]
+            updated = fold is not None and name in fold.update
+            joins = fold is not None and name in fold.state
+            reduces = stream in reduced_ranks(stmt)
+            block = stream is not None and any(stream in target.ranks for target in targets(stmt))
+            known = [read for read in reads(stmt) if read in kind]
+            at = 0
+            for read in known:
+                together = updated and fold is not None and read in fold.update
+                later = kind[read] in ("state", "of state", "after") and not together and (block or reduces)
+                at = max(at, number[read] + later)
+            if joins or reduces:
+                found = "state" if joins or not updated else "inner"
+            elif block:
+                found = "block"
+            elif all(kind[read] == "before" for read in known):
+                found = "before"
+            else:
+                found = "of state" if updated else "after"
+            for defined in defines(stmt):
+                kind[defined], number[defined] = found, at
+        return Trips(group, kind, number)
+
+    @property
+    def count(self) -> int:
+        """The number of loops."""
+        return max((self.number[name] + 1 for name, kind in self.kind.items() if kind not in ("before",)), default=0)
+
+    @property
+    def before(self) -> Iterator[Stmt]:
+        """What needs no trip."""
+        return (stmt for stmt in self.group.statements if self.kind[defines(stmt)[0]] == "before")
+
+    def after(self, trip: int) -> Iterator[Stmt]:
+        """What runs behind a trip."""
+        for stmt in self.group.statements:
+            name = defines(stmt)[0]
+            if self.kind[name] == "after" and self.number[name] == trip:
+                yield stmt
+
+    def statements(self, trip: int) -> tuple[Stmt, ...]:
+        """What runs in a trip: its own statements, and again the tiles of earlier trips that they need."""
+        needed: set[str] = set()
+        for stmt in reversed(self.group.statements):
+            name = defines(stmt)[0]
+            own = self.number[name] == trip and self.kind[name] in ("block", "state", "inner", "of state")
+            again = self.kind[name] == "block" and needed & set(defines(stmt))
+            if own or again:
+                needed |= set(defines(stmt)) | set(reads(stmt))
+        order = {name: place for place, name in enumerate(self.group.fold.update)} if self.group.fold else {}
+        found = [
+            stmt
+            for stmt in self.group.statements
+            if set(defines(stmt)) <= needed
+            and (self.kind[defines(stmt)[0]] == "block" or self.number[defines(stmt)[0]] == trip)
+            and self.kind[defines(stmt)[0]] in ("block", "state", "inner", "of state")
+        ]
+        inside = [stmt for stmt in found if defines(stmt)[0] in order]
+        if len(inside) == len(found):
+            return tuple(sorted(found, key=lambda stmt: order[defines(stmt)[0]]))
+        return tuple(found)
+
+
+# --- small things ----------------------------------------------------------------------------------------------------
+
+BYTES_OF = {DType.BF16: 2, DType.F16: 2, DType.F32: 4, DType.F8E4M3: 1, DType.F8E5M2: 1, DType.I8: 1, DType.I32: 4,
+            DType.I64: 8, DType.F64: 8, DType.BOOL: 1}  # fmt: skip
+RESERVED = frozenset(keyword.kwlist) | {"tl", "triton", "pid", "min", "max", "range", "print", "EDGE", "int", "float"}
+"""Names that mean something in the text of a kernel."""
+SHORT_FLOATS = (DType.BF16, DType.F16)
+
+
+def _all(ops: Sequence[Op]) -> Iterator[Op]:
+    for op in ops:
+        yield op
+        if isinstance(op, Loop):
+            yield from _all(op.body)
+
+
+def live_ops(ops: Sequence[Op]) -> list[Op]:
+    """The ops without those whose values nobody uses."""
+    found = list(ops)
+    while True:
+        used = {name for op in _all(found) for name in uses(op)}
+        kept = [_pruned(op, used) for op in found if not _is_dead(op, used)]
+        if len(list(_all(kept))) == len(list(_all(found))):
+            return kept
+        found = kept
+
+
+def _is_dead(op: Op, used: Collection[str]) -> bool:
+    return isinstance(op, (Load, Let, Mask, Fold, Keep, Start)) and op.name not in used
+
+
+def _pruned(op: Op, used: Collection[str]) -> Op:
+    if not isinstance(op, Loop):
+        return op
+    return dataclasses.replace(op, body=tuple(inner for inner in op.body if not _is_dead(inner, used)))
+
+
+def uses(op: Op) -> Iterator[str]:
+    """The variables that an op reads, those that it changes aside."""
+    exprs: list[Expr] = []
+    match op:
+        case Load():
+            exprs = [*op.index, *op.live, *op.edge]
+        case Let():
+            exprs = [op.expr]
+        case Mask():
+            exprs = list(op.live)
+        case Keep():
+            yield op.mask
+        case Dot():
+            yield from (op.left, op.right, *((op.live,) if op.live else ()))
+        case Fold():
+            exprs = [op.expr]
+        case Seen():
+            yield op.mask
+        case TopKept():
+            yield op.source
+        case Carry():
+            yield from (new for _, new in op.pairs)
+        case Start():
+            exprs = [op.value]
+        case Loop():
+            exprs = [bound for bound in (op.first, op.stop, *(op.inner or ())) if bound is not None]
+            yield from op.carried
+        case Store():
+            exprs = [op.expr, *op.index, *op.live]
+        case _:
+            pass
+    own = op.name if isinstance(op, Let) else ""
+    yield from (node.name for expr in exprs for node in walk(expr) if isinstance(node, Local) and node.name != own)
+
+
+def _size(size: Size) -> Expr:
+    return Const(size) if isinstance(size, int) else Extent(size)
+
+
+def _same(a: float | None, b: float) -> bool:
+    return a is not None and (a == b or (a != a and b != b))
+
+
+def _tensors(expr: Expr) -> Iterator[str]:
+    return (node.tensor for node in walk(expr) if isinstance(node, Read))
+
+
+def computed(dtype: DType) -> DType:
+    """The type in which values of a type are computed with: short floats in 32 bits."""
+    return DType.F32 if dtype in FLOATS else dtype
+
+
+def wider(*dtypes: DType) -> DType:
+    """The common type of operands."""
+    for dtype in (DType.F32, DType.I64, DType.I32, DType.I8):
+        if dtype in dtypes:
+            return dtype
+    return DType.BOOL
+
+
+def reducer_of(stmt: Stmt) -> str:
+    """The reducer of a state; of a map that joins a reduction with another value, the one whose operation it is."""
+    if isinstance(stmt, TopK):
+        return "topk"
+    assert isinstance(stmt, Einsum)
+    if isinstance(stmt.expr, Reduce):
+        return stmt.expr.reducer
+    assert isinstance(stmt.expr, Apply)
+    op = stmt.expr.op
+    return next(row.name for row in REDUCERS.values() if row.op == op)
+
+
+def identity(reducer: str, dtype: DType) -> float | int | bool:
+    """What a reduction does not see."""
+    if reducer in ("argmax", "argmin"):
+        return -math.inf if reducer == "argmax" else math.inf
+    value = REDUCERS[reducer].identity
+    assert value is not None
+    if dtype in FLOATS:
+        return float(value)
+    if isinstance(value, float) and math.isinf(value):
+        return int(math.copysign(2**31 - 1, value)) if dtype is not DType.I64 else int(math.copysign(2**62, value))
+    return value
+
+
+def join(reducer: str, old: Expr, new: Expr) -> Expr:
+    """Two partial reductions as one."""
+    op = REDUCERS[reducer].op
+    assert op is not None
+    return Apply(op, (old, new))
+
+
+def merged(*groups: Sequence[Expr]) -> tuple[Expr, ...]:
+    """Tests of several sources, each once."""
+    return tuple(dict.fromkeys(test for group in groups for test in group))
+
+
+def is_scaled(expr: Expr) -> bool:
+    """Whether an expression is a variable times a number: it needs no variable of its own."""
+    return (
+        isinstance(expr, Apply) and expr.op == "mul"
+        and isinstance(expr.args[0], Local) and isinstance(expr.args[1], Const) and float(expr.args[1].value) > 0
+    )  # fmt: skip
+
+
+def split_scale(expr: Expr) -> tuple[Expr, Const]:
+    """The variable and the number."""
+    assert isinstance(expr, Apply)
+    number = expr.args[1]
+    assert isinstance(number, Const)
+    return expr.args[0], number
+
+
+def absent_value(op: str, parts: Sequence[Value]) -> float | None:
+    """What an operation comes to where any operand is absent; None where that cannot be told.
+
+    Operands that are always present stand for any finite number; of those that can be absent any may be the one.
+    """
+    optional = [index for index, part in enumerate(parts) if part.live]
+    if not optional:
+        return None
+    if any(parts[index].absent is None for index in optional):
+        return None
+    found: set[float] = set()
+    groups = {parts[index].live for index in optional}
+    for gone in _subsets(tuple(groups)):
+        for sample in SAMPLES:
+            args = [
+                part.absent if part.live in gone else _present(part, sample + index) for index, part in enumerate(parts)
+            ]
+            result = evaluate(
+                Apply(op, tuple(Const(float(arg)) for arg in args if arg is not None)), lambda e: math.nan
+            )
+            found.add(float(result) if result is not None else math.nan)
+    only = found.pop() if len(found) == 1 else math.nan
+    return None if math.isnan(only) else only
+
+
+def _present(part: Value, sample: float) -> float:
+    return float(part.expr.value) if isinstance(part.expr, Const) else sample
+
+
+def _subsets(groups: tuple[tuple[Expr, ...], ...]) -> Iterator[tuple[tuple[Expr, ...], ...]]:
+    for bits in range(1, 1 << len(groups)):
+        yield tuple(group for index, group in enumerate(groups) if bits >> index & 1)

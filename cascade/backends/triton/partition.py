@@ -1,0 +1,229 @@
+"""Which statements share a kernel, and how the ranks lie in it.
+
+A kernel spreads the ranks that all its statements have over the programs of its grid. Of the other ranks one may be
+streamed, in tiles and in as many trips as its statements need; the rest must fit into a tile whole. Statements join
+the kernel of what they read as long as such an arrangement exists: nothing is asked about what they compute.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from cascade.backends.triton.products import matrix_product
+from cascade.ir import Call, Cascade, Einsum, Fold, Fuse, Rank, Read, Reduce, Stmt, TopK
+from cascade.order import members, units
+from cascade.walk import defines, expressions, free_ranks, reads, targets, walk
+
+ROW_LIMIT = 32768  # elements of a row that a program may hold at once
+PRODUCT_LIMIT = 1024  # extent of a rank that a tile of a matrix product may have whole
+SHORT = 128  # a reduced rank of a matrix product up to this extent needs no loop
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """The ranks of a group: shared out over programs, streamed, or whole in a tile."""
+
+    shared: tuple[str, ...]
+    stream: str | None
+    whole: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Statements of one kernel in order, how their ranks lie, and the fold that carries a state along the stream."""
+
+    statements: tuple[Stmt, ...]
+    arrangement: Arrangement
+    fold: Fold | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Everything that is defined in the kernel."""
+        return tuple(name for stmt in self.statements for name in defines(stmt))
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """Statements that no kernel computes, and why: they run one by one, as the interpreter runs them."""
+
+    statements: tuple[Stmt, ...]
+    reason: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Everything that is defined here."""
+        return tuple(name for stmt in self.statements for name in defines(stmt))
+
+
+def partition(cascade: Cascade, extents: Mapping[str, int]) -> tuple[Group | Rest, ...]:
+    """The statements of a canonical cascade in groups, in an order in which they can run."""
+    found: list[list[Stmt] | Rest] = []
+    for unit in units(cascade.body, ()):
+        if unit.cyclic:
+            found.append(Rest(unit.statements, "its statements need each other's earlier coordinates"))
+            continue
+        for stmt in unit.statements:
+            _place(stmt, found, cascade, extents)
+    return tuple(item if isinstance(item, Rest) else _finished(item, cascade, extents) for item in found)
+
+
+def _place(stmt: Stmt, found: list[list[Stmt] | Rest], cascade: Cascade, extents: Mapping[str, int]) -> None:
+    """Adds a statement to the last group that it can join, or begins another."""
+    if (reason := refused(stmt)) is not None:
+        found.append(Rest((stmt,), reason))
+        return
+    needed = set(reads(stmt))
+    companions = set(_companions(stmt, cascade))
+    for group in reversed(found):
+        made = set(group.names) if isinstance(group, Rest) else {name for s in group for name in defines(s)}
+        near = isinstance(group, list) and bool(needed & made or companions & made)
+        if isinstance(group, list) and near and arrange([*group, stmt], cascade, extents) is not None:
+            group.append(stmt)
+            return
+        if needed & made:  # it must come after this group
+            break
+    found.append([stmt])
+
+
+def _companions(stmt: Stmt, cascade: Cascade) -> Iterator[str]:
+    """The statements that the schedule has beside this one in a group."""
+    for item in cascade.schedule:
+        if isinstance(item, (Fuse, Fold)) and not set(defines(stmt)).isdisjoint(members(item)):
+            yield from members(item)
+
+
+def refused(stmt: Stmt) -> str | None:
+    """Why a statement cannot stand in a kernel at all; None where it can."""
+    if isinstance(stmt, Call):
+        return "it calls another cascade"
+    if isinstance(stmt, Einsum) and stmt.inits:
+        return "it steps along a rank"
+    return None
+
+
+def _finished(statements: Sequence[Stmt], cascade: Cascade, extents: Mapping[str, int]) -> Group:
+    arrangement = arrange(statements, cascade, extents)
+    assert arrangement is not None, "a group is arranged before it is kept"
+    names = {name for stmt in statements for name in defines(stmt)}
+    for item in cascade.schedule:
+        if isinstance(item, Fold) and item.rank == arrangement.stream and not names.isdisjoint(item.state):
+            return Group(tuple(statements), arrangement, _restricted(item, names))
+    return Group(tuple(statements), arrangement, None)
+
+
+def _restricted(fold: Fold, names: set[str]) -> Fold:
+    """The part of a fold that concerns some statements."""
+    return dataclasses.replace(
+        fold,
+        state=tuple(name for name in fold.state if name in names),
+        init=tuple(init for init in fold.init if init.target.name in names),
+        update=tuple(name for name in fold.update if name in names),
+        merge=tuple(merge for merge in fold.merge if merge.target.name in names),
+        finalize=tuple(name for name in fold.finalize if name in names),
+    )
+
+
+def arrange(statements: Sequence[Stmt], cascade: Cascade, extents: Mapping[str, int]) -> Arrangement | None:
+    """How the ranks of some statements can lie in one kernel; None where they cannot."""
+    own = {target.name: target.ranks for stmt in statements for target in targets(stmt)}
+    if any(not _plain(stmt, own) for stmt in statements):
+        return None
+    kept = [set(ranks) for ranks in own.values()]
+    reduced = {rank for stmt in statements for rank in reduced_ranks(stmt)}
+    common = set.intersection(*kept) - reduced
+    if not common and len(statements) > 1 and any(kept):
+        return None
+    ranks = list(dict.fromkeys(rank for stmt in statements for rank in all_ranks(stmt)))
+    shared = tuple(rank for rank in ranks if rank in common)
+    others = [rank for rank in ranks if rank not in common]
+    products = [found for stmt in statements if (found := matrix_product(stmt)) is not None]
+    if products:
+        return _with_products(shared, others, statements, cascade, extents)
+    return _rows(shared, others, statements, extents)
+
+
+def _with_products(
+    shared: tuple[str, ...],
+    others: list[str],
+    statements: Sequence[Stmt],
+    cascade: Cascade,
+    extents: Mapping[str, int],
+) -> Arrangement | None:
+    """With matrix products: the rank of a fold, or the longest reduced rank, is streamed; the others must be short."""
+    reduced = [rank for stmt in statements for rank in reduced_ranks(stmt)]
+    last = [found.over for stmt in statements if (found := matrix_product(stmt)) is not None][-1]
+    folded = {item.rank for item in cascade.schedule if isinstance(item, Fold)} & set(reduced)
+    candidates = sorted(
+        {rank for rank in others if rank in reduced and (extents[rank] > SHORT or rank in folded)},
+        key=lambda rank: (rank in folded, rank == last, extents[rank]),
+        reverse=True,
+    )
+    stream = next(iter(candidates), None)
+    whole = tuple(rank for rank in others if rank != stream)
+    if any(extents[rank] > PRODUCT_LIMIT for rank in whole):
+        return None
+    widest = max((_held(stmt, set(whole), extents) for stmt in statements), default=1)
+    return Arrangement(shared, stream, whole) if widest <= PRODUCT_LIMIT * 2 else None
+
+
+def _rows(
+    shared: tuple[str, ...], others: list[str], statements: Sequence[Stmt], extents: Mapping[str, int]
+) -> Arrangement | None:
+    """Without matrix products: everything is whole while it fits, else the longest rank is streamed."""
+    if max((_held(stmt, set(others), extents) for stmt in statements), default=1) <= ROW_LIMIT:
+        return Arrangement(shared, None, tuple(others))
+    stream = max(others, key=lambda rank: extents[rank])
+    whole = tuple(rank for rank in others if rank != stream)
+    if any(isinstance(stmt, TopK) and stmt.rank == stream for stmt in statements):
+        return None
+    fits = max(_held(stmt, set(whole), extents) for stmt in statements) <= ROW_LIMIT // 16
+    return Arrangement(shared, stream, whole) if fits else None
+
+
+def _held(stmt: Stmt, whole: set[str], extents: Mapping[str, int]) -> int:
+    """The elements of the largest tile of a statement over these ranks."""
+    product = matrix_product(stmt)
+    groups: list[set[str] | frozenset[str]] = [set(all_ranks(stmt))]
+    if product is not None:
+        target = set(targets(stmt)[0].ranks)
+        groups = [target, product.columns | {product.over}, product.rows | {product.over}]
+    size = 1
+    for ranks in groups:
+        found = 1
+        for rank in ranks & whole:
+            found *= power_of_two(extents[rank])
+        size = max(size, found)
+    return size
+
+
+def power_of_two(extent: int) -> int:
+    """The smallest power of two that is not less."""
+    return 1 << max(0, extent - 1).bit_length()
+
+
+def _plain(stmt: Stmt, own: Mapping[str, tuple[str, ...]]) -> bool:
+    """Whether what a statement reads of the same kernel stands at its own coordinates."""
+    made = defines(stmt)
+    for expr in expressions(stmt):
+        for node in walk(expr):
+            inside = isinstance(node, Read) and node.tensor in own and node.tensor not in made
+            if isinstance(node, Read) and inside and node.index != tuple(map(Rank, own[node.tensor])):
+                return False
+    return True
+
+
+def reduced_ranks(stmt: Stmt) -> tuple[str, ...]:
+    """The ranks that a statement folds."""
+    if isinstance(stmt, TopK):
+        return (stmt.rank,)
+    return stmt.expr.ranks if isinstance(stmt, Einsum) and isinstance(stmt.expr, Reduce) else ()
+
+
+def all_ranks(stmt: Stmt) -> tuple[str, ...]:
+    """The ranks of a statement: of its targets, of what it folds, of its filter."""
+    found = dict.fromkeys(rank for target in targets(stmt) for rank in target.ranks)
+    found |= dict.fromkeys(reduced_ranks(stmt))
+    found |= dict.fromkeys(rank for expr in expressions(stmt) for rank in free_ranks(expr))
+    return tuple(found)

@@ -1,0 +1,346 @@
+"""The plan of one kernel: frozen, printable, complete. What `lower.py` decides and `emit.py` writes down.
+
+    Kernel  = name, Axis*, Tensor*, Op*, Options
+    Axis    = rank, role, extent, tile           point: one coordinate a program; tile; stream: looped over; whole
+    Op      = Load | Let | Mask | Keep | Dot | Fold | TopKept | Scan | Loop | Carry | Store
+
+A program of the grid holds tiles: arrays over the axes that are no points. Expressions are those of the language, over
+`Local` variables of the kernel, coordinates (`Rank`) and sizes (`Extent`). An op with `edge` set runs only in the part
+of a loop where some coordinates of a tile are absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TypeAlias, assert_never
+
+from cascade.ir import DType, Expr, Size
+from cascade.text import render_expr
+
+BYTES = {
+    DType.BF16: 2, DType.F16: 2, DType.F32: 4, DType.F64: 8, DType.F8E4M3: 1, DType.F8E5M2: 1, DType.I8: 1,
+    DType.I32: 4, DType.I64: 8, DType.BOOL: 1,
+}  # fmt: skip
+
+
+class Role(Enum):
+    """How a rank lies in a kernel."""
+
+    POINT = "point"  # one coordinate a program
+    TILE = "tile"  # a tile of coordinates a program
+    STREAM = "stream"  # a tile at a time, in a loop
+    WHOLE = "whole"  # all coordinates in one tile
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A rank as the kernel sees it; `tile` coordinates at a time, a power of two, 1 for a point.
+
+    An `exact` axis has no tile that reaches beyond its extent. A static extent is a number, another is an argument.
+    `parts` programs share a streamed axis, each with a stretch of it. A program has `step` coordinates of a tiled axis:
+    fewer than the tile where the hardware wants more rows than belong together.
+    """
+
+    rank: str
+    role: Role
+    extent: Size
+    tile: int
+    exact: bool
+    parts: int = 1
+    step: int = 0  # 0: the whole tile
+
+    @property
+    def advance(self) -> int:
+        """How far the tiles of neighbouring programs lie apart."""
+        return self.step or self.tile
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """An argument in global memory: strides are counted in elements, None where only a call tells them."""
+
+    name: str
+    dtype: DType
+    shape: tuple[Size, ...]
+    strides: tuple[int | None, ...]
+    result: bool = False
+    described: bool = False  # base and strides are such that a TMA descriptor can be made
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """`name` := the tensor at these coordinates, over `axes` in this order; 0 where not live.
+
+    With tests a tile comes by pointers, also where it has a box: at the edges, or always.
+    """
+
+    name: str
+    tensor: str
+    index: tuple[Expr, ...]
+    axes: tuple[str, ...]
+    live: tuple[Expr, ...]  # tests that always stand
+    edge: tuple[Expr, ...]  # tests that stand only where a tile of the stream is not whole
+    box: tuple[int, ...] | None  # the box of the descriptor; None: by pointers
+
+
+@dataclass(frozen=True, slots=True)
+class Let:
+    """`name` := an elementwise expression over `axes`; rounded to `dtype` where one is given."""
+
+    name: str
+    axes: tuple[str, ...]
+    expr: Expr
+    dtype: DType | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """`name` := whether all of these hold."""
+
+    name: str
+    axes: tuple[str, ...]
+    live: tuple[Expr, ...]
+    edge: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """`name` := itself where the mask holds, else a constant."""
+
+    name: str
+    axes: tuple[str, ...]
+    mask: str
+    fill: float | int | bool
+    edge: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Dot:
+    """`name[rows, columns]` := left[rows, over] @ right[over, columns], added to what is there where `into` is set."""
+
+    name: str
+    axes: tuple[str, str]
+    left: str
+    right: str
+    over: str
+    into: bool
+    exact: bool  # of full precision: float32 operands
+    live: str | None = None  # the mask of what is present: the right side may have NaN or infinity elsewhere
+    edge: bool = False  # whether that matters only where a tile is not whole
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """`name` := an expression over more axes, folded along some of them."""
+
+    name: str
+    axes: tuple[str, ...]
+    reducer: str
+    over: tuple[str, ...]
+    expr: Expr
+    nan: bool = False  # a NaN among the elements must come through
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """`name` := itself, or whether a mask holds anywhere along some axes; true in whole tiles."""
+
+    name: str
+    axes: tuple[str, ...]
+    mask: str
+    over: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TopKept:
+    """`values`, `coords` := the `count` largest along an axis, sorted, ties to the lower coordinate."""
+
+    values: str
+    coords: str
+    axes: tuple[str, ...]
+    over: str
+    kept: str
+    count: int
+    source: str
+    bits: int  # of the values: 16 where they are exactly numbers of 16 bits, else 32
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """`name` := the running fold of an expression along an axis, from `start`."""
+
+    name: str
+    axes: tuple[str, ...]
+    reducer: str
+    over: str
+    expr: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Carry:
+    """The end of an iteration: variables take their new values."""
+
+    pairs: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A state before the first element."""
+
+    name: str
+    axes: tuple[str, ...]
+    value: Expr
+    dtype: DType
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """The tiles of a streamed axis. Between `inner` bounds every coordinate is live; the rest is done at the edges.
+
+    Bounds are coordinates; None stands for the end of the axis. `inner` is None where no tile is known to be whole.
+    """
+
+    rank: str
+    first: Expr | None
+    stop: Expr | None
+    inner: tuple[Expr | None, Expr | None] | None
+    edges: bool  # whether there are tiles that need tests
+    carried: tuple[str, ...]
+    body: tuple[Op, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """An expression over `axes` written to the tensor at these coordinates, `fill` where not live."""
+
+    tensor: str
+    index: tuple[Expr, ...]
+    axes: tuple[str, ...]
+    expr: Expr
+    live: tuple[Expr, ...]
+    fill: float | int | bool
+    box: tuple[int, ...] | None
+
+
+Op: TypeAlias = Load | Let | Mask | Keep | Dot | Fold | Seen | TopKept | Scan | Carry | Start | Loop | Store
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What is chosen by the model or by timing."""
+
+    num_warps: int = 4
+    num_stages: int = 2
+    group: int = 0  # rows of tiles that run side by side, so that operands are found in L2; 0: none
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One kernel: which statements, over which axes, and its tile program."""
+
+    name: str
+    statements: tuple[str, ...]  # as text, in the order of the cascade
+    axes: tuple[Axis, ...]  # grid order: the first axis varies fastest
+    tensors: tuple[Tensor, ...]
+    ops: tuple[Op, ...]
+    variables: tuple[tuple[str, tuple[str, ...], DType], ...]  # every local: its axes and type
+    options: Options = field(default=Options())
+    reverse: str | None = None  # the tiled axis whose last tile has most work and therefore starts first
+
+    def axis(self, rank: str) -> Axis:
+        """The axis of a rank."""
+        return next(axis for axis in self.axes if axis.rank == rank)
+
+    @property
+    def grid(self) -> tuple[Axis, ...]:
+        """The axes that programs are spread over."""
+        return tuple(axis for axis in self.axes if axis.role in (Role.POINT, Role.TILE) or axis.parts > 1)
+
+
+def every_op(ops: tuple[Op, ...]) -> Iterator[Op]:
+    """All ops, those inside loops included."""
+    for op in ops:
+        yield op
+        if isinstance(op, Loop):
+            yield from every_op(op.body)
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def render_kernel(kernel: Kernel) -> str:
+    """The plan as text: the axes, then the tile program."""
+    lines = [f"kernel {kernel.name} {{"]
+    for axis in kernel.axes:
+        tile = "" if axis.role is Role.POINT else f" by {axis.tile}"
+        shared = f" in {axis.parts} parts" if axis.parts > 1 else ""
+        lines.append(
+            f"    {axis.role.value} {axis.rank} = {axis.extent}{tile}{shared}{'' if axis.exact else ' ragged'}"
+        )
+    options = kernel.options
+    lines.append(f"    warps {options.num_warps}, stages {options.num_stages}")
+    lines.extend(f"    {line}" for op in kernel.ops for line in render_op(op))
+    return "\n".join([*lines, "}", ""])
+
+
+def render_op(op: Op) -> list[str]:
+    """One op as lines of text."""
+    match op:
+        case Load():
+            how = "descriptor" if op.box else "pointers"
+            tests = "".join(f" if {render_expr(c)}" for c in op.live) + "".join(
+                f" edge {render_expr(c)}" for c in op.edge
+            )
+            return [f"{_over(op.name, op.axes)} = load {op.tensor}[{_list(op.index)}] by {how}{tests}"]
+        case Let():
+            rounded = f" as {op.dtype.value}" if op.dtype else ""
+            return [f"{_over(op.name, op.axes)} = {render_expr(op.expr)}{rounded}"]
+        case Mask():
+            return [
+                f"{'edge ' if op.edge else ''}{_over(op.name, op.axes)} = {' and '.join(map(render_expr, op.live))}"
+            ]
+        case Keep():
+            return [f"{'edge ' if op.edge else ''}{_over(op.name, op.axes)} = {op.name} if {op.mask} else {op.fill}"]
+        case Dot():
+            return [f"{_over(op.name, op.axes)} {'+=' if op.into else '='} {op.left} @[{op.over}] {op.right}"]
+        case Fold():
+            return [f"{_over(op.name, op.axes)} = {op.reducer}[{','.join(op.over)}] {render_expr(op.expr)}"]
+        case Seen():
+            return [f"{_over(op.name, op.axes)} = {op.name} or any[{','.join(op.over)}] {op.mask}"]
+        case TopKept():
+            return [f"{_over(op.values, op.axes)}, {op.coords} = topk[{op.over}, {op.count}] {op.source}"]
+        case Scan():
+            return [f"{_over(op.name, op.axes)} = running {op.reducer}[{op.over}] {render_expr(op.expr)}"]
+        case Carry():
+            return [f"{', '.join(a for a, _ in op.pairs)} = {', '.join(b for _, b in op.pairs)}"]
+        case Start():
+            return [f"{_over(op.name, op.axes)} = {render_expr(op.value)}"]
+        case Loop():
+            return _render_loop(op)
+        case Store():
+            tests = "".join(f" if {render_expr(c)}" for c in op.live)
+            how = "descriptor" if op.box else "pointers"
+            return [f"store {op.tensor}[{_list(op.index)}] = {render_expr(op.expr)}{tests} by {how}"]
+        case _:
+            assert_never(op)
+
+
+def _render_loop(op: Loop) -> list[str]:
+    def end(bound: Expr | None, default: str) -> str:
+        return default if bound is None else render_expr(bound)
+
+    head = f"for {op.rank} from {end(op.first, '0')} to {end(op.stop, 'the end')}"
+    if op.edges:
+        inner = op.inner
+        head += ", tested" if inner is None else f", whole from {end(inner[0], '0')} to {end(inner[1], 'the end')}"
+    return [f"{head} {{", *(f"    {line}" for inner_op in op.body for line in render_op(inner_op)), "}"]
+
+
+def _over(name: str, axes: tuple[str, ...]) -> str:
+    return f"{name}[{','.join(axes)}]" if axes else name
+
+
+def _list(index: tuple[Expr, ...]) -> str:
+    return ",".join(map(render_expr, index))

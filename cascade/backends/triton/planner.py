@@ -1,0 +1,344 @@
+"""From a cascade and the tensors of a call to kernels: groups, how each rank lies, tile sizes.
+
+What depends on the call is the extents, where a tensor lies in memory, and the types. Extents of ranks that a tile
+holds whole become numbers of the kernel; all others stay arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from cascade.backends.triton.lower import BYTES_OF, Setting, lower
+from cascade.backends.triton.partition import Group, Rest, partition, power_of_two
+from cascade.backends.triton.plan import Axis, Kernel, Options, Role, Tensor
+from cascade.backends.triton.products import matrix_product
+from cascade.backends.triton.units import in_base_two
+from cascade.inference import FLOATS, infer_dtypes, infer_shapes
+from cascade.ir import Cascade, Const, DType, Expr, Extent, Rank, Read, Result, Size, Stmt
+from cascade.walk import expressions, map_expressions, map_fold, reads, rewrite, targets, walk
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where a tensor of a call lies: extents and strides in elements, and whether its base is 16-byte aligned."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: DType
+    aligned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """Coordinates per tile of the ranks that are no points, and how a kernel is launched."""
+
+    tiles: tuple[tuple[str, int], ...]
+    options: Options = field(default=Options())
+
+    def of(self, rank: str) -> int:
+        """The tile of a rank."""
+        return dict(self.tiles)[rank]
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Everything that a call runs, in order, and the tensors that are made between kernels."""
+
+    steps: tuple[Step, ...]
+    made: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A kernel, or statements that run outside one."""
+
+    group: Group | Rest
+    kernel: Kernel | None
+
+
+@dataclass(slots=True, eq=False)
+class Planner:
+    """Plans for one cascade and one kind of call."""
+
+    cascade: Cascade
+    extents: Mapping[str, int]  # of shape symbols
+    layouts: Mapping[str, Layout]  # of the parameters
+    descriptors: bool = True  # whether the device has TMA
+    ranks: dict[str, int] = field(init=False)
+    sizes: dict[str, Size] = field(init=False)
+    dtypes: dict[str, DType] = field(init=False)
+    shapes: dict[str, tuple[Size, ...]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        shapes = infer_shapes(self.cascade)
+        self.sizes, self.shapes = dict(shapes.ranks), dict(shapes.tensors)
+        self.ranks = {rank: self.number(size) for rank, size in shapes.ranks.items()}
+        self.dtypes = infer_dtypes(self.cascade, {name: layout.dtype for name, layout in self.layouts.items()})
+
+    def number(self, size: Size) -> int:
+        return size if isinstance(size, int) else self.extents[size]
+
+    def groups(self) -> tuple[Group | Rest, ...]:
+        """The statements by kernel."""
+        return partition(self.cascade, self.ranks)
+
+    def stored(self, group: Group | Rest, groups: Sequence[Group | Rest]) -> tuple[str, ...]:
+        """What a group writes to memory: results, and what other groups read."""
+        results = {result.name for result in self.cascade.results}
+        outside = {name for other in groups if other is not group for stmt in other.statements for name in reads(stmt)}
+        return tuple(name for name in group.names if name in results or name in outside)
+
+    def tensor(self, name: str, operand: bool = False) -> Tensor:
+        """How a tensor lies in memory: parameters as they are given, everything else contiguous."""
+        layout = self.layouts.get(name)
+        shape = self.shapes[name]
+        if layout is None:
+            numbers = [self.number(size) for size in shape]
+            strides = [1] * len(numbers)
+            for position in range(len(numbers) - 2, -1, -1):
+                strides[position] = strides[position + 1] * max(numbers[position + 1], 1)
+            layout = Layout(tuple(numbers), tuple(strides), self.storage(name, operand), True)
+        known = tuple(
+            0 if extent == 1 else stride if stride in (0, 1) else None
+            for extent, stride in zip(layout.shape, layout.strides, strict=True)
+        )
+        if known and layout.shape[-1] == 1:
+            known = (*known[:-1], 1)
+        result = name in {result.name for result in self.cascade.results}
+        return Tensor(name, layout.dtype, shape, known, result, self.describable(layout))
+
+    def describable(self, layout: Layout) -> bool:
+        """Whether a descriptor can be made: aligned base and strides, a contiguous last dimension, no expansion."""
+        size = BYTES_OF[layout.dtype]
+        if not self.descriptors or not layout.aligned or not layout.shape or layout.strides[-1] != 1:
+            return False
+        outer = list(zip(layout.shape, layout.strides, strict=True))[:-1]
+        whole = all(extent == 1 or (stride > 0 and stride * size % 16 == 0) for extent, stride in outer)
+        return whole and len(layout.shape) <= 5 and layout.dtype not in (DType.BOOL, DType.I64, DType.F64)
+
+    def storage(self, name: str, operand: bool) -> DType:
+        """The type of a stored tensor: what was declared or inferred; statistics between kernels stay in 32 bits."""
+        dtype = self.dtypes[name]
+        result = next((result for result in self.cascade.results if result.name == name), None)
+        if result is None and dtype in FLOATS and not operand:
+            return DType.F32
+        return dtype
+
+    # --- one group ---------------------------------------------------------------------------------------------------
+
+    def kernel(self, name: str, group: Group, groups: Sequence[Group | Rest], tiling: Tiling) -> Kernel:
+        """The kernel of a group with these tiles."""
+        static = self.static(group)
+        statements = tuple(map_expressions(stmt, lambda e: rewrite(e, static.constant)) for stmt in group.statements)
+        fold = None if group.fold is None else map_fold(group.fold, lambda e: rewrite(e, static.constant))
+        if self.short(group):
+            statements, fold, _ = in_base_two(statements, fold)
+        fixed = dataclasses.replace(group, statements=statements, fold=fold)
+        stored = self.stored(group, groups)
+        axes = tuple(self.axis(group, rank, role, tiling, static) for rank, role in self.roles(group).items())
+        names = dict.fromkeys([*(r for stmt in group.statements for r in self.outside_reads(stmt, group)), *stored])
+        tensors = {n: self.fixed(self.tensor(n, self.feeds_product(n, groups)), static) for n in names}
+        results = {n: self.result(n) for n in stored}
+        dtypes = {**self.dtypes}
+        extents = {rank: static.size(self.sizes[rank]) for rank in self.sizes}
+        numbers = {**self.ranks, **self.extents}
+        kernel = lower(name, fixed, Setting(axes, tensors, dtypes, results, extents, numbers, tiling.options))
+        return dataclasses.replace(kernel, reverse=self.reversed_axis(kernel))
+
+    def short(self, group: Group) -> bool:
+        """Whether all floats that a group reads from outside have 16 bits or fewer.
+
+        Only then exponents change their base: in 32 bits the rounding of x * log2(e) would be seen.
+        """
+        read = {name for stmt in group.statements for name in self.outside_reads(stmt, group)}
+        return all(self.tensor(name).dtype not in (DType.F32, DType.F64) for name in read)
+
+    def outside_reads(self, stmt: Stmt, group: Group) -> list[str]:
+        return [name for name in reads(stmt) if name not in group.names]
+
+    def fixed(self, tensor: Tensor, static: _Static) -> Tensor:
+        return dataclasses.replace(tensor, shape=tuple(static.size(size) for size in tensor.shape))
+
+    def feeds_product(self, name: str, groups: Sequence[Group | Rest]) -> bool:
+        """Whether a tensor is an operand of a matrix product of a later group."""
+        for group in groups:
+            for stmt in group.statements if isinstance(group, Group) and name not in group.names else ():
+                found = matrix_product(stmt)
+                terms = () if found is None else (*found.left, *found.right)
+                if any(isinstance(node, Read) and node.tensor == name for term in terms for node in walk(term)):
+                    return True
+        return False
+
+    def result(self, name: str) -> Result:
+        """How a stored tensor is declared; what goes from kernel to kernel is filled with NaN where absent."""
+        for result in self.cascade.results:
+            if result.name == name:
+                return result
+        return Result(name, None, self.shapes[name], Const(0))
+
+    def static(self, group: Group) -> _Static:
+        """The shape symbols that are numbers in a kernel: those of ranks that are whole in a tile."""
+        found = {}
+        for rank, role in self.roles(group).items():
+            size = self.sizes[rank]
+            if role is Role.WHOLE and isinstance(size, str):
+                found[size] = self.extents[size]
+        return _Static(found)
+
+    def roles(self, group: Group) -> dict[str, Role]:
+        """How each rank lies, in the order of dimensions and of the grid."""
+        arrangement = group.arrangement
+        tiled = self.tiled(group)
+        order = [rank for rank in arrangement.shared if rank in tiled]
+        points = [rank for rank in reversed(arrangement.shared) if rank not in tiled]
+        inner = [rank for rank in (arrangement.stream,) if rank is not None]
+        inner += list(arrangement.whole)
+        if not self.products(group):
+            memory = self.memory_order(group)
+            rest = sorted([*order, *inner], key=lambda rank: memory.index(rank) if rank in memory else -1)
+            named = [*points, *rest]
+        else:
+            named = [*order, *points, *inner]
+        roles = dict.fromkeys(order, Role.TILE) | dict.fromkeys(points, Role.POINT)
+        roles |= dict.fromkeys(arrangement.whole, Role.WHOLE)
+        if arrangement.stream is not None:
+            roles[arrangement.stream] = Role.STREAM
+        return {rank: roles[rank] for rank in named}
+
+    def products(self, group: Group) -> list[Stmt]:
+        return [stmt for stmt in group.statements if matrix_product(stmt) is not None]
+
+    def memory_order(self, group: Group) -> list[str]:
+        """The ranks in the order of the dimensions of what is read and written, the longest access first."""
+        found: list[tuple[str, ...]] = [target.ranks for stmt in group.statements for target in targets(stmt)]
+        for stmt in group.statements:
+            for expr in expressions(stmt):
+                for node in walk(expr):
+                    if isinstance(node, Read) and node.tensor not in group.names:
+                        ranks = tuple(part.name for part in node.index if isinstance(part, Rank))
+                        if node.tensor in self.layouts:
+                            strides = self.layouts[node.tensor].strides
+                            pairs = [(strides[i], p.name) for i, p in enumerate(node.index) if isinstance(p, Rank)]
+                            ranks = tuple(name for _, name in sorted(pairs, key=lambda pair: -pair[0]))
+                        found.insert(0, ranks)
+        found.sort(key=len, reverse=True)
+        return list(dict.fromkeys(rank for ranks in found for rank in ranks))
+
+    def tiled(self, group: Group) -> set[str]:
+        """The shared ranks that a program has a tile of: the sides of matrix products, else what lies contiguously."""
+        shared = set(group.arrangement.shared)
+        products = [found for stmt in group.statements if (found := matrix_product(stmt)) is not None]
+        if products:
+            sides = [side & shared for found in products for side in (found.rows, found.columns)]
+            chosen: set[str] = set().union(*sides)
+            if not chosen or (len(chosen) == 1 and all(self.ranks[rank] < 16 for rank in chosen)):
+                packed = {rank for product in products for rank, _ in product.grouped}
+                if packed & shared:
+                    return packed & shared
+            return chosen
+        inner = [r for r in (group.arrangement.stream, *group.arrangement.whole) if r is not None]
+        memory = [rank for rank in self.memory_order(group) if rank in shared or rank in inner]
+        if not memory:
+            return set()
+        held = 1
+        for rank in inner:
+            held *= power_of_two(self.ranks[rank])
+        if memory[-1] in shared or group.arrangement.stream is not None:
+            chosen = {memory[-1]} & shared
+            if not inner and len(memory) > 1 and self.ranks[memory[-1]] < 512:
+                chosen.add(memory[-2])
+            return chosen
+        last = [rank for rank in memory if rank in shared][-1:]
+        return set(last) if held <= 1024 else set()
+
+    def axis(self, group: Group, rank: str, role: Role, tiling: Tiling, static: _Static) -> Axis:
+        tile = 1 if role is Role.POINT else tiling.of(rank)
+        extent = static.size(self.sizes[rank])
+        step = self.packed(group).get(rank, 0) if role is Role.TILE else 0
+        step = 0 if step == tile else step
+        return Axis(rank, role, extent, tile, not step and self.ranks[rank] % tile == 0, step=step)
+
+    def packed(self, group: Group) -> dict[str, int]:
+        """The tiled ranks of which only so many neighbours share what a product is with."""
+        sides = self.product_ranks(group)
+        return {rank: by for rank, by in self.grouped(group).items() if rank not in sides}
+
+    def reversed_axis(self, kernel: Kernel) -> str | None:
+        """The tiled axis along which loops get longer: its last tile starts first."""
+        from_bounds = [op for op in kernel.ops if hasattr(op, "stop") and getattr(op, "stop", None) is not None]
+        for op in from_bounds:
+            for axis in kernel.grid:
+                stop = getattr(op, "stop", None)
+                names = {getattr(node, "name", "") for node in walk(stop)} if stop is not None else set()
+                if axis.role is Role.TILE and f"{axis.rank}_last" in names:
+                    return axis.rank
+        return None
+
+    # --- tiles -------------------------------------------------------------------------------------------------------
+
+    def default_tiling(self, group: Group) -> Tiling:
+        """The first choice of tiles."""
+        roles = self.roles(group)
+        products = self.products(group)
+        whole = {rank: power_of_two(self.ranks[rank]) for rank, role in roles.items() if role is Role.WHOLE}
+        tiled = [rank for rank, role in roles.items() if role is Role.TILE]
+        stream = group.arrangement.stream
+        tiles = dict(whole)
+        if products:
+            sides = self.product_ranks(group)
+            tiles |= {rank: max(size, 16) for rank, size in whole.items() if rank in sides}
+            rows = 128
+            for rank in tiled:
+                together = self.packed(group).get(rank)
+                tiles[rank] = min(rows, max(16, power_of_two(together or self.ranks[rank])))
+            if stream is not None:
+                tiles[stream] = min(64, max(16, power_of_two(self.ranks[stream])))
+            warps = 8 if len(tiled) == 2 else 4
+            return Tiling(tuple(tiles.items()), Options(warps, 3 if len(tiled) == 2 else 2))
+        held = 1
+        for size in whole.values():
+            held *= size
+        if stream is not None:
+            tiles[stream] = min(power_of_two(self.ranks[stream]), max(16, 4096 // held))
+            if tiled:
+                tiles[stream] = min(tiles[stream], 64)
+            held *= tiles[stream]
+        for rank in tiled:
+            room = max(1, 2048 // held)
+            tiles[rank] = min(power_of_two(self.ranks[rank]), room)
+            held *= tiles[rank]
+        warps = max(1, min(16, held // 1024))
+        return Tiling(tuple(tiles.items()), Options(warps, 2))
+
+    def product_ranks(self, group: Group) -> set[str]:
+        """The ranks that are a side or the reduced rank of a matrix product."""
+        found: set[str] = set()
+        for stmt in group.statements:
+            product = matrix_product(stmt)
+            if product is not None:
+                found |= product.rows | product.columns | {product.over}
+        return found
+
+    def grouped(self, group: Group) -> dict[str, int]:
+        """The ranks that one side of a product knows only divided by a number, and that number."""
+        found: dict[str, int] = {}
+        for stmt in group.statements:
+            product = matrix_product(stmt)
+            if product is not None:
+                found |= dict(product.grouped)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Static:
+    """Shape symbols that are numbers."""
+
+    numbers: Mapping[str, int]
+
+    def constant(self, expr: Expr) -> Expr:
+        return Const(self.numbers[expr.name]) if isinstance(expr, Extent) and expr.name in self.numbers else expr
+
+    def size(self, size: Size) -> Size:
+        return self.numbers.get(size, size) if isinstance(size, str) else size

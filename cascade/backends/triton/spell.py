@@ -1,0 +1,152 @@
+"""How each operation is written in Triton: one row an operation, no decisions.
+
+`{0}`, `{1}`, ... are the operands. A row that needs a helper function names it; `HELPERS` has its text. Where the
+hardware has an instruction that is exact enough for results of 16 bits, `FAST` has a row for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cascade.ir import DType
+
+TYPES = {
+    DType.BF16: "tl.bfloat16", DType.F16: "tl.float16", DType.F32: "tl.float32", DType.F64: "tl.float64",
+    DType.F8E4M3: "tl.float8e4nv", DType.F8E5M2: "tl.float8e5", DType.I8: "tl.int8", DType.I32: "tl.int32",
+    DType.I64: "tl.int64", DType.BOOL: "tl.int1",
+}  # fmt: skip
+
+POINTERS = {
+    DType.BF16: "bf16", DType.F16: "fp16", DType.F32: "fp32", DType.F64: "fp64", DType.F8E4M3: "fp8e4nv",
+    DType.F8E5M2: "fp8e5", DType.I8: "i8", DType.I32: "i32", DType.I64: "i64", DType.BOOL: "i1",
+}  # fmt: skip
+"""Element types as Triton's signatures write them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """A template; `infix` ones bind as Python's operator of that name does and get parentheses where needed."""
+
+    text: str
+    infix: int = 0  # Python's precedence of the operator; 0: a call, or something in brackets of its own
+    helper: str | None = None
+
+
+COMPARE, OR, XOR, AND, SUM, PRODUCT, UNARY, ATOM = 1, 2, 3, 4, 5, 6, 7, 9
+
+SPELLINGS: dict[str, Spelling] = {
+    "or": Spelling("{0} | {1}", OR),
+    "and": Spelling("{0} & {1}", AND),
+    "not": Spelling("~{0}", UNARY),
+    "eq": Spelling("{0} == {1}", COMPARE),
+    "ne": Spelling("{0} != {1}", COMPARE),
+    "lt": Spelling("{0} < {1}", COMPARE),
+    "le": Spelling("{0} <= {1}", COMPARE),
+    "gt": Spelling("{0} > {1}", COMPARE),
+    "ge": Spelling("{0} >= {1}", COMPARE),
+    "add": Spelling("{0} + {1}", SUM),
+    "sub": Spelling("{0} - {1}", SUM),
+    "mul": Spelling("{0} * {1}", PRODUCT),
+    "div": Spelling("{0} / {1}", PRODUCT),
+    "floordiv": Spelling("{0} // {1}", PRODUCT),
+    "mod": Spelling("{0} % {1}", PRODUCT),
+    "neg": Spelling("-{0}", UNARY),
+    "exp": Spelling("tl.exp({0})"),
+    "exp2": Spelling("tl.exp2({0})"),
+    "log": Spelling("tl.log({0})"),
+    "log2": Spelling("tl.log2({0})"),
+    "sqrt": Spelling("tl.sqrt_rn({0})"),
+    "rsqrt": Spelling("tl.rsqrt({0})"),
+    "abs": Spelling("tl.abs({0})"),
+    "sign": Spelling("sign({0})", helper="sign"),
+    "floor": Spelling("tl.floor({0})"),
+    "round": Spelling("round_even({0})", helper="round_even"),
+    "sin": Spelling("tl.sin({0})"),
+    "cos": Spelling("tl.cos({0})"),
+    "tanh": Spelling("tanh({0})", helper="tanh"),
+    "sigmoid": Spelling("tl.sigmoid({0})"),
+    "silu": Spelling("silu({0})", helper="silu"),
+    "gelu": Spelling("gelu({0})", helper="gelu"),
+    "relu": Spelling("tl.maximum({0}, 0.0, propagate_nan=tl.PropagateNan.ALL)"),
+    "erf": Spelling("tl.erf({0})"),
+    "min": Spelling("tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"),
+    "max": Spelling("tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"),
+    "select": Spelling("tl.where({0}, {1}, {2})"),
+    "clamp": Spelling("tl.minimum(tl.maximum({0}, {1}), {2})"),
+}  # `default` is lowered to a select, `pow` to products: they have no row
+
+INTEGER: dict[str, str] = {"min": "tl.minimum({0}, {1})", "max": "tl.maximum({0}, {1})", "relu": "tl.maximum({0}, 0)",
+                           "floordiv": "floor_divide({0}, {1})", "mod": "floor_modulo({0}, {1})"}  # fmt: skip
+"""The rows that are written in another way on integers; the last two where an operand may be negative."""
+
+FAST: dict[str, Spelling] = {"tanh": Spelling("tanh({0})", helper="tanh_approx")}
+"""Rows with a relative error of about 2^-11, for results of 16 bits."""
+
+HELPERS: dict[str, str] = {
+    "sign": """@triton.jit
+def sign(x):
+    return tl.where(x == x, (x > 0).to(tl.float32) - (x < 0).to(tl.float32), x)
+""",
+    "round_even": """@triton.jit
+def round_even(x):
+    # adding 1.5 * 2^23 leaves no bit behind the point: the hardware rounds, ties to even
+    return tl.where(tl.abs(x) < 4194304.0, (x + 12582912.0) - 12582912.0, x)
+""",
+    "tanh": """@triton.jit
+def tanh(x):
+    t = tl.exp(-2.0 * tl.abs(x))
+    y = (1.0 - t) / (1.0 + t)  # exact enough away from 0, where the difference cancels; there a series
+    s = x * x
+    series = x * (1.0 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835)))))
+    return tl.where(tl.abs(x) < 0.3, series, tl.where(x < 0, -y, y))
+""",
+    "tanh_approx": """@triton.jit
+def tanh(x):
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+""",
+    "silu": """@triton.jit
+def silu(x):
+    return x * tl.sigmoid(x)
+""",
+    "gelu": """@triton.jit
+def gelu(x):
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+""",
+    "floor_divide": """@triton.jit
+def floor_divide(a, b):
+    return (a - floor_modulo(a, b)) // b
+""",
+    "floor_modulo": """@triton.jit
+def floor_modulo(a, b):
+    return (a % b + b) % b
+""",
+    "larger": """@triton.jit
+def larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+""",
+    "smaller": """@triton.jit
+def smaller(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+""",
+    "dot_present": """@triton.jit
+def dot_present(a, b, live, c, PRECISION: tl.constexpr):
+    # c + a @ b where a is 0 for what is absent: 0 * NaN is NaN, so what is not finite is added one by one
+    finite = tl.abs(b.to(tl.float32)) < float("inf")
+    c = tl.dot(a, tl.where(finite, b, 0.0), c, input_precision=PRECISION)
+    if tl.min(tl.min(finite.to(tl.int32), 1), 0) == 0:
+        number = tl.arange(0, b.shape[0])
+        for j in range(b.shape[0]):
+            row = tl.sum(tl.where((number == j)[:, None] & ~finite, b.to(tl.float32), 0.0), 0)
+            column = tl.sum(tl.where((number == j)[None, :], a.to(tl.float32), 0.0), 1)
+            here = tl.max(tl.where((number == j)[None, :], live.to(tl.int32), 0), 1) > 0
+            c += tl.where(here[:, None] & (row != 0)[None, :], column[:, None] * row[None, :], 0.0)
+    return c
+""",
+    "times": """@triton.jit
+def times(a, b):
+    return a * b
+""",
+}
+
+NEEDS = {"floor_divide": ("floor_modulo",)}
+"""The helpers that a helper calls."""

@@ -1,0 +1,120 @@
+"""Exponents in base two: the hardware's exponential is 2^x, so what is only ever exponentiated is kept as x * log2(e).
+
+    R = max[n] S;  P = exp(S - R)    -->    R2 = max[n] S2;  P = exp2(S2 - R2)    with S2 = S * log2(e)
+
+Every tensor that an exponential reads linearly changes its unit, with everything that it is made of linearly; whoever
+else reads it multiplies by ln(2). A factor that a definition has anyway takes up log2(e), so the change is free.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
+from cascade.backends.triton.products import factors, product
+from cascade.ir import Apply, Const, Einsum, Expr, Fold, FoldInit, FoldMerge, Read, Reduce, Stmt
+from cascade.walk import children, defines, walk, with_children
+
+LOG2E, LN2 = 1.0 / math.log(2.0), math.log(2.0)
+
+
+def in_base_two(statements: Sequence[Stmt], fold: Fold | None) -> tuple[tuple[Stmt, ...], Fold | None, frozenset[str]]:
+    """The statements and their fold with exponentials to base two, and the tensors whose unit has changed."""
+    own = {name: stmt for stmt in statements if isinstance(stmt, Einsum) for name in defines(stmt)}
+    merges = [] if fold is None else [merge.expr for merge in fold.merge]
+    changed: set[str] = set()
+    todo = [
+        name
+        for expr in [*(stmt.expr for stmt in own.values()), *merges]
+        for node in walk(expr)
+        if isinstance(node, Apply) and node.op == "exp"
+        for name in linear_reads(node.args[0])
+    ]
+    while todo:
+        name = todo.pop().rstrip("'")
+        if name in own and name not in changed:
+            changed.add(name)
+            todo.extend(linear_reads(own[name].expr))
+    units = _Units(frozenset(changed))
+    after = tuple(units.statement(stmt) for stmt in statements)
+    return after, None if fold is None else units.fold(fold), frozenset(changed)
+
+
+def linear_reads(expr: Expr) -> Iterator[str]:
+    """The tensors that an expression reads in places where a factor can be taken out."""
+    match expr:
+        case Read():
+            yield expr.tensor
+        case Apply(op="add" | "sub" | "neg" | "max" | "min"):
+            for arg in expr.args:
+                yield from linear_reads(arg)
+        case Apply(op="select"):
+            yield from linear_reads(expr.args[1])
+            yield from linear_reads(expr.args[2])
+        case Reduce(reducer="max" | "min"):
+            yield from linear_reads(expr.body)
+        case _:
+            return
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Units:
+    """The tensors whose values are exponents to base two."""
+
+    changed: frozenset[str]
+
+    def has(self, name: str) -> bool:
+        return name.rstrip("'") in self.changed
+
+    def statement(self, stmt: Stmt) -> Stmt:
+        if not isinstance(stmt, Einsum):
+            return stmt
+        expr = self.scaled(stmt.expr) if self.has(stmt.target.name) else self.natural(stmt.expr)
+        return dataclasses.replace(stmt, expr=expr)
+
+    def fold(self, fold: Fold) -> Fold:
+        """The inits and merges in the new units."""
+
+        def part(item: FoldInit | FoldMerge) -> Expr | None:
+            if item.expr is None:
+                return None
+            return self.scaled(item.expr) if self.has(item.target.name) else self.natural(item.expr)
+
+        inits = tuple(dataclasses.replace(init, expr=part(init)) for init in fold.init)
+        merges = tuple(dataclasses.replace(merge, expr=part(merge) or merge.expr) for merge in fold.merge)
+        return dataclasses.replace(fold, init=inits, merge=merges)
+
+    def natural(self, expr: Expr) -> Expr:
+        """An expression that gives what it gave before."""
+        match expr:
+            case Read() if self.has(expr.tensor):
+                return Apply("mul", (expr, Const(LN2)))
+            case Apply(op="exp"):
+                return Apply("exp2", (self.scaled(expr.args[0]),))
+            case Apply(op="eq" | "ne") if any(_infinite(arg) for arg in expr.args):
+                return expr  # an infinity is one in every unit
+            case _:
+                return with_children(expr, tuple(map(self.natural, children(expr))))
+
+    def scaled(self, expr: Expr) -> Expr:
+        """An expression times log2(e)."""
+        match expr:
+            case Read() if self.has(expr.tensor):
+                return expr
+            case Const() if expr.value == 0 or _infinite(expr):
+                return expr
+            case Apply(op="add" | "sub" | "neg" | "max" | "min"):
+                return dataclasses.replace(expr, args=tuple(map(self.scaled, expr.args)))
+            case Apply(op="select"):
+                return dataclasses.replace(
+                    expr, args=(self.natural(expr.args[0]), self.scaled(expr.args[1]), self.scaled(expr.args[2]))
+                )
+            case Reduce(reducer="max" | "min" | "sum"):
+                return dataclasses.replace(expr, body=self.scaled(expr.body))
+            case _:
+                return product([*factors(self.natural(expr)), Const(LOG2E)])
+
+
+def _infinite(expr: Expr) -> bool:
+    return isinstance(expr, Const) and isinstance(expr.value, float) and math.isinf(expr.value)

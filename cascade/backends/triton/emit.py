@@ -74,6 +74,7 @@ class _Emitter:
     arguments: dict[str, Argument] = field(default_factory=dict)
     helpers: dict[str, None] = field(default_factory=dict)
     functions: list[str] = field(default_factory=list)
+    prefix: str = "BLOCK"  # of the constants that are tile extents
     always_edge: bool = False  # inside a loop all tiles of which are tested
     edge_end: tuple[int, int] = (0, 0)  # where the last block of lines for edges ends
 
@@ -84,8 +85,12 @@ class _Emitter:
         for axis in self.kernel.axes:
             if axis.role is not Role.POINT:
                 self.argument(Argument(self.block(axis.rank), "constant", value=axis.tile))
+        stores = [op for op in self.kernel.ops if isinstance(op, Store)]
         for op in self.kernel.ops:
-            self.op(op)
+            if self.kernel.careful is None or op not in stores:
+                self.op(op)
+        if self.kernel.careful is not None:
+            self.carefully(self.kernel.careful, stores)
         body, self.lines = self.lines, []
         self.places("\n".join(body))
         head, self.lines = self.lines, []
@@ -94,6 +99,56 @@ class _Emitter:
         options = self.kernel.options
         used = tuple(sorted(self.arguments.values(), key=_argument_order))
         return Source(self.kernel.name, text, used, grid, options.num_warps, options.num_stages)
+
+    def carefully(self, careful: Kernel, stores: Sequence[Store]) -> None:
+        """Stores the tile, or goes through its coordinates one by one where products are not numbers."""
+        tests = [f"({name} != {name}).to(tl.int32)" for name in self.kernel.watched]
+        for number, name in enumerate(self.kernel.watched):
+            known = self.variable(name)
+            for _ in known[0] if known else ():
+                tests[number] = f"tl.max({tests[number]}, 0)"
+        self.line(f"if {' + '.join(tests)} == 0:")
+        self.depth += 1
+        for op in stores:
+            self.op(op)
+        self.depth -= 1
+        self.line("else:  # 0 * NaN is NaN: one by one, so that what is absent takes no part")
+        inner = _Emitter(careful, self.portable, prefix="ONE")
+        words = inner.function()
+        self.functions.extend(inner.functions)
+        self.helpers |= inner.helpers
+        self.arguments |= {name: argument for name, argument in inner.arguments.items() if name not in self.arguments}
+        depth = self.depth
+        for axis in self.kernel.axes:
+            if axis.role is Role.TILE:
+                self.depth += 1
+                rank = self.rank(axis.rank)
+                count = f"{axis.step or self.block(axis.rank)}"
+                count = count if axis.exact else f"tl.minimum({count}, {self.size(axis.extent)} - {rank}_first)"
+                self.line(f"for {rank}_next in range({count}):")
+        self.depth += 1
+        tiled = {self.rank(axis.rank) for axis in self.kernel.axes if axis.role is Role.TILE}
+        for line in wrapped(f"{careful.name}(", [f"{w}_first + {w}_next" if w in tiled else w for w in words], ")"):
+            self.line(line)
+        self.depth = depth
+
+    def function(self) -> list[str]:
+        """The kernel as a function of its coordinates that another one calls; its arguments."""
+        for axis in self.kernel.axes:
+            if axis.role is not Role.POINT:
+                self.argument(Argument(self.block(axis.rank), "constant", value=axis.tile))
+        for op in self.kernel.ops:
+            self.op(op)
+        body, self.lines = self.lines, []
+        words = set(re.findall(r"\w+", "\n".join(body)))
+        for axis in self.kernel.axes:
+            self.coordinates(axis, words)
+        head, self.lines = self.lines, []
+        points = [self.rank(axis.rank) for axis in self.kernel.axes if axis.role is Role.POINT]
+        found = sorted(self.arguments.values(), key=_argument_order)
+        heads = [*points, *(f"{a.name}: tl.constexpr" if a.kind == "constant" else a.name for a in found)]
+        self.functions.extend(["", "@triton.jit", *wrapped(f"def {self.kernel.name}(", heads, "):"), *head, *body, ""])
+        return [*points, *(argument.name for argument in found)]
 
     def header(self) -> list[str]:
         equations = [f"    {line}" for line in self.kernel.statements]
@@ -169,7 +224,7 @@ class _Emitter:
         return f"{name}_" if name in RESERVED else name
 
     def block(self, rank: str) -> str:
-        return f"BLOCK_{rank.upper()}"
+        return f"{self.prefix}_{rank.upper()}"
 
     def size(self, extent: str | int) -> str:
         if isinstance(extent, int):
@@ -524,13 +579,32 @@ class _Emitter:
         self.line(f"whole_from = {begin}")
         self.line(f"whole_to = tl.maximum({end} // {block} * {block}, whole_from)")
         name, words = self.body_function(op)
+        small = self.edge_words(op, words)
         states = ", ".join(op.carried)
         calls = [(f"{rank}_from", "whole_from", True)] if first is not None else []
         calls += [("whole_from", "whole_to", False), ("whole_to", f"{rank}_to", True)]
         for low, high, edge in calls:
             head = f"{states} = {name}(" if states else f"{name}("
-            for text in wrapped(head, [*words, low, high, f"EDGE={edge}"], ")"):
+            for text in wrapped(head, [*(small if edge else words), low, high, f"EDGE={edge}"], ")"):
                 self.line(text)
+
+    def edge_words(self, op: Loop, words: Sequence[str]) -> list[str]:
+        """The arguments of the loop's function where it goes in smaller steps: other boxes, another tile."""
+        if not op.edge_tile:
+            return list(words)
+        axis = self.kernel.axis(op.rank)
+        found = {self.block(op.rank): f"EDGE_{op.rank.upper()}"}
+        self.argument(Argument(f"EDGE_{op.rank.upper()}", "constant", value=op.edge_tile))
+        for load in op.body:
+            if isinstance(load, Load) and load.box is not None and op.rank in load.axes:
+                box = tuple(
+                    op.edge_tile if part == Rank(op.rank) else size
+                    for part, size in zip(load.index, load.box, strict=True)
+                )
+                tensor = self.tensor(load.tensor)
+                found[self.descriptor(tensor, load.box)] = self.descriptor(tensor, box)
+        assert axis.tile % op.edge_tile == 0
+        return [found.get(word, word) for word in words]
 
     def one_loop(self, op: Loop, start: str, stop: str) -> None:
         rank, block = self.rank(op.rank), self.block(op.rank)

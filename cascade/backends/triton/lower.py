@@ -117,6 +117,7 @@ class _Lowering:
             tuple(self.ops),
             tuple((name, axes, dtype) for name, (axes, dtype) in self.variables.items()),
             self.setting.options,
+            watched=tuple(self.watched),
         )
 
     def axis(self, rank: str) -> Axis:
@@ -194,7 +195,16 @@ class _Lowering:
         inner = None if inside.never_full else (self.bound(inside.full_first), self.bound(full_stop))
         carried = tuple(name for stmt in states for name in self.carried(stmt))
         carried += tuple(name for name in self.presence.values())
-        return Loop(stream, self.bound(visited.first), self.bound(visited.stop), inner, edges, carried, tuple(body))
+        return Loop(
+            stream,
+            self.bound(visited.first),
+            self.bound(visited.stop),
+            inner,
+            edges,
+            carried,
+            tuple(body),
+            self.setting.options.edge_tile,
+        )
 
     def bound(self, expr: Expr | None) -> Expr | None:
         """A bound with what it reads loaded before the loop."""
@@ -615,10 +625,12 @@ class _Lowering:
             return None
         left_terms, right_terms, rest = sides
         left, right, live, wide = self.operands(stmt, left_terms, right_terms, axes, over[0])
-        present, edge = self.present(right, wide)
+        present, edge = self.present(right, wide) if into is None else (None, False)
         exact = DType.F32 in (self.variables[left.name][1], self.variables[right.name][1])
         if into is not None:
             old, moved = into
+            if wide and right.name in self.raw:
+                self.watched.append(old.name)
             if moved != old:
                 self.ops.append(Let(old.name, axes, moved))
             self.ops.append(Dot(old.name, axes, left.name, right.name, over[0], True, exact, present, edge))
@@ -691,6 +703,7 @@ class _Lowering:
             return None, False
         return self.mask(tests, all(map(self.is_edge, tests))).name, all(map(self.is_edge, tests))
 
+    watched: list[str] = field(default_factory=list)
     raw: set[str] = field(default_factory=set)  # variables that hold data as it was loaded
     zeroed: dict[str, tuple[Expr, ...]] = field(default_factory=dict)  # tests where a variable is 0 if they fail
 

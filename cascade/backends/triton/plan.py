@@ -209,6 +209,7 @@ class Loop:
     edges: bool  # whether there are tiles that need tests
     carried: tuple[str, ...]
     body: tuple[Op, ...]
+    edge_tile: int = 0  # coordinates at a time where tests are needed; 0: as everywhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +234,7 @@ class Options:
 
     num_warps: int = 4
     num_stages: int = 2
+    edge_tile: int = 0  # coordinates of the stream at a time where tests are needed; 0: as everywhere
     group: int = 0  # rows of tiles that run side by side, so that operands are found in L2; 0: none
 
 
@@ -248,6 +250,8 @@ class Kernel:
     variables: tuple[tuple[str, tuple[str, ...], DType], ...]  # every local: its axes and type
     options: Options = field(default=Options())
     reverse: str | None = None  # the tiled axis whose last tile has most work and therefore starts first
+    watched: tuple[str, ...] = ()  # products that what is absent may have spoilt: 0 * NaN is NaN
+    careful: Kernel | None = None  # the same for one coordinate of each tiled axis, without products: where they are
 
     def axis(self, rank: str) -> Axis:
         """The axis of a rank."""
@@ -282,6 +286,8 @@ def render_kernel(kernel: Kernel) -> str:
     options = kernel.options
     lines.append(f"    warps {options.num_warps}, stages {options.num_stages}")
     lines.extend(f"    {line}" for op in kernel.ops for line in render_op(op))
+    if kernel.careful is not None:
+        lines.append(f"    where {', '.join(kernel.watched)} is not a number, one by one: {kernel.careful.name}")
     return "\n".join([*lines, "}", ""])
 
 

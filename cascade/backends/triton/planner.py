@@ -20,6 +20,9 @@ from cascade.ir import Cascade, Const, DType, Expr, Extent, Rank, Read, Result, 
 from cascade.walk import expressions, map_expressions, map_fold, reads, rewrite, targets, walk
 
 
+CAREFUL_TILE = 16  # of the stream where rows are gone through one by one: few registers, speed does not matter
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Where a tensor of a call lies: extents and strides in elements, and whether its base is 16-byte aligned."""
@@ -144,8 +147,26 @@ class Planner:
         dtypes = {**self.dtypes}
         extents = {rank: static.size(self.sizes[rank]) for rank in self.sizes}
         numbers = {**self.ranks, **self.extents}
-        kernel = lower(name, fixed, Setting(axes, tensors, dtypes, results, extents, numbers, tiling.options))
-        return dataclasses.replace(kernel, reverse=self.reversed_axis(kernel))
+        setting = Setting(axes, tensors, dtypes, results, extents, numbers, tiling.options)
+        kernel = lower(name, fixed, setting)
+        careful = self.careful(name, fixed, setting) if kernel.watched else None
+        return dataclasses.replace(kernel, reverse=self.reversed_axis(kernel), careful=careful)
+
+    def careful(self, name: str, group: Group, setting: Setting) -> Kernel:
+        """The kernel for one coordinate of each tiled axis: sums of products that leave out what is absent."""
+        axes = []
+        for axis in setting.axes:
+            if axis.role is Role.TILE:
+                axis = dataclasses.replace(axis, role=Role.POINT, tile=1, exact=True, step=0)
+            elif axis.role is Role.STREAM:
+                tile = min(axis.tile, CAREFUL_TILE)
+                axis = dataclasses.replace(axis, tile=tile, exact=self.ranks[axis.rank] % tile == 0)
+            axes.append(axis)
+        tensors = {key: dataclasses.replace(tensor, described=False) for key, tensor in setting.tensors.items()}
+        options = dataclasses.replace(setting.options, edge_tile=0)
+        return lower(
+            f"{name}_one", group, dataclasses.replace(setting, axes=tuple(axes), tensors=tensors, options=options)
+        )
 
     def short(self, group: Group) -> bool:
         """Whether all floats that a group reads from outside have 16 bits or fewer.

@@ -40,11 +40,13 @@ from cascade import pipeline
 from cascade.arguments import shape_symbols
 from cascade.compiled import Compiled, from_text, read_program, specialise, split_name
 from cascade.errors import CascadeError, CommandError, Diagnostic, InternalError, Source, Span, quoted_list
+from cascade.files import write_whole
 from cascade.frontend.tokens import decode
 from cascade.inference import infer_shapes
 from cascade.ir import Cascade, DType, Param, Result
 from cascade.passes import PASSES
 from cascade.passes.base import parse_pass
+from cascade.passes.canonicalize import Canonicalize
 from cascade.passes.lift import lift_reductions
 from cascade.passes.report import report, report_text
 from cascade.settings import settings
@@ -450,6 +452,93 @@ def check_levels(cascade: Cascade, levels: dict[str, tuple[str, ...]]) -> None:
             hint = f"did you mean {close[0]!r}?" if close else f"its rank variables are {quoted_list(known, 20)}"
             message = f"{cascade.name!r} has no rank variable {level!r}: {hint}"
             raise click.BadParameter(message, click.get_current_context(), param_hint="'--partition'")
+
+
+@commands.command("emit")
+@about_program
+@click.option("--backend", type=click.Choice(["triton"]), required=True, help="What the kernels are written in.")
+@click.option("--arch", type=click.Choice(["sm_80", "sm_90"]), default="sm_90", show_default=True, help="The GPU.")
+@click.option("-o", "--output", "folder", metavar="DIR", required=True, help="Where the files go.")
+def emit_kernels(options: Options, backend: str, arch: str, folder: str) -> None:
+    """Write the kernels as Python files that need torch and Triton only.
+
+    Each has the kernel, run() that launches it and, started as a program, a check against plain torch. Sizes that -s
+    does not give are 128 for a rank that a tile of a matrix product holds whole, 2 or 4 for batches and heads, else
+    4096; the files run for others too and say what is compiled in. Untyped parameters are bf16, or i64 where they are
+    used as integers. The kernels are compiled for the GPU, which need not be there, and what shows is reported.
+
+    \b
+    Examples:
+      cascadec emit examples/attention.cascade --backend triton -o out
+      cascadec emit examples/block.cascade --backend triton -s D=1024 --dtype f16 -o out --json
+    """
+    if (empty := next((name for name, size in options.sizes.items() if not size), None)) is not None:
+        raise click.BadParameter(f"{empty} is 0: nothing is launched then", param_hint="'--size'")
+    writer = importlib.import_module(f"cascade.backends.{backend}.standalone")
+    offline = importlib.import_module(f"cascade.backends.{backend}.offline")
+    subject = subject_of(options, writer)
+    made = writer.standalone(subject, descriptors=arch >= "sm_90")
+    for name, text in made.files.items():
+        write_whole(Path(folder) / name, text)
+    facts = offline.facts([kernel.request for kernel in made.kernels], arch, jobs=2)
+    payload = {
+        "cascade": subject.final.name,
+        "arch": arch,
+        "sizes": subject.sizes,
+        "files": [str(Path(folder) / name) for name in made.files],
+        "kernels": [kernel_json(kernel, found, folder) for kernel, found in zip(made.kernels, facts, strict=True)],
+    }
+    emit(payload, lambda: show_kernels(payload), options.json)
+
+
+def subject_of(options: Options, writer: Any) -> Any:
+    """What is emitted: the cascade through the pipeline, sizes, types, the range of the integers."""
+    cascade = load(options)
+    trial = importlib.import_module("cascade.trial")  # lazily: it needs torch
+    types = trial.param_types(cascade, options.dtype or DType.BF16)
+    steps = pipeline.run_pipeline(cascade).steps
+    canonical = next(step.after for step in steps if step.name == Canonicalize.name)
+    final = steps[-1].after
+    sizes = writer.default_sizes(final, types, options.sizes)
+    check_elements(cascade, sizes)
+    return writer.Subject(canonical, final, sizes, types, trial.highest_values(canonical, sizes))
+
+
+STATIC = ("registers", "spills", "shared_bytes", "blocks_per_sm", "wgmma", "serialized")  # of a kernel's code
+
+
+def kernel_json(kernel: Any, found: Any, folder: str) -> dict[str, Any]:
+    """One kernel and what its machine code shows; `static` is null where it does not compile, `failure` says why."""
+    plan = kernel.kernel
+    told = {
+        "name": plan.name,
+        "file": str(Path(folder) / kernel.file),
+        "grid": kernel.grid,
+        "tile": {axis.rank: axis.tile for axis in plan.axes if axis.tile > 1},
+        "warps": plan.options.num_warps,
+        "stages": plan.options.num_stages,
+    }
+    if not hasattr(found, "registers"):
+        return {**told, "static": None, "failure": found.message}
+    static = {name: getattr(found, name) for name in STATIC}
+    return {**told, "static": {**static, "serialized": [*found.serialized]}}
+
+
+def show_kernels(payload: dict[str, Any]) -> None:
+    """The files, and a row for every kernel."""
+    sizes = ", ".join(f"{name}={size}" for name, size in payload["sizes"].items())
+    click.echo(f"{payload['cascade']} for {payload['arch']}{f', planned for {sizes}' if sizes else ''}")
+    click.echo("\n".join(payload["files"]))
+    rows = []
+    for kernel in payload["kernels"]:
+        static = kernel["static"] or {}
+        facts = (
+            str(static.get(name, "-")) for name in ("registers", "spills", "shared_bytes", "blocks_per_sm", "wgmma")
+        )
+        grid, tile = (", ".join(f"{rank} {n}" for rank, n in kernel[key].items()) for key in ("grid", "tile"))
+        remark = kernel.get("failure") or " ".join(static["serialized"])
+        rows.append((kernel["name"], grid, tile, *facts, " ".join(remark.split())))
+    table(("kernel", "grid", "tile", "registers", "spills", "shared", "blocks/SM", "wgmma", "remarks"), rows)
 
 
 def list_passes(as_json: bool) -> None:

@@ -19,7 +19,10 @@ from cascade.backends.triton.plan import (
 from cascade.backends.triton.spell import ATOM, COMPARE, PRODUCT, SPELLINGS, SUM, TYPES, UNARY
 from cascade.inference import FLOATS
 from cascade.ir import Apply, Cast, Const, DType, Expr, Extent, Local, Rank
-from cascade.walk import walk
+from cascade.ops import OPS, Kind
+
+
+ADD = SPELLINGS["add"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +108,8 @@ class _Emitter:
         tests = [f"({name} != {name}).to(tl.int32)" for name in self.kernel.watched]
         for number, name in enumerate(self.kernel.watched):
             known = self.variable(name)
-            for _ in known[0] if known else ():
-                tests[number] = f"tl.max({tests[number]}, 0)"
+            for position in reversed(range(len(known[0]) if known else 0)):  # within threads first
+                tests[number] = f"tl.max({tests[number]}, {position})"
         self.line(f"if {' + '.join(tests)} == 0:")
         self.depth += 1
         for op in stores:
@@ -286,7 +289,8 @@ class _Emitter:
                 inner = self.piece(expr.arg)
                 atom = inner.text if inner.level == ATOM else f"({inner.text})"
                 text = f"{atom}.to({TYPES[expr.dtype]})"
-                return _Piece(f"{text}.to(tl.float32)" if expr.dtype in FLOATS else text, inner.axes)
+                short = expr.dtype in FLOATS and expr.dtype is not DType.F32
+                return _Piece(f"{text}.to(tl.float32)" if short else text, inner.axes, ATOM, expr.dtype in FLOATS)
             case Apply():
                 return self.apply(expr)
             case _:
@@ -325,6 +329,8 @@ class _Emitter:
             return self.integer(expr, pieces, axes)
         if row.helper is not None:
             self.helpers.setdefault(row.helper)
+        if OPS[expr.op].kind is Kind.FLOAT and expr.op != "div":  # functions of floats: an integer becomes one
+            pieces = [p if p.real else _Piece(f"({self.bracketed(p, ADD, 0)} + 0.0)", p.axes) for p in pieces]
         words = [self.bracketed(piece, row, position) for position, piece in enumerate(pieces)]
         result_real = (real or expr.op == "div" or "tl.exp" in row.text) and row.infix != COMPARE
         return _Piece(row.text.format(*words), axes, row.infix or ATOM, result_real)
@@ -367,7 +373,7 @@ class _Emitter:
                 elif set(had) != set(op.axes):
                     text = f"tl.broadcast_to({text}, {self.dims(op.axes)})"
                 if op.dtype is not None:
-                    text = f"{self.enclosed(op.expr, op.axes)}.to({self.narrow(op.dtype)})"
+                    text = f"{self.raw(op.expr, op.axes)}.to({self.narrow(op.dtype)})"
                 self.line(f"{op.name} = {text}")
             case Mask():
                 with_edge = op.edge and not self.always_edge
@@ -413,6 +419,11 @@ class _Emitter:
     def enclosed(self, expr: Expr, axes: Sequence[str]) -> str:
         piece = self.aligned(self.piece(expr), tuple(axes))
         return piece.text if piece.level == ATOM else f"({piece.text})"
+
+    def raw(self, expr: Expr, axes: Sequence[str]) -> str:
+        """An expression that is about to be converted: data is not widened first."""
+        known = self.variable(expr.name) if isinstance(expr, Local) else None
+        return expr.name if isinstance(expr, Local) and known and known[0] == axes else self.enclosed(expr, axes)
 
     def narrow(self, dtype: DType) -> str:
         """The type of an operand of a matrix product."""
@@ -583,7 +594,7 @@ class _Emitter:
         states = ", ".join(op.carried)
         calls = [(f"{rank}_from", "whole_from", True)] if first is not None else []
         calls += [("whole_from", "whole_to", False), ("whole_to", f"{rank}_to", True)]
-        for low, high, edge in calls:
+        for low, high, edge in reversed(calls) if op.backwards else calls:
             head = f"{states} = {name}(" if states else f"{name}("
             for text in wrapped(head, [*(small if edge else words), low, high, f"EDGE={edge}"], ")"):
                 self.line(text)
@@ -608,7 +619,8 @@ class _Emitter:
 
     def one_loop(self, op: Loop, start: str, stop: str) -> None:
         rank, block = self.rank(op.rank), self.block(op.rank)
-        self.line(f"for {rank}_first in tl.range({start}, {stop}, {block}):")
+        for number, line in enumerate(self.steps(op, start, stop)):
+            self.line("    " * bool(number) + line)
         self.depth += 1
         before, self.always_edge = self.always_edge, True
         body = self.captured(op)
@@ -617,6 +629,15 @@ class _Emitter:
         self.lines.extend(body)
         self.always_edge = before
         self.depth -= 1
+
+    def steps(self, op: Loop, start: str, stop: str) -> list[str]:
+        """The head of a loop; backwards it begins with the last tile."""
+        rank, block = self.rank(op.rank), self.block(op.rank)
+        if not op.backwards:
+            return [f"for {rank}_first in tl.range({start}, {stop}, {block}):"]
+        last = f"({stop} - 1) // {block} * {block}"
+        back = f"{rank}_back" if start == "0" else f"({rank}_back - {start})"
+        return [f"for {rank}_back in tl.range({start}, {stop}, {block}):", f"{rank}_first = {last} - {back}"]
 
     def captured(self, op: Loop) -> list[str]:
         """The lines of a loop's body."""
@@ -646,7 +667,8 @@ class _Emitter:
         name = f"{self.kernel.name}_{rank}" + (f"_{number_}" if number_ > 1 else "")
         heads = [*outer, *(f"{c}: tl.constexpr" for c in constants), f"{rank}_from", f"{rank}_to", "EDGE: tl.constexpr"]
         lines = ["", "@triton.jit", *wrapped(f"def {name}(", heads, "):")]
-        lines.append(f"    for {rank}_first in tl.range({rank}_from, {rank}_to, {block}):")
+        for number, line in enumerate(self.steps(op, f"{rank}_from", f"{rank}_to")):
+            lines.append("    " * (1 + bool(number)) + line)
         lines.extend(body)
         if op.carried:
             lines.append(f"    return {', '.join(op.carried)}")
@@ -669,19 +691,21 @@ class _Emitter:
 
     def load(self, op: Load) -> None:
         """A tile by its descriptor, or by pointers; by pointers where tests stand, at the edges or everywhere."""
-        if op.box is not None and not op.live and not (op.edge and self.always_edge):
-            plain = self.boxed(op, op.box)
-        else:
-            plain = self.pointed(op, op.live)
-        if not op.edge:
-            self.line(plain)
+        by_box = op.box is not None and not op.live and not (op.edge and self.always_edge)
+        if op.box is not None and by_box and not op.edge:
+            self.line(self.boxed(op, op.box))
             return
-        tested = self.pointed(op, (*op.live, *op.edge))
-        if self.always_edge:
+        place = self.address(self.tensor(op.tensor), op.index, op.axes)
+        if op.axes:
+            self.line(f"{op.name}_place = {place}")
+            place = f"{op.name}_place"
+        tested = self.pointed(op, place, (*op.live, *op.edge))
+        if not op.edge or self.always_edge:
             self.line(tested)
-        else:
-            for line in ("if EDGE:", f"    {tested}", "else:", f"    {plain}"):
-                self.line(line)
+            return
+        plain = self.boxed(op, op.box) if op.box is not None and by_box else self.pointed(op, place, op.live)
+        for line in ("if EDGE:", f"    {tested}", "else:", f"    {plain}"):
+            self.line(line)
 
     def boxed(self, op: Load, box: tuple[int, ...]) -> str:
         """A tile by its descriptor; dimensions of one coordinate are dropped."""
@@ -689,15 +713,15 @@ class _Emitter:
         text = f"{self.descriptor(self.tensor(op.tensor), box)}.load([{', '.join(self.corner(op.index, box))}])"
         return f"{op.name} = {text}" + (f".reshape({shape})" if len(box) > len(op.axes) else "")
 
-    def pointed(self, op: Load, tests: Sequence[Expr]) -> str:
+    def pointed(self, op: Load, place: str, tests: Sequence[Expr]) -> str:
         """A tile by the addresses of its elements, 0 where a test fails."""
         tensor = self.tensor(op.tensor)
-        place = self.address(tensor, op.index, op.axes)
+        policy = f', eviction_policy="{op.evict}"' if op.evict else ""
         if not tests:
-            return f"{op.name} = tl.load({place})"
+            return f"{op.name} = tl.load({place}{policy})"
         other = "False" if tensor.dtype is DType.BOOL else "0.0" if tensor.dtype in FLOATS else "0"
         mask = " & ".join(self.enclosed(test, op.axes) for test in tests)
-        return f"{op.name} = tl.load({place}, mask={mask}, other={other})"
+        return f"{op.name} = tl.load({place}, mask={mask}, other={other}{policy})"
 
     def descriptor(self, tensor: Tensor, box: tuple[int, ...]) -> str:
         """The name of a descriptor; one more for each other box of the same tensor."""
@@ -770,7 +794,11 @@ class _Emitter:
             return
         tests = [self.enclosed(test, op.axes) for rank in op.axes for test in self.own(rank)]
         mask = f", mask={' & '.join(tests)}" if tests else ""
-        self.line(f"tl.store({self.address(tensor, op.index, op.axes)}, {value}{mask})")
+        place = self.address(tensor, op.index, op.axes)
+        if op.axes:
+            self.line(f"{op.tensor}_place = {place}")
+            place = f"{op.tensor}_place"
+        self.line(f"tl.store({place}, {value}{mask})")
 
     def own(self, rank: str) -> Iterator[Expr]:
         """The tests that a coordinate of a tile is one of the program's."""
@@ -841,13 +869,22 @@ def wrapped(head: str, words: Sequence[str], tail: str, width: int = 110) -> lis
 
 
 def never_negative(expr: Expr) -> bool:
-    """Whether an integer expression is made of coordinates and sizes without subtraction."""
-    for node in walk(expr):
-        if isinstance(node, Local) or (isinstance(node, Apply) and node.op in ("sub", "neg")):
+    """Whether an integer expression is made of coordinates and sizes in a way that cannot fall below 0."""
+    match expr:
+        case Rank() | Extent():
+            return True
+        case Const():
+            return expr.value >= 0
+        case Apply(op="max"):
+            return any(map(never_negative, expr.args))
+        case Apply(op="add" | "mul" | "min" | "floordiv" | "mod"):
+            return all(map(never_negative, expr.args))
+        case Apply(op="sub"):
+            return isinstance(expr.args[0], Extent) and expr.args[1] == Const(
+                1
+            )  # nothing is launched for an extent of 0
+        case _:
             return False
-        if isinstance(node, Const) and node.value < 0:
-            return False
-    return True
 
 
 def _size(extent: str | int) -> Expr:

@@ -6,27 +6,39 @@ without compiling again is every extent that no tile holds whole, as long as til
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import linecache
+import statistics
+import sys
+import time
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources, TritonError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cascade import interp
+from cascade import __version__, interp
 from cascade.backends.triton.emit import Argument, Source, emit, permutation
+from cascade.backends.triton.machine import Machine, machine_for
 from cascade.backends.triton.partition import Group, Rest
 from cascade.backends.triton.plan import Kernel
-from cascade.backends.triton.planner import Layout, Planner
+from cascade.backends.triton.plan import Tensor as PlannedTensor
+from cascade.backends.triton.planner import Layout, Planner, Tiling
+from cascade.backends.triton.tune import Choice, Timer, choose
+from cascade.errors import UnsupportedError
 from cascade.inference import bind_sizes
 from cascade.ir import Cascade, Param, Result
+from cascade.settings import settings
 from cascade.values import FROM_TORCH, TORCH_TYPES, Precision
 from cascade.walk import reads
+
+Groups: TypeAlias = Sequence[Group | Rest]
 
 
 def interpreted() -> bool:
@@ -46,6 +58,8 @@ class Launcher:
     cascade: Cascade
     effort: str = "none"
     plans: dict[Any, CallPlan | None] = field(default_factory=dict)
+    choices: dict[str, Choice] = field(default_factory=dict)  # by kernel, of the last plan
+    refused: dict[str, set[Tiling]] = field(default_factory=dict)  # by kernel: what the device has no room for
 
     def __call__(self, inputs: Mapping[str, Tensor], sizes: Mapping[str, int]) -> tuple[Tensor, ...] | None:
         """The results for these tensors, all of them on one device that kernels run on.
@@ -59,7 +73,21 @@ class Launcher:
         if key not in self.plans:
             self.plans[key] = self.plan(inputs, sizes)
         plan = self.plans[key]
-        return None if plan is None else plan(inputs)
+        while plan is not None:
+            try:
+                return plan(inputs)
+            except OutOfResources:
+                self.refuse(plan)
+                plan = self.plans[key] = self.plan(inputs, sizes)
+        return None
+
+    def refuse(self, plan: CallPlan) -> None:
+        """Remembers that a kernel that could not be launched needs other tiles; raises where there are none."""
+        step = next(step for step in plan.steps if isinstance(step, KernelStep) and step.compiled is None)
+        choice = self.choices.get(step.kernel.name)
+        if choice is None or not choice.others:
+            raise
+        self.refused.setdefault(step.kernel.name, set()).add(choice.tiling)
 
     def plan(self, inputs: Mapping[str, Tensor], sizes: Mapping[str, int]) -> CallPlan | None:
         """What a call with such tensors runs; None where some extent is 0."""
@@ -68,17 +96,61 @@ class Launcher:
             return None
         layouts = {name: layout(tensor) for name, tensor in inputs.items()}
         planner = Planner(self.cascade, extents, layouts, descriptors=has_descriptors(inputs))
-        groups = planner.groups()
-        steps: list[KernelStep | RestStep] = []
-        for number, group in enumerate(groups):
-            if isinstance(group, Rest):
-                steps.append(RestStep(self.cascade, group, planner, extents))
-                continue
-            name = self.cascade.name if len(groups) == 1 else f"{self.cascade.name}_{number}"
-            kernel = planner.kernel(name, group, groups, planner.default_tiling(group))
-            steps.append(KernelStep(kernel, emit(kernel, portable=interpreted()), extents))
         device = next((tensor.device for tensor in inputs.values()), torch.device("cuda"))
-        return CallPlan(self.cascade, planner, tuple(groups), tuple(steps), device)
+        bench = None if interpreted() else Bench(device, self.effort, dict(inputs))
+        steps = []
+        for step in self.steps(planner, self.cascade.name, bench):
+            steps.append(step)
+            if bench is not None:
+                bench.advance(step)
+        return CallPlan(tuple(result.name for result in self.cascade.results), tuple(steps), device)
+
+    def steps(self, planner: Planner, name: str, bench: Bench | None) -> Iterator[KernelStep | RestStep]:
+        """What computes a cascade, in order."""
+        groups = planner.groups()
+        for number, group in enumerate(groups):
+            label = name if len(groups) == 1 else f"{name}_{number}"
+            if isinstance(group, Rest):
+                yield RestStep(planner.cascade, group, planner)
+                continue
+            tiling = self.tiling(planner, label, group, groups, bench)
+            yield from self.built(planner, label, group, groups, tiling, bench)
+
+    def built(
+        self, planner: Planner, label: str, group: Group, groups: Groups, tiling: Tiling, bench: Bench | None
+    ) -> Iterator[KernelStep | RestStep]:
+        """The kernel of a group; a stream that is shared takes a kernel more, which merges."""
+        if tiling.parts > 1:
+            kernel, merger, _ = planner.split(label, group, groups, tiling)
+            made = tuple((item.tensor.name, *place(item.tensor, merger)) for item in kernel.partial)
+            yield KernelStep(kernel, emit(kernel, portable=interpreted()), merger.extents, made)
+            by_model = None if bench is None else dataclasses.replace(bench, effort="none")
+            yield from self.steps(merger, f"{label}_merge", by_model)
+            return
+        kernel = planner.kernel(label, group, groups, tiling)
+        tensors = (planner.written(made, groups) for made in planner.stored(group, groups))
+        made = tuple((tensor.name, *place(tensor, planner)) for tensor in tensors)
+        yield KernelStep(kernel, emit(kernel, portable=interpreted()), planner.extents, made)
+
+    def tiling(self, planner: Planner, label: str, group: Group, groups: Groups, bench: Bench | None) -> Tiling:
+        """The tiles of a group's kernel: the planner's own in the interpreter, else by the model or by timing."""
+        if bench is None:
+            return planner.default_tiling(group)
+        results = planner.stored(group, groups)
+
+        def steps(tiling: Tiling) -> Sequence[KernelStep | RestStep]:
+            return tuple(self.built(planner, label, group, groups, tiling, bench))
+
+        self.choices[label] = choose(
+            planner, label, group, groups, bench.machine, bench.effort, bench.timer(label, steps, results),
+            settings().cache_dir / "tuned", (triton.__version__, __version__), refused=self.refused.get(label, ()),
+        )  # fmt: skip
+        return self.choices[label].tiling
+
+
+def place(tensor: PlannedTensor, planner: Planner) -> tuple[tuple[int, ...], torch.dtype]:
+    """The shape and type of a tensor that a kernel writes."""
+    return tuple(planner.number(size) for size in tensor.shape), TORCH_TYPES[tensor.dtype]
 
 
 def layout(tensor: Tensor) -> Layout:
@@ -94,33 +166,19 @@ def has_descriptors(inputs: Mapping[str, Tensor]) -> bool:
 
 @dataclass(slots=True, eq=False)
 class CallPlan:
-    """The steps of one kind of call, and what they write."""
+    """The steps of one kind of call, and the names of its results."""
 
-    cascade: Cascade
-    planner: Planner
-    groups: tuple[Group | Rest, ...]
+    results: tuple[str, ...]
     steps: tuple[KernelStep | RestStep, ...]
     device: torch.device
-    made: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] = field(init=False)
-    results: tuple[str, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        planner = self.planner
-        made = []
-        for group, step in zip(self.groups, self.steps, strict=True):
-            for name in planner.stored(group, self.groups) if isinstance(step, KernelStep) else ():
-                tensor = planner.tensor(name, planner.feeds_product(name, self.groups))
-                shape = tuple(planner.number(size) for size in planner.shapes[name])
-                made.append((name, shape, TORCH_TYPES[tensor.dtype]))
-        self.made = tuple(made)
-        self.results = tuple(result.name for result in self.cascade.results)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Runs every step in order on the current stream."""
         tensors = dict(inputs)
         device = self.device
-        for name, shape, dtype in self.made:
-            tensors[name] = torch.empty(shape, dtype=dtype, device=device)
+        for step in self.steps:
+            for name, shape, dtype in step.made:
+                tensors[name] = torch.empty(shape, dtype=dtype, device=device)
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 self.run(tensors)
@@ -140,7 +198,7 @@ class RestStep:
     cascade: Cascade
     group: Rest
     planner: Planner
-    extents: Mapping[str, int]
+    made: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] = ()
     part: Cascade = field(init=False)
     inputs: tuple[str, ...] = field(init=False)
 
@@ -156,7 +214,7 @@ class RestStep:
 
     def __call__(self, tensors: dict[str, Tensor]) -> None:
         given = {name: tensors[name] for name in self.inputs}
-        tensors.update(interp.run(self.part, given, self.extents, Precision.COMPUTE))
+        tensors.update(interp.run(self.part, given, self.planner.extents, Precision.COMPUTE))
 
 
 @dataclass(slots=True, eq=False)
@@ -166,6 +224,7 @@ class KernelStep:
     kernel: Kernel
     source: Source
     extents: Mapping[str, int]
+    made: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]  # what it writes: name, shape, type
     function: Any = field(init=False)
     grid: tuple[int, int, int] = field(init=False)
     template: list[Any] = field(init=False)
@@ -228,6 +287,107 @@ def descriptor(tensor: Tensor, box: Sequence[int]) -> TensorDescriptor:
     inner = tensor.element_size()
     steps = [strides[d] if tensor.shape[d] > 1 or d == order[-1] else max(16 // inner, 1) for d in order]
     return TensorDescriptor(tensor, [shape[d] for d in order], steps, [box[d] for d in order])
+
+
+# --- timing ----------------------------------------------------------------------------------------------------------
+
+LAUNCHES = 10  # that are timed of each candidate
+LONGEST = 100.0  # milliseconds of one launch, from which on fewer are timed
+LOOSE = 0.02  # difference from the first candidate's results, against their size: tiles round differently
+
+
+@dataclass(slots=True, eq=False)
+class Bench:
+    """A device on which candidates are timed, and the tensors that kernels find there."""
+
+    device: torch.device
+    effort: str
+    tensors: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        if self.effort != "none" and torch.cuda.is_current_stream_capturing():
+            self.effort = "none"  # what is captured may not wait for the device
+
+    @property
+    def machine(self) -> Machine:
+        """What is known of the device."""
+        return machine_for(torch.cuda.get_device_name(self.device), torch.cuda.get_device_capability(self.device))
+
+    def advance(self, step: KernelStep | RestStep) -> None:
+        """Runs a step where there may be something to time, so that later ones find what it makes."""
+        if self.effort != "none":
+            with torch.cuda.device(self.device):
+                self.tensors |= {name: unset(shape, dtype, self.device) for name, shape, dtype in step.made}
+                step(self.tensors)
+
+    def timer(
+        self, label: str, build: Callable[[Tiling], Sequence[KernelStep | RestStep]], results: Sequence[str]
+    ) -> Timer | None:
+        """Times the kernels of a tiling; None of one that cannot run or gives other results than the first did."""
+        if self.effort == "none":
+            return None
+        first: dict[str, Tensor] = {}
+        began, tried = time.monotonic(), 0
+
+        def timed(tiling: Tiling) -> float | None:
+            nonlocal tried
+            tried += 1
+            if time.monotonic() - began > 1.0:
+                sys.stderr.write(f"cascade: timing kernel {label}, candidate {tried}\n")
+            try:
+                with torch.cuda.device(self.device):
+                    found, made = self.measured(build(tiling), results)
+            except torch.AcceleratorError:
+                raise  # the device is lost, for whatever comes as well
+            except (TritonError, triton.CompilationError, UnsupportedError, RuntimeError):
+                return None
+            if not first:
+                first.update(made)
+            return found if all(alike(made[name], first[name]) for name in results) else None
+
+        return timed
+
+    def measured(
+        self, steps: Sequence[KernelStep | RestStep], results: Sequence[str]
+    ) -> tuple[float, dict[str, Tensor]]:
+        """The median milliseconds of these steps, and their results, in tensors that held NaN before."""
+        made = [item for step in steps for item in step.made]
+        tensors = self.tensors | {name: unset(shape, dtype, self.device) for name, shape, dtype in made}
+        for step in steps:
+            step(tensors)  # compiles
+        found = {name: tensors[name].clone() for name in results}
+        times: list[float] = []
+        for number in range(2 + LAUNCHES):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start.record()
+            for step in steps:
+                step(tensors)
+            stop.record()
+            stop.synchronize()
+            if number >= 2 or start.elapsed_time(stop) > LONGEST:
+                times.append(start.elapsed_time(stop))
+            if sum(times) > 3 * LONGEST:
+                break
+        return statistics.median(times), found
+
+
+def unset(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor in which it shows what was never written: NaN, or the least integer."""
+    if dtype.is_floating_point:
+        return torch.full(shape, float("nan"), device=device).to(dtype)
+    return torch.full(shape, 0 if dtype is torch.bool else torch.iinfo(dtype).min, dtype=dtype, device=device)
+
+
+def alike(found: Tensor, wanted: Tensor) -> bool:
+    """Whether two results differ in nothing but rounding; of integers, which may turn on it, one in a hundred may."""
+    if not found.dtype.is_floating_point:
+        return bool((found != wanted).float().mean() <= 0.01) if found.numel() else True
+    a, b = found.double(), wanted.double()
+    finite = b.isfinite()
+    if not torch.equal(finite, a.isfinite()) or not torch.equal(a.isnan(), b.isnan()):
+        return False
+    difference, size = (a - b)[finite].norm(), b[finite].norm()
+    return bool(difference <= LOOSE * size + 1e-30)
 
 
 MODULES: dict[str, types.ModuleType] = {}

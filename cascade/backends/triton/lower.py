@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from cascade.backends.triton.bounds import always, conjuncts, loop_bounds, never_empty
 from cascade.backends.triton.partition import Group, reduced_ranks
 from cascade.backends.triton.plan import (
-    Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Options, Role, Seen, Start, Store, Tensor, TopKept,
+    Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Options, Partial, Role, Seen, Start, Store, Tensor,
+    TopKept,
 )  # fmt: skip
-from cascade.backends.triton.products import factors, folded, product, ranks_of
+from cascade.backends.triton.products import factors, folded, matrix_product, product, ranks_of
 from cascade.errors import Diagnostic, UnsupportedError
 from cascade.inference import FLOATS
 from cascade.ir import (
@@ -46,6 +47,7 @@ class Setting:
     extents: Mapping[str, Size]  # of every rank
     numbers: Mapping[str, int]  # of every rank and shape symbol, in this kind of call: proofs use them
     options: Options = field(default=Options())
+    split: str | None = None  # the rank that counts the parts of the stream, where each program has one of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,29 +98,60 @@ class _Lowering:
         self.names |= RESERVED | {axis.rank for axis in self.setting.axes} | set(self.setting.tensors)
         self.names |= {size for size in self.setting.extents.values() if isinstance(size, str)}
         self.names -= {name for name in self.group.names if name in self.setting.results}
-        trips = Trips.of(self.group)
+        trips = self.trips = Trips.of(self.group)
         for stmt in trips.before:
             self.statement(stmt)
         for number in range(trips.count):
-            self.trip(trips, number)
-            for stmt in trips.after(number):
+            self.at = number
+            for statements in self.separate(trips.statements(number)):
+                self.trip(trips, number, statements)
+            for stmt in trips.after(number) if self.setting.split is None else ():
                 self.statement(stmt)
-        for stmt in self.group.statements:
-            for name in defines(stmt):
-                if name in self.setting.results and trips.kind[name] != "block":
-                    self.store(name, targets(stmt)[defines(stmt).index(name)].ranks)
+        if self.setting.split is None:
+            self.store_all(trips)
+        else:
+            self.store_partial(trips, self.setting.split)
         self.ops = live_ops(self.ops)
         used = {op.tensor for op in _all(self.ops) if isinstance(op, (Load, Store))}
         return Kernel(
             self.name,
             tuple(render_stmt(stmt) for stmt in self.group.statements),
             self.setting.axes,
-            tuple(tensor for tensor in self.setting.tensors.values() if tensor.name in used),
+            (*(t for t in self.setting.tensors.values() if t.name in used), *(p.tensor for p in self.partial)),
             tuple(self.ops),
             tuple((name, axes, dtype) for name, (axes, dtype) in self.variables.items()),
             self.setting.options,
             watched=tuple(self.watched),
+            partial=tuple(self.partial),
         )
+
+    def store_all(self, trips: Trips) -> None:
+        """Writes everything that leaves the kernel and was not written tile by tile."""
+        for stmt in self.group.statements:
+            for target in targets(stmt):
+                if target.name in self.setting.results and trips.kind[target.name] != "block":
+                    self.store(target.name, target.ranks)
+
+    def store_partial(self, trips: Trips, part: str) -> None:
+        """Writes the states of this part of the stream as they are, for a kernel that merges them."""
+        kept: list[tuple[str, ...]] = []
+        for stmt in self.group.statements:
+            for target in targets(stmt):
+                if trips.kind[target.name] == "state":
+                    kept.append(target.ranks)
+                    self.store_part(target.name, self.values[target.name].expr, part, target.ranks)
+        for state in self.presence.values():
+            common = tuple(rank for rank in kept[0] if all(rank in ranks for ranks in kept))
+            self.store_part(state, Local(state), part, common)
+
+    def store_part(self, name: str, expr: Expr, part: str, ranks: tuple[str, ...]) -> None:
+        """Writes one state to a tensor of its own, in the type it is carried in."""
+        dtype = DType.I8 if self.type_of(expr) is DType.BOOL else self.type_of(expr)
+        shape = tuple(self.setting.extents[rank] for rank in (part, *ranks))
+        tensor = Tensor(f"{name}_part", dtype, shape, (*(None for _ in ranks), 1) if ranks else (1,))
+        self.partial.append(Partial(name, tensor, ranks))
+        index = tuple(map(Rank, (part, *ranks)))
+        self.ops.append(Store(tensor.name, index, self.spread(ranks), expr, (), 0, None))
 
     def axis(self, rank: str) -> Axis:
         return next(axis for axis in self.setting.axes if axis.rank == rank)
@@ -143,11 +176,36 @@ class _Lowering:
 
     # --- trips -------------------------------------------------------------------------------------------------------
 
-    def trip(self, trips: Trips, number: int) -> None:
+    def separate(self, statements: tuple[Stmt, ...]) -> list[tuple[Stmt, ...]]:
+        """The statements of a trip in loops of their own, where those have nothing to do with each other.
+
+        Only where each has a matrix product: two small loops overlap better than a large one that needs all registers.
+        Whatever is bound by memory reads what it shares only once in one loop.
+        """
+        owner_of = {name: place for place, stmt in enumerate(statements) for name in defines(stmt)}
+        root = list(range(len(statements)))
+
+        def find(place: int) -> int:
+            while root[place] != place:
+                place = root[place]
+            return place
+
+        for place, stmt in enumerate(statements):
+            merges = {node.tensor.rstrip("'") for node in self.merge_reads(stmt)}
+            for name in (*reads(stmt), *merges):
+                if name in owner_of:
+                    root[find(place)] = find(owner_of[name])
+        parts: dict[int, list[Stmt]] = {}
+        for place, stmt in enumerate(statements):
+            parts.setdefault(find(place), []).append(stmt)
+        if len(parts) > 1 and all(any(matrix_product(stmt) for stmt in part) for part in parts.values()):
+            return [tuple(part) for part in parts.values()]
+        return [statements]
+
+    def trip(self, trips: Trips, number: int, statements: tuple[Stmt, ...]) -> None:
         """One loop over the streamed rank: states begin, tiles are folded in, states come out."""
         stream = self.group.arrangement.stream
         assert stream is not None
-        statements = trips.statements(number)
         states = [stmt for stmt in statements if trips.kind[defines(stmt)[0]] == "state"]
         for stmt in states:
             self.begin(stmt)
@@ -195,16 +253,37 @@ class _Lowering:
         inner = None if inside.never_full else (self.bound(inside.full_first), self.bound(full_stop))
         carried = tuple(name for stmt in states for name in self.carried(stmt))
         carried += tuple(name for name in self.presence.values())
+        first, stop = self.share(stream, self.bound(visited.first), self.bound(visited.stop))
         return Loop(
             stream,
-            self.bound(visited.first),
-            self.bound(visited.stop),
+            first,
+            stop,
             inner,
             edges,
             carried,
             tuple(body),
             self.setting.options.edge_tile,
+            backwards=self.at % 2 == 1,
         )
+
+    def share(self, stream: str, first: Expr | None, stop: Expr | None) -> tuple[Expr | None, Expr | None]:
+        """The program's part of what is visited: equal numbers of tiles, the last part may have fewer."""
+        part, axis = self.setting.split, self.axis(stream)
+        if part is None:
+            return first, stop
+        tile, size = Const(axis.tile), _size(axis.extent)
+        low: Expr = Const(0) if first is None else Apply("max", (first, Const(0)))
+        low = folded(Apply("mul", (Apply("floordiv", (low, tile)), tile)))
+        high = size if stop is None else Apply("min", (stop, size))
+        begin = self.let(f"{stream}_begin", low)
+        length = Apply("max", (Apply("sub", (high, begin)), Const(0)))
+        tiles = Apply("floordiv", (Apply("add", (length, Const(axis.tile - 1))), tile))
+        parts = _size(self.setting.extents[part])
+        every = Apply("floordiv", (Apply("add", (tiles, Apply("sub", (parts, Const(1))))), parts))
+        share = self.let(f"{stream}_share", Apply("mul", (every, tile)))
+        mine = Apply("add", (begin, Apply("mul", (Rank(part), share))))
+        end = Apply("min", (Apply("add", (mine, share)), high))
+        return self.let(f"{stream}_mine", mine), self.let(f"{stream}_end", end)
 
     def bound(self, expr: Expr | None) -> Expr | None:
         """A bound with what it reads loaded before the loop."""
@@ -251,7 +330,7 @@ class _Lowering:
         assert isinstance(old, Local)
         needed = {node.tensor for s in later for node in self.merge_reads(s)}
         reducer = reducer_of(stmt)
-        moved = self.moved(name, reducer)
+        moved = self.moved(name)
         into = f"{name}'" not in needed
         if into and self.accumulate(stmt, old, moved):
             self.values[name] = Value(old, *self.joined(stmt))
@@ -273,41 +352,16 @@ class _Lowering:
         fold = self.group.fold
         return None if fold is None else next((m for m in fold.merge if m.target.name == name), None)
 
-    def moved(self, name: str, reducer: str) -> Expr:
+    def moved(self, name: str) -> Expr:
         """What the state before this tile counts for in the new one."""
         merge = self.merge(name)
         old = self.values[f"{name}'"].expr
         if merge is None or merge.expr == Read(f"{name}'", tuple(map(Rank, merge.target.ranks))):
             return old
-        guard = self.guard(merge, reducer)
-        expr = self.expression(self.shared_shifts(merge.expr)).expr
-        if guard is None:
-            return expr
-        return Apply("select", (Apply("eq", (guard, Const(-math.inf))), Const(identity(reducer, DType.F32)), expr))
-
-    def guard(self, merge: FoldMerge, reducer: str) -> Expr | None:
-        """The state whose being nothing yet must be asked for, where the merge of nothing is not nothing by itself."""
-
-        def empty(sample: float) -> Callable[[Expr], float]:
-            def value(node: Expr) -> float:
-                if isinstance(node, Read) and node.tensor.endswith("'"):
-                    owner = self.owner(node.tensor[:-1])
-                    return float(identity(reducer_of(owner), DType.F32))
-                return sample
-
-            return value
-
-        wanted = float(identity(reducer, DType.F32))
-        if all(_same(evaluate(merge.expr, empty(sample)), wanted) for sample in SAMPLES):
-            return None
-        for node in walk(merge.expr):
-            old = isinstance(node, Read) and node.tensor.endswith("'")
-            if isinstance(node, Read) and old and reducer_of(self.owner(node.tensor[:-1])) == "max":
-                return self.values[node.tensor].expr
-        raise unsupported(f"the merge of {merge.target.name} with a state that has seen nothing")
+        return self.expression(self.shared_shifts(guarded_merge(merge, self.group))).expr
 
     def owner(self, name: str) -> Stmt:
-        return next(stmt for stmt in self.group.statements if name in defines(stmt))
+        return owner(self.group, name)
 
     def shared_shifts(self, expr: Expr) -> Expr:
         """A merge whose exponentials, which others have as well, are variables."""
@@ -703,7 +757,10 @@ class _Lowering:
             return None, False
         return self.mask(tests, all(map(self.is_edge, tests))).name, all(map(self.is_edge, tests))
 
+    partial: list[Partial] = field(default_factory=list)
     watched: list[str] = field(default_factory=list)
+    trips: Trips | None = None
+    at: int = 0  # the trip at hand
     raw: set[str] = field(default_factory=set)  # variables that hold data as it was loaded
     zeroed: dict[str, tuple[Expr, ...]] = field(default_factory=dict)  # tests where a variable is 0 if they fail
 
@@ -747,10 +804,19 @@ class _Lowering:
         return Local(variable)
 
     def narrow(self, terms: Sequence[Expr]) -> DType:
-        """The type in which a matrix product multiplies: the type of its data."""
-        found = [self.setting.dtypes[name] for term in terms for name in _tensors(term)]
-        floats = [dtype for dtype in found if dtype in FLOATS]
-        return DType.F32 if not floats or len(set(floats)) > 1 or DType.F64 in floats else floats[0]
+        """The type in which a matrix product multiplies: that of its data, or of what was computed for it.
+
+        Computed operands are rounded to the type of the data they meet where nothing that is stored is any finer.
+        """
+        names = [name for term in terms for name in _tensors(term) if self.setting.dtypes[name] in FLOATS]
+        data = {self.setting.dtypes[name] for name in names if name not in self.values}
+        kinds = data if data and self.short_results() else {self.setting.dtypes[name] for name in names}
+        return DType.F32 if len(kinds) != 1 or DType.F64 in kinds else kinds.pop()
+
+    def short_results(self) -> bool:
+        """Whether all floats that the kernel stores have 16 bits or fewer."""
+        stored = [self.setting.tensors[name].dtype for name in self.setting.results]
+        return not any(dtype in (DType.F32, DType.F64) for dtype in stored)
 
     # --- expressions -------------------------------------------------------------------------------------------------
 
@@ -781,13 +847,40 @@ class _Lowering:
                 raise unsupported(f"{type(expr).__name__} inside an expression")
 
     def cheaper(self, expr: Apply) -> Expr:
-        """A division of a tile by what is the same for many of its elements, as a product with one over it."""
-        if expr.op != "div" or isinstance(expr.args[1], Const):
+        """A division of a tile by what is the same for many of its elements, as a product with one over it.
+
+        Factors are multiplied together first that have the same dimensions; coordinates become floats before they meet.
+        """
+        if expr.op == "mul" and self.type_of(expr) is DType.F32:
+            terms = sorted(map(self.floated, factors(expr)), key=lambda term: len(self.shape(term)))
+            return product(terms) if len(terms) > 2 else Apply("mul", tuple(terms) if len(terms) == 2 else expr.args)
+        if expr.op in ("add", "sub") and self.type_of(expr) is DType.F32:
+            return Apply(expr.op, tuple(map(self.floated, expr.args)))
+        if expr.op != "div":
             return expr
+        if isinstance(expr.args[1], Const) and self.type_of(expr.args[0]) is DType.F32:
+            return product([expr.args[0], Const(1.0 / float(expr.args[1].value))]) if expr.args[1].value else expr
         tile, by = map(self.shape, expr.args)
         if len(by) < len(tile) and self.type_of(expr.args[0]) in FLOATS:
             return Apply("mul", (expr.args[0], Apply("div", (Const(1.0), expr.args[1]))))
         return expr
+
+    def floated(self, expr: Expr) -> Expr:
+        """A sum of coordinates in float32, coordinate by coordinate: converting a tile of integers is slow.
+
+        Only where every intermediate number is exact, below 2^24.
+        """
+        leaves = list(walk(expr))
+        plain = all(
+            isinstance(n, Rank | Const) or (isinstance(n, Apply) and n.op in ("add", "sub", "neg")) for n in leaves
+        )
+        ranks = [node.name for node in leaves if isinstance(node, Rank)]
+        if not plain or len(ranks) < 2 or self.type_of(expr) is not DType.I32:
+            return expr
+        sizes = [abs(int(n.value)) for n in leaves if isinstance(n, Const)] + [self.setting.numbers[r] for r in ranks]
+        if sum(sizes) >= 1 << 24:
+            return expr
+        return rewrite(expr, lambda node: Cast(DType.F32, node) if isinstance(node, Rank) else node)
 
     def extreme(self, expr: Reduce) -> Value:
         """The extreme of a loaded tile that a loop bound asks for."""
@@ -898,8 +991,16 @@ class _Lowering:
         lowered = [(test, self.expression(test).expr) for test in tests]
         always_ = tuple(low for test, low in lowered if not self.is_edge(test))
         edge = tuple(low for test, low in lowered if self.is_edge(test))
-        self.ops.append(Load(variable, tensor.name, index, axes, always_, edge, box))
+        self.ops.append(Load(variable, tensor.name, index, axes, always_, edge, box, self.eviction(read)))
         return Local(variable)
+
+    def eviction(self, read: Read) -> str:
+        """Whether a tile is read again: by a later trip, by other programs, or by nobody."""
+        there = {rank for index in read.index for rank in ranks_of(index)}
+        if not set(self.group.arrangement.shared) <= there or not self.spread(there):
+            return ""
+        again = self.trips is not None and self.streaming and self.trips.read_after(read.tensor, self.at)
+        return "evict_last" if again else "evict_first"
 
     def load_axes(self, read: Read, tensor: Tensor) -> tuple[str, ...]:
         """The dimensions of a loaded tile in the order of memory."""
@@ -1029,6 +1130,10 @@ class Trips:
             name = defines(stmt)[0]
             if self.kind[name] == "after" and self.number[name] == trip:
                 yield stmt
+
+    def read_after(self, tensor: str, trip: int) -> bool:
+        """Whether a later trip reads a tensor as well."""
+        return any(tensor in reads(stmt) for later in range(trip + 1, self.count) for stmt in self.statements(later))
 
     def statements(self, trip: int) -> tuple[Stmt, ...]:
         """What runs in a trip: its own statements, and again the tiles of earlier trips that they need."""
@@ -1173,6 +1278,35 @@ def identity(reducer: str, dtype: DType) -> float | int | bool:
     if isinstance(value, float) and math.isinf(value):
         return int(math.copysign(2**31 - 1, value)) if dtype is not DType.I64 else int(math.copysign(2**62, value))
     return value
+
+
+def owner(group: Group, name: str) -> Stmt:
+    """The statement of a group that defines a tensor."""
+    return next(stmt for stmt in group.statements if name in defines(stmt))
+
+
+def guarded_merge(merge: FoldMerge, group: Group) -> Expr:
+    """What an older state counts for; nothing where it has seen nothing, also if its merge would not say so.
+
+    exp(R' - R) is 0 where R' is -inf; (R' - R) * D' is not a number, so R' is asked first.
+    """
+
+    def empty(sample: float) -> Callable[[Expr], float]:
+        def value(node: Expr) -> float:
+            if isinstance(node, Read) and node.tensor.endswith("'"):
+                return float(identity(reducer_of(owner(group, node.tensor[:-1])), DType.F32))
+            return sample
+
+        return value
+
+    wanted = float(identity(reducer_of(owner(group, merge.target.name)), DType.F32))
+    if all(_same(evaluate(merge.expr, empty(sample)), wanted) for sample in SAMPLES):
+        return merge.expr
+    for node in walk(merge.expr):
+        old = isinstance(node, Read) and node.tensor.endswith("'")
+        if isinstance(node, Read) and old and reducer_of(owner(group, node.tensor[:-1])) == "max":
+            return Apply("select", (Apply("eq", (node, Const(-math.inf))), Const(wanted), merge.expr))
+    raise unsupported(f"the merge of {merge.target.name} with a state that has seen nothing")
 
 
 def join(reducer: str, old: Expr, new: Expr) -> Expr:

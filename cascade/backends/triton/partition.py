@@ -164,7 +164,7 @@ def _with_products(
     whole = tuple(rank for rank in others if rank != stream)
     if any(extents[rank] > PRODUCT_LIMIT for rank in whole):
         return None
-    widest = max((_held(stmt, set(whole), extents) for stmt in statements), default=1)
+    widest = max((held(stmt, set(whole), extents) for stmt in statements), default=1)
     return Arrangement(shared, stream, whole) if widest <= PRODUCT_LIMIT * 2 else None
 
 
@@ -172,20 +172,22 @@ def _rows(
     shared: tuple[str, ...], others: list[str], statements: Sequence[Stmt], extents: Mapping[str, int]
 ) -> Arrangement | None:
     """Without matrix products: everything is whole while it fits, else the longest rank is streamed."""
-    if max((_held(stmt, set(others), extents) for stmt in statements), default=1) <= ROW_LIMIT:
+    if max((held(stmt, set(others), extents) for stmt in statements), default=1) <= ROW_LIMIT:
         return Arrangement(shared, None, tuple(others))
     stream = max(others, key=lambda rank: extents[rank])
     whole = tuple(rank for rank in others if rank != stream)
     if any(isinstance(stmt, TopK) and stmt.rank == stream for stmt in statements):
         return None
-    fits = max(_held(stmt, set(whole), extents) for stmt in statements) <= ROW_LIMIT // 16
+    fits = max(held(stmt, set(whole), extents) for stmt in statements) <= ROW_LIMIT // 16
     return Arrangement(shared, stream, whole) if fits else None
 
 
-def _held(stmt: Stmt, whole: set[str], extents: Mapping[str, int]) -> int:
+def held(stmt: Stmt, whole: set[str], extents: Mapping[str, int]) -> int:
     """The elements of the largest tile of a statement over these ranks."""
     product = matrix_product(stmt)
     groups: list[set[str] | frozenset[str]] = [set(all_ranks(stmt))]
+    if isinstance(stmt, TopK):
+        groups = [set(stmt.values.ranks), set(all_ranks(stmt)) - set(stmt.values.ranks) | {stmt.rank}]
     if product is not None:
         target = set(targets(stmt)[0].ranks)
         groups = [target, product.columns | {product.over}, product.rows | {product.over}]

@@ -83,6 +83,7 @@ class Load:
     live: tuple[Expr, ...]  # tests that always stand
     edge: tuple[Expr, ...]  # tests that stand only where a tile of the stream is not whole
     box: tuple[int, ...] | None  # the box of the descriptor; None: by pointers
+    evict: str = ""  # what becomes of it in the cache: evict_first where nobody reads it again, evict_last where soon
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +211,7 @@ class Loop:
     carried: tuple[str, ...]
     body: tuple[Op, ...]
     edge_tile: int = 0  # coordinates at a time where tests are needed; 0: as everywhere
+    backwards: bool = False  # last tile first: what a trip before has read last is still in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +241,15 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
+class Partial:
+    """A state that a program leaves for a later kernel to merge: the tensor, its ranks behind that of the part."""
+
+    state: str
+    tensor: Tensor
+    ranks: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Kernel:
     """One kernel: which statements, over which axes, and its tile program."""
 
@@ -251,6 +262,7 @@ class Kernel:
     options: Options = field(default=Options())
     reverse: str | None = None  # the tiled axis whose last tile has most work and therefore starts first
     watched: tuple[str, ...] = ()  # products that what is absent may have spoilt: 0 * NaN is NaN
+    partial: tuple[Partial, ...] = ()  # the states of a part of the stream, where several programs share it
     careful: Kernel | None = None  # the same for one coordinate of each tiled axis, without products: where they are
 
     def axis(self, rank: str) -> Axis:

@@ -6,20 +6,23 @@ holds whole become numbers of the kernel; all others stay arguments.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cascade.backends.triton.lower import BYTES_OF, Setting, lower
-from cascade.backends.triton.partition import Group, Rest, partition, power_of_two
+from cascade.backends.triton.partition import Group, Rest, held, partition, power_of_two
 from cascade.backends.triton.plan import Axis, Kernel, Options, Role, Tensor
 from cascade.backends.triton.products import matrix_product
+from cascade.backends.triton.split import divisible, merging
 from cascade.backends.triton.units import in_base_two
 from cascade.inference import FLOATS, infer_dtypes, infer_shapes
 from cascade.ir import Cascade, Const, DType, Expr, Extent, Rank, Read, Result, Size, Stmt
-from cascade.walk import expressions, map_expressions, map_fold, reads, rewrite, targets, walk
+from cascade.walk import expressions, fresh, map_expressions, map_fold, reads, rewrite, targets, walk
 
 
+FEW_PROGRAMS = 264  # fewer leave multiprocessors without work: a stream is shared
 CAREFUL_TILE = 16  # of the stream where rows are gone through one by one: few registers, speed does not matter
 
 
@@ -39,6 +42,7 @@ class Tiling:
 
     tiles: tuple[tuple[str, int], ...]
     options: Options = field(default=Options())
+    parts: int = 1  # programs that share a streamed rank; their states are merged by a second kernel
 
     def of(self, rank: str) -> int:
         """The tile of a rank."""
@@ -73,6 +77,7 @@ class Planner:
     sizes: dict[str, Size] = field(init=False)
     dtypes: dict[str, DType] = field(init=False)
     shapes: dict[str, tuple[Size, ...]] = field(init=False)
+    _groups: tuple[Group | Rest, ...] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         shapes = infer_shapes(self.cascade)
@@ -85,7 +90,9 @@ class Planner:
 
     def groups(self) -> tuple[Group | Rest, ...]:
         """The statements by kernel."""
-        return partition(self.cascade, self.ranks)
+        if self._groups is None:
+            self._groups = partition(self.cascade, self.ranks)
+        return self._groups
 
     def stored(self, group: Group | Rest, groups: Sequence[Group | Rest]) -> tuple[str, ...]:
         """What a group writes to memory: results, and what other groups read."""
@@ -99,10 +106,7 @@ class Planner:
         shape = self.shapes[name]
         if layout is None:
             numbers = [self.number(size) for size in shape]
-            strides = [1] * len(numbers)
-            for position in range(len(numbers) - 2, -1, -1):
-                strides[position] = strides[position + 1] * max(numbers[position + 1], 1)
-            layout = Layout(tuple(numbers), tuple(strides), self.storage(name, operand), True)
+            layout = Layout(tuple(numbers), contiguous(numbers), self.storage(name, operand), True)
         known = tuple(
             0 if extent == 1 else stride if stride in (0, 1) else None
             for extent, stride in zip(layout.shape, layout.strides, strict=True)
@@ -132,7 +136,13 @@ class Planner:
     # --- one group ---------------------------------------------------------------------------------------------------
 
     def kernel(self, name: str, group: Group, groups: Sequence[Group | Rest], tiling: Tiling) -> Kernel:
-        """The kernel of a group with these tiles."""
+        """The kernel of a group with these tiles, the stream not shared."""
+        return self.lowered(name, group, groups, tiling)[0]
+
+    def lowered(
+        self, name: str, group: Group, groups: Sequence[Group | Rest], tiling: Tiling, part: str | None = None
+    ) -> tuple[Kernel, Group]:
+        """The kernel of a group, `part` counting the programs that share its stream; the group as it was lowered."""
         static = self.static(group)
         statements = tuple(map_expressions(stmt, lambda e: rewrite(e, static.constant)) for stmt in group.statements)
         fold = None if group.fold is None else map_fold(group.fold, lambda e: rewrite(e, static.constant))
@@ -141,16 +151,49 @@ class Planner:
         fixed = dataclasses.replace(group, statements=statements, fold=fold)
         stored = self.stored(group, groups)
         axes = tuple(self.axis(group, rank, role, tiling, static) for rank, role in self.roles(group).items())
+        if part is not None:
+            axes = (Axis(part, Role.POINT, self.sizes[part], 1, True), *axes)
         names = dict.fromkeys([*(r for stmt in group.statements for r in self.outside_reads(stmt, group)), *stored])
         tensors = {n: self.fixed(self.tensor(n, self.feeds_product(n, groups)), static) for n in names}
         results = {n: self.result(n) for n in stored}
         dtypes = {**self.dtypes}
         extents = {rank: static.size(self.sizes[rank]) for rank in self.sizes}
         numbers = {**self.ranks, **self.extents}
-        setting = Setting(axes, tensors, dtypes, results, extents, numbers, tiling.options)
+        setting = Setting(axes, tensors, dtypes, results, extents, numbers, tiling.options, part)
         kernel = lower(name, fixed, setting)
         careful = self.careful(name, fixed, setting) if kernel.watched else None
-        return dataclasses.replace(kernel, reverse=self.reversed_axis(kernel), careful=careful)
+        return dataclasses.replace(kernel, reverse=self.reversed_axis(kernel), careful=careful), fixed
+
+    def split(
+        self, name: str, group: Group, groups: Sequence[Group | Rest], tiling: Tiling
+    ) -> tuple[Kernel, Planner, tuple[Group | Rest, ...]]:
+        """The kernel of a group whose stream is shared by `tiling.parts` programs, and the planner of what merges."""
+        stream = group.arrangement.stream
+        assert stream is not None
+        part, parts = fresh(f"{stream}_part", set(self.sizes)), fresh(f"{stream.upper()}_PARTS", set(self.extents))
+        inner = copy.copy(self)
+        inner.sizes, inner.ranks = {**self.sizes, part: parts}, {**self.ranks, part: tiling.parts}
+        inner.extents = {**self.extents, parts: tiling.parts}
+        kernel, fixed = inner.lowered(name, group, groups, tiling, part)
+        stored = [self.result(result) for result in self.stored(group, groups)]
+        cascade = merging(f"{name}_merge", fixed, kernel.partial, part, stored, self.shapes, inner.sizes, self.dtypes)
+        layouts = dict(self.layouts)
+        for item in kernel.partial:
+            shape = tuple(inner.number(size) for size in item.tensor.shape)
+            layouts[item.tensor.name] = Layout(shape, contiguous(shape), item.tensor.dtype, True)
+        own = {param.name: layouts.get(param.name) or self.made(param.name, groups) for param in cascade.params}
+        merger = Planner(cascade, inner.extents, own, self.descriptors)
+        return kernel, merger, merger.groups()
+
+    def written(self, name: str, groups: Sequence[Group | Rest]) -> Tensor:
+        """How a tensor lies that a kernel writes."""
+        return self.tensor(name, self.feeds_product(name, groups))
+
+    def made(self, name: str, groups: Sequence[Group | Rest]) -> Layout:
+        """Where a tensor lies that an earlier group has written."""
+        tensor = self.written(name, groups)
+        shape = tuple(self.number(size) for size in tensor.shape)
+        return Layout(shape, contiguous(shape), tensor.dtype, True)
 
     def careful(self, name: str, group: Group, setting: Setting) -> Kernel:
         """The kernel for one coordinate of each tiled axis: sums of products that leave out what is absent."""
@@ -169,12 +212,16 @@ class Planner:
         )
 
     def short(self, group: Group) -> bool:
-        """Whether all floats that a group reads from outside have 16 bits or fewer.
+        """Whether all floats that a group reads, or all that it writes, have 16 bits or fewer.
 
         Only then exponents change their base: in 32 bits the rounding of x * log2(e) would be seen.
         """
         read = {name for stmt in group.statements for name in self.outside_reads(stmt, group)}
-        return all(self.tensor(name).dtype not in (DType.F32, DType.F64) for name in read)
+        fine = (DType.F32, DType.F64)
+        written = self.stored(group, self.groups())
+        return not any(self.tensor(name).dtype in fine for name in read) or not any(
+            self.tensor(name).dtype in fine for name in written
+        )
 
     def outside_reads(self, stmt: Stmt, group: Group) -> list[str]:
         return [name for name in reads(stmt) if name not in group.names]
@@ -263,16 +310,14 @@ class Planner:
         memory = [rank for rank in self.memory_order(group) if rank in shared or rank in inner]
         if not memory:
             return set()
-        held = 1
-        for rank in inner:
-            held *= power_of_two(self.ranks[rank])
+        size = max(held(stmt, set(inner), self.ranks) for stmt in group.statements)
         if memory[-1] in shared or group.arrangement.stream is not None:
             chosen = {memory[-1]} & shared
             if not inner and len(memory) > 1 and self.ranks[memory[-1]] < 512:
                 chosen.add(memory[-2])
             return chosen
         last = [rank for rank in memory if rank in shared][-1:]
-        return set(last) if held <= 1024 else set()
+        return set(last) if size <= 1024 else set()
 
     def axis(self, group: Group, rank: str, role: Role, tiling: Tiling, static: _Static) -> Axis:
         tile = 1 if role is Role.POINT else tiling.of(rank)
@@ -317,21 +362,33 @@ class Planner:
             if stream is not None:
                 tiles[stream] = min(64, max(16, power_of_two(self.ranks[stream])))
             warps = 8 if len(tiled) == 2 else 4
-            return Tiling(tuple(tiles.items()), Options(warps, 3 if len(tiled) == 2 else 2))
-        held = 1
-        for size in whole.values():
-            held *= size
+            edge = 32 if stream is not None and tiles[stream] > 32 else 0
+            options = Options(warps, 3 if len(tiled) == 2 else 2, edge)
+            return Tiling(tuple(tiles.items()), options, self.default_parts(group, tiles))
+        size = max(held(stmt, set(whole), self.ranks) for stmt in group.statements)
         if stream is not None:
-            tiles[stream] = min(power_of_two(self.ranks[stream]), max(16, 4096 // held))
+            tiles[stream] = min(power_of_two(self.ranks[stream]), max(16, 4096 // size))
             if tiled:
                 tiles[stream] = min(tiles[stream], 64)
-            held *= tiles[stream]
+            size *= tiles[stream]
         for rank in tiled:
-            room = max(1, 2048 // held)
+            room = max(1, 2048 // size)
             tiles[rank] = min(power_of_two(self.ranks[rank]), room)
-            held *= tiles[rank]
-        warps = max(1, min(16, held // 1024))
-        return Tiling(tuple(tiles.items()), Options(warps, 2))
+            size *= tiles[rank]
+        warps = max(1, min(16, size // 1024))
+        return Tiling(tuple(tiles.items()), Options(warps, 2), self.default_parts(group, tiles))
+
+    def default_parts(self, group: Group, tiles: Mapping[str, int]) -> int:
+        """How many programs share the stream of a group: more than one where there are too few to fill a GPU."""
+        stream = group.arrangement.stream
+        if stream is None or not divisible(group, self.stored(group, self.groups())):
+            return 1
+        programs = 1
+        for rank in group.arrangement.shared:
+            together = self.packed(group).get(rank) or tiles.get(rank, 1)
+            programs *= -(-self.ranks[rank] // together)
+        steps = -(-self.ranks[stream] // tiles[stream])
+        return max(1, min(FEW_PROGRAMS * 4 // programs, steps // 4, 64)) if programs < FEW_PROGRAMS else 1
 
     def product_ranks(self, group: Group) -> set[str]:
         """The ranks that are a side or the reduced rank of a matrix product."""
@@ -350,6 +407,14 @@ class Planner:
             if product is not None:
                 found |= dict(product.grouped)
         return found
+
+
+def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a tensor that lies contiguously."""
+    strides = [1] * len(shape)
+    for position in range(len(shape) - 2, -1, -1):
+        strides[position] = strides[position + 1] * max(shape[position + 1], 1)
+    return tuple(strides)
 
 
 @dataclass(frozen=True, slots=True)

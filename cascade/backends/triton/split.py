@@ -1,0 +1,98 @@
+"""A stream shared by several programs: each folds a part of it, a second kernel merges their states.
+
+    D[m] = sum[n] P[m,n]  in a fold with  merge D[m] = D'[m] * exp(R'[m] - R[m])
+    -->  programs leave D_part[p,m], R_part[p,m];  then  R[m] = max[p] R_part[p,m],
+         D[m] = sum[p] D_part[p,m] * exp(R_part[p,m] - R[m])
+
+What merges is the merge of the fold, once more: nothing is known of what is folded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+
+from cascade.backends.triton.lower import Trips, guarded_merge, reducer_of
+from cascade.backends.triton.partition import Group
+from cascade.backends.triton.plan import Partial
+from cascade.ir import Apply, Cascade, Const, DType, Einsum, Expr, Param, Rank, Read, Reduce, Result, Size, Stmt, Target
+from cascade.ops import REDUCERS
+from cascade.walk import defines, reads, rewrite
+
+
+def divisible(group: Group, stored: Collection[str]) -> bool:
+    """Whether the stream of a group can be shared: one trip, and behind it only states are needed.
+
+    A state that begins with elements of its own would have them once a part.
+    """
+    if group.arrangement.stream is None or not group.arrangement.shared:
+        return False
+    trips = Trips.of(group)
+    states = [stmt for stmt in group.statements if trips.kind[defines(stmt)[0]] == "state"]
+    begun = group.fold is not None and any(init.expr is not None for init in group.fold.init)
+    merged = all(isinstance(stmt, Einsum) and REDUCERS[reducer_of(stmt)].op is not None for stmt in states)
+    return trips.count == 1 and merged and not begun and all(trips.kind[name] != "block" for name in stored)
+
+
+def merging(
+    name: str,
+    group: Group,
+    partial: Sequence[Partial],
+    part: str,
+    results: Sequence[Result],
+    shapes: Mapping[str, tuple[Size, ...]],
+    sizes: Mapping[str, Size],
+    dtypes: Mapping[str, DType],
+) -> Cascade:
+    """The cascade that merges what programs have left of a group, and goes on from there to its results.
+
+    `shapes` and `dtypes` are those of tensors, `sizes` the extents of ranks.
+    """
+    trips = Trips.of(group)
+    tensors = {item.state: item for item in partial}
+    flags = [item for item in partial if trips.kind.get(item.state) != "state"]
+    body: list[Stmt] = [_seen(item, part) for item in flags]
+    there: Expr | None = None
+    for item in flags:
+        flag = Read(item.state, tuple(map(Rank, item.ranks)))
+        there = flag if there is None else Apply("and", (there, flag))
+    for stmt in group.statements:
+        kind = trips.kind[defines(stmt)[0]]
+        if kind == "state":
+            assert isinstance(stmt, Einsum)
+            body.append(_merged(stmt, group, tensors, part, there))
+        elif kind in ("of state", "after"):
+            body.append(stmt)
+    known = {made for stmt in body for made in defines(stmt)}
+    stored = {item.tensor.name: item for item in partial}
+    params = []
+    for read in dict.fromkeys(read for stmt in body for read in reads(stmt) if read not in known):
+        if read in stored:
+            item = stored[read]
+            params.append(Param(read, item.tensor.dtype, tuple(sizes[rank] for rank in (part, *item.ranks))))
+        else:
+            params.append(Param(read, dtypes[read], shapes[read]))
+    typed = tuple(dataclasses.replace(result, dtype=result.dtype or dtypes[result.name]) for result in results)
+    return Cascade(name, tuple(params), typed, tuple(body))
+
+
+def _seen(item: Partial, part: str) -> Einsum:
+    """Whether anything was present in any part: flags are stored as integers."""
+    stored = Read(item.tensor.name, (Rank(part), *map(Rank, item.ranks)))
+    return Einsum(Target(item.state, item.ranks), Reduce("any", (part,), Apply("gt", (stored, Const(0)))))
+
+
+def _merged(stmt: Einsum, group: Group, partial: Mapping[str, Partial], part: str, where: Expr | None) -> Einsum:
+    """A state as the reduction over the parts of what each of them counts for."""
+    name, ranks = stmt.target.name, stmt.target.ranks
+    expr: Expr = Read(f"{name}'", tuple(map(Rank, ranks)))
+    for merge in group.fold.merge if group.fold else ():
+        if merge.target.name == name:
+            expr = guarded_merge(merge, group)
+
+    def parted(node: Expr) -> Expr:
+        if isinstance(node, Read) and node.tensor.endswith("'"):
+            return Read(partial[node.tensor[:-1]].tensor.name, (Rank(part), *node.index))
+        return node
+
+    return Einsum(stmt.target, Reduce(reducer_of(stmt), (part,), rewrite(expr, parted)), where)

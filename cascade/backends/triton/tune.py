@@ -1,0 +1,398 @@
+"""Which tiles a kernel gets: candidates, the order the machine model puts them in, a choice by model or by stopwatch.
+
+    candidates(planner, group)          -->  Tilings that suit how the ranks of the group lie
+    ranked(planner, name, ...)          -->  them with their Estimate, the fastest first, without those that cannot run
+    choose(planner, name, ..., effort)  -->  Choice: `none` takes the model's first, in milliseconds; `quick` times the
+                                             best few, `full` all of them
+
+A timed choice is kept on disk under everything that it depends on: the text of the cascade, the statements of the
+group, how large the tensors are (to a power of two) and how they lie, the device, and the versions of Triton and of
+this project. An entry is read as numbers, never run; a damaged one is a miss and a warning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from cascade.backends.triton.count import rounds, work
+from cascade.backends.triton.emit import emit
+from cascade.backends.triton.machine import Estimate, Machine, Work, estimate
+from cascade.backends.triton.offline import LIMITS, Failure, Request, StaticFacts, facts
+from cascade.backends.triton.partition import Group, Rest, power_of_two
+from cascade.backends.triton.plan import Axis, Kernel, Loop, Options, Role
+from cascade.backends.triton.planner import Planner, Tiling
+from cascade.backends.triton.static import request
+from cascade.errors import UnsupportedError
+from cascade.passes.memo import load, store
+from cascade.text import render, render_stmt
+
+VERSION = "1"  # of entries on disk; another one whenever a choice may change
+QUICK = 6  # candidates that are timed with little effort
+SHOWN = 4  # candidates besides the chosen one that a choice remembers
+SMALLEST = 16  # side of a matrix product
+EDGE_TILE = 32  # of a stream where tests stand: with more a thread runs out of registers
+THREAD = (8, 64)  # elements of a row that one thread should have, at least and at most
+MANY = 1024  # programs: where there are more, tiles smaller than they must be are not worth a try
+ALIKE = 0.01  # a difference below which the model does not tell plans apart: then the earlier candidate is taken
+FETCH_US = 0.45  # from a request to the first byte of an operand that is in L2
+
+Timer: TypeAlias = Callable[[Tiling], float | None]
+"""Milliseconds of a group with these tiles; None where it does not run, or gives other results than the first."""
+Compiler: TypeAlias = Callable[[Sequence[Request], str], Sequence[StaticFacts | Failure]]
+
+# Tile of the rank that is a side, of the stream, warps, stages: products that carry a state along the stream.
+ONE_SIDE = (
+    (128, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 4, 2), (128, 128, 8, 2),
+    (128, 64, 8, 3), (128, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3), (16, 64, 4, 3), (16, 128, 4, 3), (16, 64, 4, 2),
+)  # fmt: skip
+# Tiles of both sides, of the stream, warps, stages.
+TWO_SIDES = (
+    (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4),
+    (128, 128, 64, 4, 3), (64, 256, 64, 4, 4), (256, 64, 64, 4, 4), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4),
+    (64, 64, 64, 4, 4), (64, 32, 64, 4, 4), (32, 64, 64, 4, 4), (16, 64, 128, 4, 4), (64, 16, 128, 4, 4),
+    (16, 128, 64, 4, 4), (128, 16, 64, 4, 4), (128, 256, 32, 8, 3), (128, 128, 32, 8, 3), (64, 64, 32, 4, 3),
+    (32, 32, 32, 4, 3),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Tiles that were considered, what the model says of them, and their milliseconds where they were timed."""
+
+    tiling: Tiling
+    estimate: Estimate
+    milliseconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The tiles of a kernel, what the model says of them, how they were chosen, and the next best ones."""
+
+    tiling: Tiling
+    estimate: Estimate
+    how: str
+    others: tuple[Candidate, ...] = ()
+
+
+# --- candidates ------------------------------------------------------------------------------------------------------
+
+
+def candidates(planner: Planner, group: Group) -> tuple[Tiling, ...]:
+    """Tilings that suit how the ranks of a group lie; the planner's own first choice is one of them."""
+    base = planner.default_tiling(group)
+    found: Iterable[Tiling] = (_with_products if planner.products(group) else _rows)(planner, group, base)
+    shared = (
+        dataclasses.replace(tiling, parts=planner.default_parts(group, dict(tiling.tiles))) for tiling in (*found, base)
+    )
+    return tuple(dict.fromkeys(shared))
+
+
+def _with_products(planner: Planner, group: Group, base: Tiling) -> Iterator[Tiling]:
+    """The tables of tiles, cut to the extents; with more sides than two only warps and stages are varied."""
+    sides = [rank for rank, role in planner.roles(group).items() if role is Role.TILE]
+    stream = group.arrangement.stream
+    packed = planner.packed(group)
+
+    def cut(rank: str, tile: int) -> int:
+        if rank in packed:
+            return base.of(rank)
+        return min(tile, max(SMALLEST, power_of_two(planner.ranks[rank])))
+
+    table: Sequence[tuple[int, ...]] = {1: ONE_SIDE, 2: TWO_SIDES}.get(len(sides), ())
+    for *tiles, warps, stages in table:
+        named = dict(zip([*sides, *([stream] if stream is not None else [])], tiles, strict=False))
+        chosen = dict(base.tiles) | {rank: cut(rank, tile) for rank, tile in named.items()}
+        small = any(chosen[rank] < 64 and chosen[rank] < cut(rank, 64) for rank in sides)
+        if small and _programs(planner, group, chosen) > MANY:
+            continue
+        edge = EDGE_TILE if stream is not None and chosen[stream] > EDGE_TILE else 0
+        yield Tiling(tuple(chosen.items()), Options(warps, stages, edge, base.options.group))
+    for warps, stages in () if table else ((4, 2), (4, 3), (8, 2), (8, 3)):
+        options = dataclasses.replace(base.options, num_warps=warps, num_stages=stages)
+        yield dataclasses.replace(base, options=options)
+
+
+def _programs(planner: Planner, group: Group, tiles: Mapping[str, int]) -> int:
+    """The programs of a grid with these tiles."""
+    packed = planner.packed(group)
+    return math.prod(
+        -(-planner.ranks[rank] // (packed.get(rank) or tiles.get(rank, 1))) for rank in group.arrangement.shared
+    )
+
+
+def _rows(planner: Planner, group: Group, base: Tiling) -> list[Tiling]:
+    """As many elements a program as give each thread enough to do; those with about 32 a thread, 4 warps come first."""
+    found = list(_all_rows(planner, group, base))
+
+    def unusual(tiling: Tiling) -> float:
+        warps = tiling.options.num_warps
+        each = math.prod(tile for _, tile in tiling.tiles) / (32 * warps)
+        return abs(math.log2(each / 32)) + abs(math.log2(warps / 4)) / 2
+
+    return sorted(found, key=unusual)
+
+
+def _all_rows(planner: Planner, group: Group, base: Tiling) -> Iterator[Tiling]:
+    """Every number of warps with every tile that gives each thread enough to do."""
+    roles = planner.roles(group)
+    stream = group.arrangement.stream
+    tiled = [rank for rank, role in roles.items() if role is Role.TILE]
+    whole = {rank: base.of(rank) for rank, role in roles.items() if role is Role.WHOLE}
+    streams = [1] if stream is None else _stream_tiles(planner.ranks[stream], bool(tiled))
+    for tile in streams:
+        for lengths in _lengths([planner.ranks[rank] for rank in tiled]):
+            tiles = whole | ({stream: tile} if stream is not None else {}) | dict(zip(tiled, lengths, strict=True))
+            held = math.prod(tiles.values())
+            for warps in (1, 2, 4, 8, 16, 32):
+                if THREAD[0] <= held // (32 * warps) <= THREAD[1]:
+                    yield Tiling(tuple(tiles.items()), Options(warps, 2))
+
+
+def _stream_tiles(extent: int, beside: bool) -> list[int]:
+    """Tiles of a stream without products: short beside a tile of rows, else a good part of a row."""
+    most = power_of_two(extent)
+    return sorted({min(tile, most) for tile in ((16, 32, 64) if beside else (2048, 4096, 8192, 16384))})
+
+
+def _lengths(extents: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Tiles of the tiled ranks, whose last one lies contiguously: that is long, those before it share what is left."""
+    if not extents:
+        yield ()
+        return
+    most = [power_of_two(extent) for extent in extents]
+    for last in sorted({min(1 << bits, most[-1]) for bits in range(12)}):
+        if len(extents) == 1:
+            yield (last,)
+            continue
+        for before in sorted({min(1 << bits, most[-2]) for bits in range(8)}):
+            if last == min(most[-1], 64) or last > 64:
+                yield (*(1 for _ in extents[2:]), before, last)
+
+
+# --- the model's order -----------------------------------------------------------------------------------------------
+
+
+def planned(
+    planner: Planner, name: str, group: Group, groups: Sequence[Group | Rest], tiling: Tiling
+) -> tuple[Kernel, Mapping[str, int]]:
+    """The kernel of a group with these tiles, and the values of its shape symbols; the first one of a shared stream."""
+    if tiling.parts > 1:
+        kernel, merger, _ = planner.split(name, group, groups, tiling)
+        return kernel, merger.extents
+    return planner.kernel(name, group, groups, tiling), planner.extents
+
+
+def ranked(
+    planner: Planner,
+    name: str,
+    group: Group,
+    groups: Sequence[Group | Rest],
+    machine: Machine,
+    considered: Sequence[Tiling],
+) -> list[tuple[Tiling, Estimate]]:
+    """The candidates that can run with what the model says of them, the fastest first.
+
+    Plans that differ in nothing but numbers are made once: lowering takes far longer than counting. Of a shared stream
+    the programs are counted, not what merges their states: that is one short launch more.
+    """
+    plans: dict[object, Kernel | None] = {}
+    found: list[tuple[Tiling, Estimate]] = []
+    for tiling in considered:
+        axes = _axes(planner, group, tiling)
+        key = _form(planner, group, axes, tiling)
+        if key not in plans:
+            try:
+                plans[key] = planner.kernel(name, group, groups, dataclasses.replace(tiling, parts=1))
+            except UnsupportedError:
+                plans[key] = None
+        kernel = plans[key]
+        if kernel is None:
+            continue
+        predicted = predict(machine, _retiled(kernel, axes, tiling), planner.extents)
+        if tiling.parts > 1:
+            predicted = dataclasses.replace(predicted, time_us=predicted.time_us + machine.launch_us)
+        if predicted.blocks_per_sm:
+            found.append((tiling, predicted))
+    return sorted(found, key=lambda pair: round(math.log(pair[1].time_us) / ALIKE))
+
+
+def _axes(planner: Planner, group: Group, tiling: Tiling) -> dict[str, Axis]:
+    static = planner.static(group)
+    return {rank: planner.axis(group, rank, role, tiling, static) for rank, role in planner.roles(group).items()}
+
+
+def _form(planner: Planner, group: Group, axes: Mapping[str, Axis], tiling: Tiling) -> object:
+    """Everything about a tiling that the ops of a plan depend on, beyond the numbers that they are counted with."""
+    if planner.grouped(group):
+        return tiling.tiles
+    return tuple((axis.exact, axis.step, axis.tile < SMALLEST, axis.tile > 256) for axis in axes.values())
+
+
+def _retiled(kernel: Kernel, axes: Mapping[str, Axis], tiling: Tiling) -> Kernel:
+    """A plan of the same form with the numbers of another tiling."""
+    edge = tiling.options.edge_tile
+    ops = tuple(dataclasses.replace(op, edge_tile=edge) if isinstance(op, Loop) else op for op in kernel.ops)
+    same = tuple(axes[axis.rank] for axis in kernel.axes)
+    same = tuple(dataclasses.replace(a, parts=tiling.parts) if a.role is Role.STREAM else a for a in same)
+    return dataclasses.replace(kernel, axes=same, ops=ops, options=tiling.options)
+
+
+def predict(
+    machine: Machine,
+    kernel: Kernel,
+    sizes: Mapping[str, int],
+    registers: int | None = None,
+    shared_bytes: int | None = None,
+) -> Estimate:
+    """What the model says of a kernel; registers and shared memory are guessed where they are not known."""
+    asked = work(kernel, sizes, registers, shared_bytes)
+    found = estimate(machine, asked)
+    late = _late(machine, asked, found, rounds(kernel, sizes))
+    return dataclasses.replace(found, time_us=found.time_us * late) if late > 1.0 else found
+
+
+def _late(machine: Machine, work: Work, found: Estimate, rounds: float) -> float:
+    """By how much a loop takes longer because operands come later than they are wanted.
+
+    A loop of s stages asks for its operands s - 1 rounds ahead. Where these rounds are shorter than the way from L2, a
+    program waits for the rest; other resident ones go on meanwhile.
+    """
+    if work.stages < 2 or not rounds or not found.blocks_per_sm:
+        return 1.0
+    parts = dict(found.parts)
+    units = [parts[name] for name in ("matrix", "exp", "vector")]
+    busy = (sum(units) if work.dependent else max(units)) * machine.sms / rounds
+    ahead = work.stages - 1
+    fetch = FETCH_US + work.flight_bytes / ahead / (machine.l2_bandwidth_tbs * 1e6 / machine.sms)
+    resident = min(found.blocks_per_sm, max(1.0, work.programs / machine.sms))
+    lasts = found.time_us * resident * machine.sms / rounds
+    return 1.0 + max(0.0, fetch - ahead * busy) / (lasts * resident)
+
+
+# --- the choice ------------------------------------------------------------------------------------------------------
+
+
+def choose(  # long because it is the order in which everything is tried
+    planner: Planner,
+    name: str,
+    group: Group,
+    groups: Sequence[Group | Rest],
+    machine: Machine,
+    effort: str = "none",
+    timer: Timer | None = None,
+    cache: Path | None = None,
+    versions: tuple[str, ...] = (),
+    deterministic: bool = False,
+    refused: Collection[Tiling] = (),
+    compiler: Compiler = facts,
+) -> Choice:
+    """The tiles of a group's kernel.
+
+    `effort` is `none`, `quick` or `full`; a `deterministic` choice is one of effort `none`: the same on every run.
+    `timer` measures a candidate, without one the best are compiled for the machine and what spills is left out.
+    `cache` is the folder of timed choices, `versions` what they depend on besides the cascade and the call. Candidates
+    that were `refused` by the device are not taken again.
+    """
+    considered = tuple(tiling for tiling in candidates(planner, group) if tiling not in refused)
+    by_model = ranked(planner, name, group, groups, machine, considered)
+    order = [Candidate(tiling, found) for tiling, found in by_model]
+    if not order:
+        return _last_resort(planner, name, group, groups, machine)
+    if effort == "none" or deterministic:
+        return _chosen(order, 0, f"the model's first of {len(order)}")
+    path = None if cache is None else cache / f"{_digest(planner, group, machine, versions)}.json"
+    kept = None if path is None or not path.exists() else _kept(path, order)
+    if kept is not None:
+        return kept
+    few = order if effort == "full" else order[:QUICK]
+    if timer is None:
+        compiled = _compiled(planner, name, group, groups, machine, few, compiler)
+        return _chosen(compiled or order, 0, f"the model's first of {len(few)} that were compiled")
+    timed = [dataclasses.replace(one, milliseconds=timer(one.tiling)) for one in few]
+    running = [one for one in timed if one.milliseconds is not None]
+    if not running:
+        rest = [one for one in order if one.tiling not in {tried.tiling for tried in few}]
+        return _chosen(rest or order, 0, "the model's first: none of those timed ran")
+    running.sort(key=lambda one: one.milliseconds or 0.0)
+    if path is not None:
+        store(path, _entry(running[0]))
+    return _chosen(running, 0, f"the fastest of {len(running)} timed: {running[0].milliseconds:.4g} ms")
+
+
+def _chosen(order: Sequence[Candidate], place: int, how: str) -> Choice:
+    chosen = order[place]
+    others = tuple(one for one in order if one is not chosen)[:SHOWN]
+    return Choice(chosen.tiling, chosen.estimate, how, others)
+
+
+def _last_resort(planner: Planner, name: str, group: Group, groups: Sequence[Group | Rest], machine: Machine) -> Choice:
+    """The planner's own tiles where the model believes in none; UnsupportedError where there is no plan at all."""
+    tiling = planner.default_tiling(group)
+    kernel, sizes = planned(planner, name, group, groups, tiling)
+    return Choice(tiling, predict(machine, kernel, sizes), "the planner's own: the model finds none that fits")
+
+
+def _compiled(
+    planner: Planner,
+    name: str,
+    group: Group,
+    groups: Sequence[Group | Rest],
+    machine: Machine,
+    order: Sequence[Candidate],
+    compiler: Compiler,
+) -> list[Candidate]:
+    """The candidates that compile without spills or waits, by what the model says of their true registers."""
+    if machine.arch not in LIMITS:
+        return list(order)
+    plans = [planned(planner, name, group, groups, one.tiling) for one in order]
+    answers = compiler([request(kernel, emit(kernel)) for kernel, _ in plans], machine.arch)
+    found: list[Candidate] = []
+    for one, (kernel, sizes), answer in zip(order, plans, answers, strict=True):
+        if isinstance(answer, Failure) or answer.spills or answer.serialized or not answer.blocks_per_sm:
+            continue
+        known = predict(machine, kernel, sizes, answer.registers, answer.shared_bytes)
+        found.append(dataclasses.replace(one, estimate=known))
+    return sorted(found, key=lambda one: one.estimate.time_us)
+
+
+# --- on disk ---------------------------------------------------------------------------------------------------------
+
+
+def _digest(planner: Planner, group: Group, machine: Machine, versions: Sequence[str]) -> str:
+    """The name of an entry: the hash of everything that a choice depends on."""
+    static = planner.static(group)
+    extents = {
+        rank: extent if isinstance(static.size(planner.sizes[rank]), int) else [power_of_two(extent), extent % 64 == 0]
+        for rank, extent in planner.ranks.items()
+    }
+    tensors = dict.fromkeys(read for stmt in group.statements for read in planner.outside_reads(stmt, group))
+    layouts = [
+        [tensor.name, tensor.dtype.value, list(tensor.strides), tensor.described]
+        for tensor in map(planner.tensor, tensors)
+    ]
+    statements = [render_stmt(stmt) for stmt in group.statements]
+    key = [VERSION, *versions, machine.name, machine.arch, render(planner.cascade), statements, extents, layouts]
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()
+
+
+def _entry(chosen: Candidate) -> object:
+    """A candidate as the numbers that are written."""
+    options = dataclasses.astuple(chosen.tiling.options)
+    return (chosen.tiling.tiles, options, chosen.tiling.parts, chosen.milliseconds)
+
+
+def _kept(path: Path, order: Sequence[Candidate]) -> Choice | None:
+    """The choice that an entry holds, where it is one of the candidates; tiles of anything else are not believed."""
+    entry = load(path)
+    for place, one in enumerate(order):
+        if entry is not None and entry[:2] == _entry(one)[:2]:  # type: ignore[index]
+            milliseconds = entry[3]
+            return _chosen(order, place, f"kept from an earlier run: {milliseconds:.4g} ms there")
+    return None

@@ -1,0 +1,339 @@
+"""Tiles: the candidates, the model's order against measured times, choices by timing, and what is kept on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from triton.runtime.errors import OutOfResources
+
+from cascade.backends.triton import launch, tune
+from cascade.backends.triton.emit import emit
+from cascade.backends.triton.explain import Launch, describe
+from cascade.backends.triton.machine import machine
+from cascade.backends.triton.offline import Failure, Request, StaticFacts
+from cascade.backends.triton.partition import Group, Rest, power_of_two
+from cascade.backends.triton.plan import Role
+from cascade.backends.triton.planner import Layout, Planner, Tiling, contiguous
+from cascade.backends.triton.tune import Choice, candidates, choose, planned, ranked
+from cascade.compiled import from_text
+from cascade.inference import bind_sizes
+from cascade.ir import DType
+from cascade.passes import memo
+from cascade.pipeline import run_pipeline
+
+H100 = machine("h100")
+ATTENTION = """cascade c(Q[B,H,M,E], K[B,H,N,E], V[B,H,N,F]) -> O[B,H,M,F] {{
+    S[b,h,m,n] = Q[b,h,m,e] * K[b,h,n,e] / sqrt(E) {where}
+    P[b,h,m,n] = softmax[n] S[b,h,m,n]
+    O[b,h,m,f] = P[b,h,m,n] * V[b,h,n,f]
+}}"""
+FULL, CAUSAL = ATTENTION.format(where=""), ATTENTION.format(where="where n <= m")
+GROUPED = """cascade c(Q[B,H,M,E], K[B,G,N,E], V[B,G,N,F]) -> O[B,H,M,F] {
+    S[b,h,m,n] = Q[b,h,m,e] * K[b,h//4,n,e] / sqrt(E)
+    P[b,h,m,n] = softmax[n] S[b,h,m,n]
+    O[b,h,m,f] = P[b,h,m,n] * V[b,h//4,n,f]
+}"""
+PRODUCT = "cascade c(X[M,K], W[N,K]) -> Y[M,N] { Y[m,n] = X[m,k] * W[n,k] }"
+ROWS = "cascade c(X[M,N]) -> Y[M,N] { Y[m,n] = softmax[n] X[m,n] }"
+TURNED = "cascade c(X[M,N]) -> Y[N,M] { Y[n,m] = X[m,n] }"
+
+Kind = tuple[str, dict[str, tuple[int, ...]]]
+
+
+def attention(text: str, b: int, h: int, m: int, n: int, e: int) -> Kind:
+    """Attention at these extents."""
+    return text, {"Q": (b, h, m, e), "K": (b, h, n, e), "V": (b, h, n, e)}
+
+
+KINDS: dict[str, Kind] = {
+    "full": attention(FULL, 4, 32, 4096, 4096, 128),
+    "causal": attention(CAUSAL, 4, 32, 4096, 4096, 128),
+    "ragged": attention(CAUSAL, 1, 3, 1000, 1111, 80),
+    "one": attention(FULL, 4, 32, 1, 8192, 128),
+    "packed": (GROUPED, {"Q": (4, 32, 1, 128), "K": (4, 8, 8192, 128), "V": (4, 8, 8192, 128)}),
+    "product": (PRODUCT, {"X": (8192, 4096), "W": (4096, 4096)}),
+    "small product": (PRODUCT, {"X": (16, 512), "W": (100, 512)}),
+    "rows": (ROWS, {"X": (16384, 8192)}),
+    "narrow rows": (ROWS, {"X": (65536, 100)}),
+    "long rows": (ROWS, {"X": (64, 131072)}),
+    "turned": (TURNED, {"X": (8192, 256)}),
+}
+
+
+def planner(kind: Kind) -> tuple[Planner, Group, Sequence[Group | Rest]]:
+    """The planner of a call with contiguous bf16 tensors, and its only group."""
+    text, shapes = kind
+    cascade = run_pipeline(from_text(text, "<test>").cascade).final
+    layouts = {name: Layout(shape, contiguous(shape), DType.BF16, True) for name, shape in shapes.items()}
+    plans = Planner(cascade, bind_sizes(cascade, shapes, {}), layouts)
+    (group,) = groups = plans.groups()
+    assert isinstance(group, Group)
+    return plans, group, groups
+
+
+def label(tiling: Tiling, ranks: str) -> str:
+    """A tiling in short: 128x64w4s2."""
+    options = tiling.options
+    return "x".join(str(tiling.of(rank)) for rank in ranks) + f"w{options.num_warps}s{options.num_stages}"
+
+
+# --- candidates ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_candidates_fit_the_extents(name: str) -> None:
+    plans, group, _ = planner(KINDS[name])
+    found = candidates(plans, group)
+    sides = plans.product_ranks(group)
+    assert plans.default_tiling(group) in found and len(set(found)) == len(found) > 3
+    for tiling in found:
+        for rank, tile in tiling.tiles:
+            least = 16 if rank in sides or rank in plans.packed(group) else 1
+            assert tile & (tile - 1) == 0 and least <= tile <= max(least, power_of_two(plans.ranks[rank]), 16)
+            if plans.roles(group)[rank] is Role.WHOLE:
+                assert tile >= plans.ranks[rank]
+        stream = group.arrangement.stream
+        if plans.products(group) and stream is not None and tiling.of(stream) > 32:
+            assert tiling.options.edge_tile == 32
+
+
+def test_packed_ranks_keep_the_tile_of_the_planner() -> None:
+    plans, group, _ = planner(KINDS["packed"])
+    base = plans.default_tiling(group)
+    assert plans.packed(group) and {t.of(rank) for t in candidates(plans, group) for rank in plans.packed(group)} == {
+        base.of(rank) for rank in plans.packed(group)
+    }
+
+
+@pytest.mark.parametrize("name", ["ragged", "one", "packed", "small product", "narrow rows", "turned"])
+def test_every_candidate_has_a_plan(name: str) -> None:
+    plans, group, groups = planner(KINDS[name])
+    for tiling in candidates(plans, group):
+        kernel, sizes = planned(plans, "c", group, groups, tiling)
+        assert kernel.options == tiling.options and set(plans.extents) <= set(sizes)
+
+
+# --- the model's order against an H100 -------------------------------------------------------------------------------
+
+MEASURED = {  # milliseconds, Triton 3.6
+    "full": (KINDS["full"], "mn", {
+        "128x64w4s2": 2.058, "64x64w4s3": 2.200, "128x128w8s2": 2.324, "128x64w8s3": 2.328, "128x64w4s3": 2.331,
+        "64x64w4s2": 2.452, "128x32w4s3": 2.482, "64x128w4s2": 2.818,
+    }),
+    "causal": (KINDS["causal"], "mn", {
+        "128x64w4s2": 1.097, "64x64w4s3": 1.176, "128x64w8s3": 1.292, "128x64w4s3": 1.317, "128x128w8s2": 1.335,
+        "64x64w4s2": 1.339, "128x32w4s3": 1.356, "64x128w4s2": 1.656,
+    }),
+    "causal of 64": (attention(CAUSAL, 4, 32, 4096, 4096, 64), "mn", {
+        "64x128w4s2": 0.641, "128x64w4s3": 0.681, "64x64w4s3": 0.690, "64x64w4s2": 0.703, "128x64w8s3": 0.721,
+        "128x64w4s2": 0.793, "128x32w4s3": 0.830, "128x128w8s2": 1.024,
+    }),
+    "product": (KINDS["product"], "mnk", {
+        "128x256x64w8s3": 0.388, "256x128x64w8s3": 0.4215, "128x128x64w4s4": 0.525, "128x128x64w8s4": 0.530,
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_first_choice_is_within_five_percent_of_the_best(name: str) -> None:
+    kind, ranks, times = MEASURED[name]
+    plans, group, groups = planner(kind)
+    order = ranked(plans, "c", group, groups, H100, candidates(plans, group))
+    assert times[label(order[0][0], ranks)] <= 1.05 * min(times.values())
+    for tiling, found in order:
+        measured = times.get(label(tiling, ranks))
+        assert measured is None or found.time_us / 1e3 == pytest.approx(measured, rel=0.5)
+
+
+def test_two_stages_are_too_few_for_a_short_round() -> None:
+    plans, group, groups = planner(KINDS["product"])
+    base = dict(plans.default_tiling(group).tiles) | {"m": 128, "n": 256, "k": 64}
+    both = []
+    for stages in (2, 3):
+        options = dataclasses.replace(plans.default_tiling(group).options, num_warps=8, num_stages=stages)
+        both.append(Tiling(tuple(base.items()), options))
+    times = {
+        tiling.options.num_stages: found.time_us for tiling, found in ranked(plans, "c", group, groups, H100, both)
+    }
+    assert times[2] / times[3] == pytest.approx(0.604 / 0.388, rel=0.1)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_model_chooses_quickly(name: str) -> None:
+    plans, group, groups = planner(KINDS[name])
+    taken = []
+    for _ in range(3):
+        began = time.perf_counter()
+        found = choose(plans, "c", group, groups, H100)
+        taken.append(time.perf_counter() - began)
+    assert min(taken) < 0.1 and found.estimate.blocks_per_sm and "model" in found.how
+    assert found == choose(plans, "c", group, groups, H100, deterministic=True, effort="full", timer=lambda t: 1.0)
+
+
+def test_plans_that_differ_in_numbers_are_counted_as_they_are() -> None:
+    plans, group, groups = planner(attention(CAUSAL, 8, 16, 1000, 1111, 80))
+    for tiling, found in ranked(plans, "c", group, groups, H100, candidates(plans, group)):
+        assert tiling.parts == 1
+        kernel, sizes = planned(plans, "c", group, groups, tiling)
+        assert tune.predict(H100, kernel, sizes) == found
+
+
+# --- timing ----------------------------------------------------------------------------------------------------------
+
+
+def stopwatch(times: dict[str, float | None], ranks: str = "mn") -> tuple[Callable[[Tiling], float | None], list[str]]:
+    """A timer that gives these milliseconds, 9 for everything else, and what it was asked."""
+    asked: list[str] = []
+
+    def timer(tiling: Tiling) -> float | None:
+        asked.append(label(tiling, ranks))
+        return times.get(asked[-1], 9.0)
+
+    return timer, asked
+
+
+def test_fastest_is_kept(tmp_path: Path) -> None:
+    plans, group, groups = planner(KINDS["causal"])
+    timer, asked = stopwatch({"64x64w4s3": 1.0, "128x64w4s2": None})
+
+    def found(effort: str = "quick", versions: tuple[str, ...] = ("3.6", "0.1")) -> Choice:
+        return choose(plans, "c", group, groups, H100, effort, timer, tmp_path, versions)
+
+    first = found()
+    assert label(first.tiling, "mn") == "64x64w4s3" and "1 ms" in first.how and len(asked) == tune.QUICK
+    assert found().tiling == first.tiling and "earlier run" in found().how and len(asked) == tune.QUICK
+    assert len(list(tmp_path.iterdir())) == 1
+    found(versions=("3.9", "0.1"))
+    assert len(asked) == 2 * tune.QUICK and len(list(tmp_path.iterdir())) == 2
+
+
+def test_damaged_entry_is_a_miss_and_a_warning(tmp_path: Path) -> None:
+    plans, group, groups = planner(KINDS["causal"])
+    timer, asked = stopwatch({})
+    choose(plans, "c", group, groups, H100, "quick", timer, tmp_path)
+    (path,) = tmp_path.iterdir()
+    text = path.read_text()
+    for broken in ("", text[:-3], text.replace("[", "{"), "x" + text):
+        path.write_text(broken)
+        asked.clear()
+        with pytest.warns(UserWarning, match="damaged"):
+            choose(plans, "c", group, groups, H100, "quick", timer, tmp_path)
+        assert len(asked) == tune.QUICK and path.read_text() == text
+
+
+def test_entry_of_no_candidate_is_not_believed(tmp_path: Path) -> None:
+    plans, group, groups = planner(KINDS["causal"])
+    timer, asked = stopwatch({})
+    choose(plans, "c", group, groups, H100, "quick", timer, tmp_path)
+    (path,) = tmp_path.iterdir()
+    memo.store(path, ((("m", 1 << 20),), (4, 2, 0, 0), 1, 0.1))
+    asked.clear()
+    choose(plans, "c", group, groups, H100, "quick", timer, tmp_path)
+    assert len(asked) == tune.QUICK
+
+
+def test_entry_is_for_calls_of_a_kind(tmp_path: Path) -> None:
+    timer, asked = stopwatch({})
+
+    def entries(kind: Kind) -> int:
+        plans, group, groups = planner(kind)
+        choose(plans, "c", group, groups, H100, "quick", timer, tmp_path)
+        return len(list(tmp_path.iterdir()))
+
+    assert entries(attention(CAUSAL, 4, 32, 4096, 4096, 128)) == 1
+    assert entries(attention(CAUSAL, 4, 31, 4032, 3968, 128)) == 1  # the same powers of two
+    assert entries(attention(CAUSAL, 4, 32, 8192, 4096, 128)) == 2
+    assert entries(attention(CAUSAL, 4, 32, 4096, 4096, 64)) == 3
+    assert entries(attention(CAUSAL, 4, 32, 4095, 4096, 128)) == 4  # ragged
+    assert entries(attention(FULL, 4, 32, 4096, 4096, 128)) == 5
+
+
+def test_full_effort_times_all_and_failures_do_not_win() -> None:
+    plans, group, groups = planner(KINDS["causal"])
+    timer, asked = stopwatch({})
+    choose(plans, "c", group, groups, H100, "full", timer)
+    assert len(asked) == len(ranked(plans, "c", group, groups, H100, candidates(plans, group)))
+    none = choose(plans, "c", group, groups, H100, "quick", lambda tiling: None)
+    assert "none of those timed ran" in none.how
+
+
+def test_refused_tiles_are_not_chosen_again() -> None:
+    plans, group, groups = planner(KINDS["causal"])
+    first = choose(plans, "c", group, groups, H100)
+    second = choose(plans, "c", group, groups, H100, refused={first.tiling})
+    assert second.tiling == first.others[0].tiling
+
+
+def test_without_a_device_what_spills_is_left_out() -> None:
+    plans, group, groups = planner(KINDS["causal"])
+    good = StaticFacts(128, 0, 65536, 2, 4, 1, 0, 1, 1, 1, 0, 0, 0, 0, 0, 1, 100, (), "3.6")
+
+    def compiler(requests: Sequence[Request], arch: str) -> list[StaticFacts | Failure]:
+        assert arch == "sm_90" and len(requests) == tune.QUICK
+        bad: list[StaticFacts | Failure] = [
+            dataclasses.replace(good, spills=8),
+            dataclasses.replace(good, serialized=("C7511",)),
+            Failure("no"),
+        ]
+        return [*bad, *([good] * (len(requests) - len(bad)))]
+
+    order = ranked(plans, "c", group, groups, H100, candidates(plans, group))
+    found = choose(plans, "c", group, groups, H100, "quick", compiler=compiler)
+    assert found.tiling in {tiling for tiling, _ in order[3 : tune.QUICK]} and "compiled" in found.how
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32, torch.int64])
+def test_what_was_never_written_shows(dtype: torch.dtype) -> None:
+    written = torch.ones(7, 5).to(dtype)
+    assert launch.alike(written, written.clone())
+    assert not launch.alike(launch.unset((7, 5), dtype, torch.device("cpu")), written)
+
+
+def test_results_may_differ_by_rounding_only() -> None:
+    wanted = torch.linspace(-3, 3, 1000)
+    assert launch.alike(wanted * 1.001, wanted) and not launch.alike(wanted * 1.1, wanted)
+    odd = wanted.clone()
+    odd[3] = float("nan")
+    assert not launch.alike(odd, wanted) and not launch.alike(wanted, odd) and launch.alike(odd, odd.clone())
+
+
+def test_kernel_too_large_for_the_device_gets_the_next_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans, group, groups = planner(KINDS["causal"])
+    launcher = launch.Launcher(plans.cascade)
+    taken: list[Tiling] = []
+
+    class Plan:
+        """A plan whose kernel has room only with the third choice."""
+
+        def __init__(self) -> None:
+            refused = launcher.refused.get("c", set())
+            launcher.choices["c"] = choose(plans, "c", group, groups, H100, refused=refused)
+            kernel, sizes = planned(plans, "c", group, groups, launcher.choices["c"].tiling)
+            self.steps = (launch.KernelStep(kernel, emit(kernel, portable=True), sizes, ()),)
+            taken.append(launcher.choices["c"].tiling)
+
+        def __call__(self, inputs: object) -> tuple[()]:
+            if len(taken) < 3:
+                raise OutOfResources(300000, 232448, "shared memory")
+            return ()
+
+    monkeypatch.setattr(launch.Launcher, "plan", lambda self, inputs, sizes: Plan())
+    assert launcher({}, {}) == () and len(set(taken)) == 3
+
+
+# --- in words --------------------------------------------------------------------------------------------------------
+
+
+def test_explanation_names_the_plan_and_the_next_best() -> None:
+    plans, group, groups = planner(KINDS["causal"])
+    choice = choose(plans, "c", group, groups, H100)
+    kernel, sizes = planned(plans, "c", group, groups, choice.tiling)
+    text = describe(Launch(kernel, sizes, choice), Rest((), "it calls another cascade"))
+    assert "kernel c: 1 of 2" in text and "4096 programs of 128 m x 64 n" in text and "4 warps, 2 stages" in text
+    assert choice.estimate.text() in text and "next: " in text and "registers a thread" in text
+    assert "no kernel, it calls another cascade: 2 of 2" in text

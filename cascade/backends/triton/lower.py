@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cascade.backends.triton.bounds import always, conjuncts, loop_bounds, never_empty
+from cascade.backends.triton.index import Entry, widest
 from cascade.backends.triton.partition import Group, reduced_ranks
 from cascade.backends.triton.plan import (
     Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Options, Partial, Role, Seen, Start, Store, Tensor,
@@ -30,7 +31,7 @@ from cascade.ir import (
 from cascade.ops import OPS, REDUCERS, Kind
 from cascade.passes.scalars import evaluate
 from cascade.text import render_stmt
-from cascade.walk import children, defines, reads, rewrite, targets, walk, with_children
+from cascade.walk import children, defines, reads, rewrite, substitute, targets, walk, with_children
 
 SAMPLES = (0.75, -1.25, 3.5)  # stand for any finite number where it is asked what an expression comes to
 SMALLEST_SIDE = 16  # of a matrix product
@@ -47,6 +48,9 @@ class Setting:
     extents: Mapping[str, Size]  # of every rank
     numbers: Mapping[str, int]  # of every rank and shape symbol, in this kind of call: proofs use them
     options: Options = field(default=Options())
+    index: Mapping[Expr, Entry] = field(default_factory=dict)  # where the bounds of tests on data are found
+    lives: Mapping[str, tuple[tuple[str, ...], tuple[Expr, ...]]] = field(default_factory=dict)
+    """Tensors of earlier kernels that may be absent: their ranks, and the tests over those under which they are not."""
     split: str | None = None  # the rank that counts the parts of the stream, where each program has one of them
 
 
@@ -123,6 +127,7 @@ class _Lowering:
             self.setting.options,
             watched=tuple(self.watched),
             partial=tuple(self.partial),
+            live=tuple((name, self.values[name].live) for name in self.setting.results if name in self.values),
         )
 
     def store_all(self, trips: Trips) -> None:
@@ -244,22 +249,30 @@ class _Lowering:
         tests = tuple(dict.fromkeys(test for group in self.edges for test in group))
         tiled = [a.rank for a in self.setting.axes if a.role in (Role.TILE, Role.WHOLE)]
         tail = None if axis.exact else Apply("lt", (Rank(stream), _size(axis.extent)))
+        indexed = {test: entry for test, entry in self.setting.index.items() if test in tests}
         visited = loop_bounds([test for test in tests if test in common and test != tail], stream, tiled)
-        inside = loop_bounds([test for test in tests if test != tail], stream, tiled)
-        edges = bool(tests)
-        full_stop = inside.full_stop
+        inside = loop_bounds([test for test in tests if test != tail and test not in indexed], stream, tiled)
+        tile = Const(axis.tile)
+        firsts, stops = [visited.first], [visited.stop]
+        whole_firsts, whole_stops = [inside.full_first], [inside.full_stop]
+        for test, entry in indexed.items():
+            if test in common:
+                firsts.append(Apply("mul", (entry.read(entry.first), tile)))
+                stops.append(Apply("mul", (entry.read(entry.stop), tile)))
+            whole_firsts.append(Apply("mul", (entry.read(entry.whole_first), tile)))
+            whole_stops.append(Apply("mul", (entry.read(entry.whole_stop), tile)))
         if tail in tests:
-            full_stop = _size(axis.extent) if full_stop is None else Apply("min", (full_stop, _size(axis.extent)))
-        inner = None if inside.never_full else (self.bound(inside.full_first), self.bound(full_stop))
+            whole_stops.append(_size(axis.extent))
+        inner = (self.bound(widest("max", whole_firsts)), self.bound(widest("min", whole_stops)))
         carried = tuple(name for stmt in states for name in self.carried(stmt))
         carried += tuple(name for name in self.presence.values())
-        first, stop = self.share(stream, self.bound(visited.first), self.bound(visited.stop))
+        first, stop = self.share(stream, self.bound(widest("max", firsts)), self.bound(widest("min", stops)))
         return Loop(
             stream,
             first,
             stop,
-            inner,
-            edges,
+            None if inside.never_full else inner,
+            bool(tests),
             carried,
             tuple(body),
             self.setting.options.edge_tile,
@@ -1016,6 +1029,10 @@ class _Lowering:
         """The tests under which a coordinate of a read exists: tiles that reach beyond, and computed indices."""
         tensor = self.setting.tensors[read.tensor]
         found: list[Expr] = []
+        if read.tensor in self.setting.lives:
+            ranks, tests = self.setting.lives[read.tensor]
+            at = dict(zip(ranks, read.index, strict=True))
+            found.extend(test for test in (substitute(test, at) for test in tests) if not self.proved(test))
         for position, index in enumerate(read.index):
             extent = _size(tensor.shape[position])
             if isinstance(index, Rank):

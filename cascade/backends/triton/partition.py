@@ -18,6 +18,7 @@ from cascade.walk import defines, expressions, free_ranks, reads, targets, walk
 
 ROW_LIMIT = 32768  # elements of a row that a program may hold at once
 PRODUCT_LIMIT = 1024  # extent of a rank that a tile of a matrix product may have whole
+MANY = 128  # programs that keep a GPU busy
 SHORT = 128  # a reduced rank of a matrix product up to this extent needs no loop
 
 
@@ -79,12 +80,31 @@ def _place(stmt: Stmt, found: list[list[Stmt] | Rest], cascade: Cascade, extents
     for group in reversed(found):
         made = set(group.names) if isinstance(group, Rest) else {name for s in group for name in defines(s)}
         near = isinstance(group, list) and bool(needed & made or companions & made)
-        if isinstance(group, list) and near and arrange([*group, stmt], cascade, extents) is not None:
+        if isinstance(group, list) and near and _worthwhile(group, stmt, cascade, extents):
             group.append(stmt)
             return
         if needed & made:  # it must come after this group
             break
     found.append([stmt])
+
+
+def _worthwhile(group: Sequence[Stmt], stmt: Stmt, cascade: Cascade, extents: Mapping[str, int]) -> bool:
+    """Whether a statement can join a group without leaving most of a GPU idle that both would use alone."""
+    together = arrange([*group, stmt], cascade, extents)
+    if together is None:
+        return False
+    if together.stream is not None or any(matrix_product(other) for other in (*group, stmt)):
+        return True  # a stream can be shared by programs
+    alone = [arrange(group, cascade, extents), arrange([stmt], cascade, extents)]
+    programs = [_coordinates(found.shared, extents) for found in alone if found is not None]
+    return _coordinates(together.shared, extents) >= min(*programs, MANY)
+
+
+def _coordinates(ranks: Sequence[str], extents: Mapping[str, int]) -> int:
+    count = 1
+    for rank in ranks:
+        count *= extents[rank]
+    return count
 
 
 def _companions(stmt: Stmt, cascade: Cascade) -> Iterator[str]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypeAlias, assert_never
 
+from cascade.backends.triton.index import Index
 from cascade.ir import DType, Expr, Size
 from cascade.text import render_expr
 
@@ -263,6 +264,8 @@ class Kernel:
     reverse: str | None = None  # the tiled axis whose last tile has most work and therefore starts first
     watched: tuple[str, ...] = ()  # products that what is absent may have spoilt: 0 * NaN is NaN
     partial: tuple[Partial, ...] = ()  # the states of a part of the stream, where several programs share it
+    live: tuple[tuple[str, tuple[Expr, ...]], ...] = ()  # what is stored, and the tests under which it is present
+    index: Index | None = None  # what must be computed before: bounds that depend on data
     careful: Kernel | None = None  # the same for one coordinate of each tiled axis, without products: where they are
 
     def axis(self, rank: str) -> Axis:

@@ -11,14 +11,16 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cascade.backends.triton.lower import BYTES_OF, Setting, lower
+from cascade.backends.triton.bounds import conjuncts, loop_bounds
+from cascade.backends.triton.index import Index, index_of
+from cascade.backends.triton.lower import BYTES_OF, Setting, lower, unsupported
 from cascade.backends.triton.partition import Group, Rest, held, partition, power_of_two
 from cascade.backends.triton.plan import Axis, Kernel, Options, Role, Tensor
 from cascade.backends.triton.products import matrix_product
 from cascade.backends.triton.split import divisible, merging
 from cascade.backends.triton.units import in_base_two
 from cascade.inference import FLOATS, infer_dtypes, infer_shapes
-from cascade.ir import Cascade, Const, DType, Expr, Extent, Rank, Read, Result, Size, Stmt
+from cascade.ir import Cascade, Const, DType, Einsum, Expr, Extent, Local, Rank, Read, Result, Size, Stmt
 from cascade.walk import expressions, fresh, map_expressions, map_fold, reads, rewrite, targets, walk
 
 
@@ -77,6 +79,8 @@ class Planner:
     sizes: dict[str, Size] = field(init=False)
     dtypes: dict[str, DType] = field(init=False)
     shapes: dict[str, tuple[Size, ...]] = field(init=False)
+    lives: dict[str, tuple[tuple[str, ...], tuple[Expr, ...]]] = field(init=False, default_factory=dict)
+    hidden: set[str] = field(init=False, default_factory=set)  # tensors whose presence only their kernel knows
     _groups: tuple[Group | Rest, ...] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -154,15 +158,60 @@ class Planner:
         if part is not None:
             axes = (Axis(part, Role.POINT, self.sizes[part], 1, True), *axes)
         names = dict.fromkeys([*(r for stmt in group.statements for r in self.outside_reads(stmt, group)), *stored])
+        for tested in [n for n in names if n in self.lives]:
+            names |= dict.fromkeys(r.tensor for t in self.lives[tested][1] for r in walk(t) if isinstance(r, Read))
         tensors = {n: self.fixed(self.tensor(n, self.feeds_product(n, groups)), static) for n in names}
         results = {n: self.result(n) for n in stored}
-        dtypes = {**self.dtypes}
         extents = {rank: static.size(self.sizes[rank]) for rank in self.sizes}
         numbers = {**self.ranks, **self.extents}
-        setting = Setting(axes, tensors, dtypes, results, extents, numbers, tiling.options, part)
+        index = self.index(fixed, axes)
+        entries = {} if index is None else index.entries
+        for table, shape in ({} if index is None else index.shapes).items():
+            tensors[table] = Tensor(table, DType.I32, shape, (*(None for _ in shape[1:]), 1))
+        dtypes = {**self.dtypes, **dict.fromkeys({} if index is None else index.shapes, DType.I32)}
+        numbers |= {} if index is None else index.sizes
+        if unseen := [n for n in names if n in self.hidden and n not in stored]:
+            raise unsupported(f"{unseen[0]}, of which some coordinates are absent, between two kernels")
+        lives = {n: self.lives[n] for n in names if n in self.lives}
+        setting = Setting(axes, tensors, dtypes, results, extents, numbers, tiling.options, entries, lives, part)
         kernel = lower(name, fixed, setting)
+        self.remember(kernel, fixed)
         careful = self.careful(name, fixed, setting) if kernel.watched else None
-        return dataclasses.replace(kernel, reverse=self.reversed_axis(kernel), careful=careful), fixed
+        return dataclasses.replace(kernel, reverse=self.reversed_axis(kernel), index=index, careful=careful), fixed
+
+    def remember(self, kernel: Kernel, group: Group) -> None:
+        """Notes under which tests a stored tensor is present, for the kernels that read it."""
+        ranks = {target.name: target.ranks for stmt in group.statements for target in targets(stmt)}
+        for name, tests in kernel.live:
+            if any(isinstance(node, Local) for test in tests for node in walk(test)):
+                self.hidden.add(name)
+            elif tests:
+                self.lives[name] = (ranks[name], tests)
+
+    def index(self, group: Group, axes: Sequence[Axis]) -> Index | None:
+        """The index for filters of a group that compare data along its stream; None where there are none."""
+        stream = group.arrangement.stream
+        if stream is None:
+            return None
+        rows = [axis.rank for axis in axes if axis.role is Role.TILE]
+        tests = dict.fromkeys(
+            test
+            for stmt in group.statements
+            if isinstance(stmt, Einsum)
+            for test in conjuncts(stmt.where)
+            if loop_bounds([test], stream, rows).rest
+        )
+        tiles = {axis.rank: axis.advance for axis in axes if axis.role in (Role.TILE, Role.STREAM)}
+        params = {name: self.dtypes[name] for name in self.layouts}
+        read = {node.tensor for test in tests for node in walk(test) if isinstance(node, Read)}
+        if not tests or not read <= set(params):
+            return None
+        return index_of(tests, stream, rows, tiles, self.sizes, self.ranks, self.shapes, self.dtypes)
+
+    def indexer(self, index: Index) -> Planner:
+        """The planner of an index."""
+        layouts = {param.name: self.layouts[param.name] for param in index.cascade.params}
+        return Planner(index.cascade, {**self.extents, **index.sizes}, layouts, self.descriptors)
 
     def split(
         self, name: str, group: Group, groups: Sequence[Group | Rest], tiling: Tiling

@@ -35,9 +35,8 @@ FINEST = 1e-4  # the tolerance from float32 on
 
 TAKEN = (
     "torch", "triton", "tl", "math", "TensorDescriptor", "run", "reference", "main", "accept", "descriptor",
-    "largest_error", "sizes", "grid", "device", "there", "body", "ordered", "print", "float", "max", "min", "abs", "round",
-    "pow", "len", "zip", "isinstance", "enumerate", "sorted", "range", "str", "bool", "any", "ValueError", "SystemExit",
-    "name", "ours", "wanted", "error", "wrong", "key",
+    "largest_error", "sizes", "grid", "device", "tensor", "there", "body", "ordered", "key", "name", "ours", "wanted",
+    "error", "wrong", "zip", "print", "int", "ValueError", "SystemExit",
 )  # fmt: skip
 """What a file itself calls things; a tensor, rank or symbol of that name is written with a line behind it."""
 
@@ -378,13 +377,20 @@ class _Writer:
         results = [result.name for result in self.subject.final.results] if len(self.groups) == 1 else stored
         given = {size for name in inputs for size in self.planner.shapes[name]}
         needed = self.needed(plan, stored)
-        loose = [symbol for symbol in needed if symbol not in given and symbol not in plan.static]
+        loose = [symbol for symbol in self.subject.sizes if symbol not in given]  # only a keyword tells them
+        if len(self.groups) > 1:
+            loose = [symbol for symbol in loose if symbol in needed and symbol not in plan.static]
         words = [self.names[name] for name in inputs]
         yield from wrapped("def run(", [*words, *(["*"] if loose else []), *map(self.name, loose)], "):")
         yield f'    """{self.summary(inputs, results)}"""'
         known = [f'"{symbol}": {plan.static[symbol]}' for symbol in self.subject.sizes if symbol in plan.static]
-        known += [f'"{symbol}": {self.names[symbol]}' for symbol in loose]
-        yield f"    sizes = {{{', '.join(known)}}}{'  # compiled in' if plan.static and not loose else ''}"
+        known += [f'"{symbol}": {self.names[symbol]}' for symbol in loose if symbol not in plan.static]
+        yield f"    sizes = {{{', '.join(known)}}}{'  # compiled in' if plan.static else ''}"
+        for symbol in loose:
+            if symbol in plan.static:
+                message = f"{symbol} is {{{self.name(symbol)}}}, compiled for {plan.static[symbol]}"
+                yield f"    if {self.name(symbol)} != {plan.static[symbol]}:"
+                yield f'        raise ValueError(f"{message}")'
         described = {tensor.name: tensor for tensor in plan.kernel.tensors}
         for name in inputs:
             shape = _tuple([f'"{s}"' if isinstance(s, str) else str(s) for s in self.planner.shapes[name]])

@@ -248,7 +248,7 @@ class _Emitter:
         return "[" + ", ".join(self.block(rank) for rank in axes) + "]"
 
     def order(self, axes: set[str]) -> tuple[str, ...]:
-        return tuple(axis.rank for axis in self.kernel.axes if axis.rank in axes and axis.role is not Role.POINT)
+        return tuple(axis.rank for axis in self.kernel.axes if axis.rank in axes and not axis.single)
 
     # --- expressions -------------------------------------------------------------------------------------------------
 
@@ -280,7 +280,7 @@ class _Emitter:
                 return _Piece(number(expr.value), (), ATOM, isinstance(expr.value, float))
             case Rank():
                 axis = self.kernel.axis(expr.name)
-                return _Piece(self.rank(expr.name), () if axis.role is Role.POINT else (expr.name,), ATOM, False)
+                return _Piece(self.rank(expr.name), () if axis.single else (expr.name,), ATOM, False)
             case Extent():
                 return _Piece(self.size(expr.name), (), ATOM, False)
             case Local():
@@ -618,14 +618,14 @@ class _Emitter:
         return [found.get(word, word) for word in words]
 
     def one_loop(self, op: Loop, start: str, stop: str) -> None:
-        rank, block = self.rank(op.rank), self.block(op.rank)
+        rank = self.rank(op.rank)
         for number, line in enumerate(self.steps(op, start, stop)):
             self.line("    " * bool(number) + line)
         self.depth += 1
         before, self.always_edge = self.always_edge, True
         body = self.captured(op)
         if re.search(rf"\b{rank}\b", "\n".join(body)):
-            self.line(f"{rank} = {rank}_first + tl.arange(0, {block})")
+            self.line(self.whereabouts(self.kernel.axis(op.rank)))
         self.lines.extend(body)
         self.always_edge = before
         self.depth -= 1
@@ -638,6 +638,12 @@ class _Emitter:
         last = f"({stop} - 1) // {block} * {block}"
         back = f"{rank}_back" if start == "0" else f"({rank}_back - {start})"
         return [f"for {rank}_back in tl.range({start}, {stop}, {block}):", f"{rank}_first = {last} - {back}"]
+
+    def whereabouts(self, axis: Axis) -> str:
+        """The coordinates of the tile at hand."""
+        rank = self.rank(axis.rank)
+        more = "" if axis.single else f" + tl.arange(0, {self.block(axis.rank)})"
+        return f"{rank} = {rank}_first{more}"
 
     def captured(self, op: Loop) -> list[str]:
         """The lines of a loop's body."""
@@ -654,7 +660,7 @@ class _Emitter:
         body = self.captured(op)
         self.depth = depth
         if re.search(rf"\b{rank}\b", "\n".join(body)):
-            body.insert(0, f"        {rank} = {rank}_first + tl.arange(0, {block})")
+            body.insert(0, "        " + self.whereabouts(self.kernel.axis(op.rank)))
         made = {inner.name for inner in op.body if isinstance(inner, (Load, Let, Mask, Dot, Fold))} - set(op.carried)
         outer = list(op.carried)
         text = "\n".join(body)
@@ -742,8 +748,17 @@ class _Emitter:
                 named = {Role.POINT: rank, Role.WHOLE: "0"}
                 found.append(named.get(axis.role, f"{rank}_first"))
             else:
-                found.append(self.text(part, ()))
+                found.append(self.beginning(part))
         return found
+
+    def beginning(self, part: Expr) -> str:
+        """Where a box begins along a shifted or computed index."""
+        if isinstance(part, Apply) and part.op == "add" and isinstance(part.args[0], Rank):
+            axis = self.kernel.axis(part.args[0].name)
+            if not axis.single:
+                shift = self.text(part.args[1], ())
+                return shift if axis.role is Role.WHOLE else f"{self.rank(axis.rank)}_first + {shift}"
+        return self.text(part, ())
 
     def quotient(self, expr: Expr) -> str | None:
         """A quotient that is one number for a whole tile, taken at its first coordinate; None for anything else."""

@@ -113,8 +113,12 @@ class Launcher:
             if isinstance(group, Rest):
                 yield RestStep(planner.cascade, group, planner)
                 continue
-            tiling = self.tiling(planner, label, group, groups, bench)
-            yield from self.built(planner, label, group, groups, tiling, bench)
+            try:
+                tiling = self.tiling(planner, label, group, groups, bench)
+                made = tuple(self.built(planner, label, group, groups, tiling, bench))
+            except UnsupportedError as error:
+                made = (RestStep(planner.cascade, Rest(group.statements, error.diagnostics[0].message), planner),)
+            yield from made
 
     def built(
         self, planner: Planner, label: str, group: Group, groups: Groups, tiling: Tiling, bench: Bench | None

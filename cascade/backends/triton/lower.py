@@ -34,6 +34,7 @@ from cascade.text import render_stmt
 from cascade.walk import children, defines, reads, rewrite, substitute, targets, walk, with_children
 
 SAMPLES = (0.75, -1.25, 3.5)  # stand for any finite number where it is asked what an expression comes to
+LARGEST_TILE = 1 << 20  # elements
 SMALLEST_SIDE = 16  # of a matrix product
 
 
@@ -51,6 +52,8 @@ class Setting:
     index: Mapping[Expr, Entry] = field(default_factory=dict)  # where the bounds of tests on data are found
     lives: Mapping[str, tuple[tuple[str, ...], tuple[Expr, ...]]] = field(default_factory=dict)
     """Tensors of earlier kernels that may be absent: their ranks, and the tests over those under which they are not."""
+    pieces: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
+    """Reduced ranks of products that lie in pieces, each a power of two: the axes, and where each begins."""
     split: str | None = None  # the rank that counts the parts of the stream, where each program has one of them
 
 
@@ -163,7 +166,7 @@ class _Lowering:
 
     def spread(self, ranks: Collection[str]) -> tuple[str, ...]:
         """The dimensions of a tile over these ranks: points have none."""
-        return tuple(a.rank for a in self.setting.axes if a.rank in ranks and a.role is not Role.POINT)
+        return tuple(a.rank for a in self.setting.axes if a.rank in ranks and not a.single)
 
     def fresh(self, wanted: str) -> str:
         """A name that nothing has yet, like the wanted one."""
@@ -474,6 +477,7 @@ class _Lowering:
         body = self.expression(stmt.expr.body)
         live = merged(body.live, inside)
         over = self.spread(ranks)
+        self.small_enough(stmt, {*self.shape(body.expr), *over})
         expr = self.tested(stmt, body, live, over, identity(reducer, self.type_of(body.expr)))
         live_after = self.present_after(live, ranks, stmt)
         if not over:
@@ -518,6 +522,14 @@ class _Lowering:
 
     def type_of_tensor(self, name: str) -> DType:
         return computed(self.setting.dtypes[name])
+
+    def small_enough(self, stmt: Stmt, axes: Collection[str]) -> None:
+        """Refuses a tile that Triton does not have: more elements than a million."""
+        size = 1
+        for rank in axes:
+            size *= self.axis(rank).tile
+        if size > LARGEST_TILE:
+            raise unsupported(f"a sum over tiles of {size} elements", stmt)
 
     def tested(
         self, stmt: Einsum, body: Value, live: tuple[Expr, ...], over: tuple[str, ...], wanted: float | int | bool
@@ -691,19 +703,25 @@ class _Lowering:
         if sides is None or (into is not None and sides[2]):
             return None
         left_terms, right_terms, rest = sides
-        left, right, live, wide = self.operands(stmt, left_terms, right_terms, axes, over[0])
-        present, edge = self.present(right, wide) if into is None else (None, False)
-        exact = DType.F32 in (self.variables[left.name][1], self.variables[right.name][1])
+        live: tuple[Expr, ...] = ()
+        variable = into[0].name if into is not None else ""
+        for number, (rank, start) in enumerate(self.setting.pieces.get(over[0], ((over[0], 0),))):
+            place = Rank(rank) if start == 0 else Apply("add", (Rank(rank), Const(start)))
+            mine = [[substitute(term, {over[0]: place}) for term in terms] for terms in (left_terms, right_terms)]
+            left, right, tests, wide = self.operands(stmt, mine[0], mine[1], axes, rank)
+            live = merged(live, tests)
+            present, edge = self.present(right, wide) if into is None else (None, False)
+            exact = DType.F32 in (self.variables[left.name][1], self.variables[right.name][1])
+            if into is not None and number == 0:
+                if wide and right.name in self.raw:
+                    self.watched.append(variable)
+                if into[1] != into[0]:
+                    self.ops.append(Let(variable, axes, into[1]))
+            onto = into is not None or number > 0
+            variable = variable or self.variable(stmt.target.name, axes, DType.F32)
+            self.ops.append(Dot(variable, axes, left.name, right.name, rank, onto, exact, present, edge))
         if into is not None:
-            old, moved = into
-            if wide and right.name in self.raw:
-                self.watched.append(old.name)
-            if moved != old:
-                self.ops.append(Let(old.name, axes, moved))
-            self.ops.append(Dot(old.name, axes, left.name, right.name, over[0], True, exact, present, edge))
-            return Value(old, live)
-        variable = self.variable(stmt.target.name, axes, DType.F32)
-        self.ops.append(Dot(variable, axes, left.name, right.name, over[0], False, exact, present, edge))
+            return Value(into[0], live)
         scale = [self.expression(term) for term in rest]
         found = folded(product([Local(variable), *(value.expr for value in scale)]))
         live = merged(live, *(value.live for value in scale))
@@ -735,7 +753,8 @@ class _Lowering:
             return None
         if any(self.type_of_tensor(name) not in FLOATS for t in (*left, *right) for name in _tensors(t)):
             return None
-        if min(self.axis(rank).tile for rank in (rows, columns, over)) < SMALLEST_SIDE:
+        pieces = [rank for rank, _ in self.setting.pieces.get(over, ((over, 0),))]
+        if min(self.axis(rank).tile for rank in (rows, columns, *pieces)) < SMALLEST_SIDE:
             return None
         return left, right, rest
 
@@ -1059,11 +1078,12 @@ class _Lowering:
         found = []
         for _position, part in enumerate(index):
             ranks = self.index_axes(part)
-            if ranks and not isinstance(part, Rank):
+            shifted = isinstance(part, Apply) and part.op == "add" and isinstance(part.args[1], Const)
+            if ranks and not isinstance(part.args[0] if isinstance(part, Apply) and shifted else part, Rank):
                 return None
             found.append(self.axis(ranks[0]).tile if ranks else 1)
         last = index[-1]
-        if tensor.strides[-1] != 1 or not isinstance(last, Rank) or not self.index_axes(last):
+        if tensor.strides[-1] != 1 or not self.index_axes(last):
             return None
         if found[-1] * BYTES_OF[tensor.dtype] < 16 or any(size > 256 for size in found) or len(found) > 5:
             return None

@@ -53,6 +53,11 @@ class Axis:
     step: int = 0  # 0: the whole tile
 
     @property
+    def single(self) -> bool:
+        """Whether there is one coordinate at a time, a number and no dimension of a tile."""
+        return self.role is Role.POINT or (self.role is Role.STREAM and self.tile == 1)
+
+    @property
     def advance(self) -> int:
         """How far the tiles of neighbouring programs lie apart."""
         return self.step or self.tile

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from cascade.backends.triton.bounds import conjuncts, loop_bounds
 from cascade.backends.triton.index import Index, index_of
 from cascade.backends.triton.lower import BYTES_OF, Setting, lower, unsupported
-from cascade.backends.triton.partition import Group, Rest, held, partition, power_of_two
+from cascade.backends.triton.partition import Group, Rest, held, partition, power_of_two, reduced_ranks
 from cascade.backends.triton.plan import Axis, Kernel, Options, Role, Tensor
 from cascade.backends.triton.products import matrix_product
 from cascade.backends.triton.split import divisible, merging
@@ -173,11 +173,39 @@ class Planner:
         if unseen := [n for n in names if n in self.hidden and n not in stored]:
             raise unsupported(f"{unseen[0]}, of which some coordinates are absent, between two kernels")
         lives = {n: self.lives[n] for n in names if n in self.lives}
-        setting = Setting(axes, tensors, dtypes, results, extents, numbers, tiling.options, entries, lives, part)
-        kernel = lower(name, fixed, setting)
+        setting = Setting(axes, tensors, dtypes, results, extents, numbers, tiling.options, entries, lives, split=part)
+        kernel = lower(name, fixed, self.in_pieces(setting, group))
         self.remember(kernel, fixed)
         careful = self.careful(name, fixed, setting) if kernel.watched else None
         return dataclasses.replace(kernel, reverse=self.reversed_axis(kernel), index=index, careful=careful), fixed
+
+    def in_pieces(self, setting: Setting, group: Group) -> Setting:
+        """The setting with reduced ranks of products in pieces, where the next power of two would waste too much.
+
+        576  -->  512 and 64, instead of 1024
+        """
+        kept = {rank for stmt in group.statements for target in targets(stmt) for rank in target.ranks}
+        found = [matrix_product(stmt) for stmt in group.statements]
+        products = {product.over for product in found if product is not None}
+        summed = {rank for stmt in group.statements for rank in reduced_ranks(stmt) if matrix_product(stmt) is None}
+        axes: list[Axis] = []
+        pieces: dict[str, tuple[tuple[str, int], ...]] = {}
+        taken = set(self.sizes)
+        for axis in setting.axes:
+            sizes = powers(axis.extent) if isinstance(axis.extent, int) else ()
+            whole = axis.role is Role.WHOLE and axis.rank in products - kept - summed
+            if not whole or not 1 < len(sizes) <= 3 or sizes[-1] < 16:
+                axes.append(axis)
+                continue
+            names = [axis.rank, *(fresh(axis.rank, taken) for _ in sizes[1:])]
+            pieces[axis.rank] = tuple(zip(names, (sum(sizes[:n]) for n in range(len(sizes))), strict=True))
+            axes.extend(Axis(name, Role.WHOLE, size, size, True) for name, size in zip(names, sizes, strict=True))
+        if not pieces:
+            return setting
+        numbers = {**setting.numbers, **{axis.rank: axis.tile for axis in axes if axis.rank not in self.sizes}}
+        numbers |= {axis.rank: axis.tile for axis in axes if axis.rank in pieces}
+        extents = {**setting.extents, **{axis.rank: axis.extent for axis in axes}}
+        return dataclasses.replace(setting, axes=tuple(axes), pieces=pieces, numbers=numbers, extents=extents)
 
     def remember(self, kernel: Kernel, group: Group) -> None:
         """Notes under which tests a stored tensor is present, for the kernels that read it."""
@@ -349,7 +377,11 @@ class Planner:
         products = [found for stmt in group.statements if (found := matrix_product(stmt)) is not None]
         if products:
             sides = [side & shared for found in products for side in (found.rows, found.columns)]
-            chosen: set[str] = set().union(*sides)
+            chosen: set[str] = set()
+            for side in sides:  # a side has one dimension: the rank with most coordinates, up to a tile of them
+                if side and not chosen & side:
+                    order = list(group.arrangement.shared)
+                    chosen.add(max(side, key=lambda rank: (min(self.ranks[rank], 128), order.index(rank))))
             if not chosen or (len(chosen) == 1 and all(self.ranks[rank] < 16 for rank in chosen)):
                 packed = {rank for product in products for rank, _ in product.grouped}
                 if packed & shared:
@@ -410,6 +442,7 @@ class Planner:
                 tiles[rank] = min(rows, max(16, power_of_two(together or self.ranks[rank])))
             if stream is not None:
                 tiles[stream] = min(64, max(16, power_of_two(self.ranks[stream])))
+                tiles[stream] = 1 if self.steps_singly(group) else tiles[stream]
             warps = 8 if len(tiled) == 2 else 4
             edge = 32 if stream is not None and tiles[stream] > 32 else 0
             options = Options(warps, 3 if len(tiled) == 2 else 2, edge)
@@ -439,6 +472,15 @@ class Planner:
         steps = -(-self.ranks[stream] // tiles[stream])
         return max(1, min(FEW_PROGRAMS * 4 // programs, steps // 4, 64)) if programs < FEW_PROGRAMS else 1
 
+    def steps_singly(self, group: Group) -> bool:
+        """Whether the stream goes one coordinate at a time: products sum over another rank beside it, a page of it."""
+        stream = group.arrangement.stream
+        return any(
+            stream in reduced_ranks(stmt) and product.over != stream and self.ranks[product.over] >= 16
+            for stmt in group.statements
+            if (product := matrix_product(stmt)) is not None
+        )
+
     def product_ranks(self, group: Group) -> set[str]:
         """The ranks that are a side or the reduced rank of a matrix product."""
         found: set[str] = set()
@@ -456,6 +498,11 @@ class Planner:
             if product is not None:
                 found |= dict(product.grouped)
         return found
+
+
+def powers(extent: int) -> tuple[int, ...]:
+    """The powers of two that a number is the sum of, the largest first."""
+    return tuple(1 << bit for bit in reversed(range(extent.bit_length())) if extent >> bit & 1)
 
 
 def contiguous(shape: Sequence[int]) -> tuple[int, ...]:

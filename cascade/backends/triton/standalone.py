@@ -12,11 +12,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from cascade.backends.triton.emit import Argument, Source, emit, wrapped
 from cascade.backends.triton.offline import Request
 from cascade.backends.triton.partition import Group, Rest
-from cascade.backends.triton.plan import Kernel, Role
+from cascade.backends.triton.plan import Axis, Kernel, Role
 from cascade.backends.triton.planner import Layout, Planner, Tiling
 from cascade.backends.triton.reference import TORCH, Lines, interval, python_names, reference_lines
 from cascade.backends.triton.spell import HELPERS
@@ -122,7 +123,7 @@ def standalone(subject: Subject, descriptors: bool = True) -> Emission:
 
     Raises `UnsupportedError` where statements run outside kernels.
     """
-    planner = Planner(subject.final, subject.sizes, subject.layouts(subject.sizes), descriptors)
+    planner = _Alone(subject.final, subject.sizes, subject.layouts(subject.sizes), descriptors)
     groups = planner.groups()
     refuse_rest(groups)
     return _Writer(subject, planner, groups).emission()
@@ -235,13 +236,17 @@ def _elements(space: Sequence[Size], sizes: Mapping[str, int]) -> int:
 
 
 @dataclass(slots=True, eq=False)
-class _Elsewhere(Planner):
-    """A planner at other sizes that keeps how the ranks lie."""
+class _Alone(Planner):
+    """A planner of kernels that need no other kernel before them; `lie` fixes how the ranks lie, whatever the sizes."""
 
-    lie: Mapping[str, Role] = field(default_factory=dict)
+    lie: Mapping[str, Role] | None = None
 
     def roles(self, group: Group) -> dict[str, Role]:
-        return dict(self.lie)
+        return dict(self.lie) if self.lie is not None else Planner.roles(self, group)
+
+    def index(self, group: Group, axes: Sequence[Axis]) -> None:
+        """Bounds that depend on data take kernels of their own: every tile is tested instead."""
+        return
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +276,7 @@ def _multiples(kernel: Kernel) -> dict[str, int]:
 @dataclass(slots=True, eq=False)
 class _Writer:
     subject: Subject
-    planner: Planner
+    planner: _Alone
     groups: Sequence[Group | Rest]
     names: dict[str, str] = field(init=False)
     program: str = field(init=False)  # the name of the file that checks everything
@@ -316,8 +321,13 @@ class _Writer:
         """The kernel of a group, and what of the sizes is compiled into it."""
         name = self.program if len(self.groups) == 1 else f"{self.program}_{number}"
         tiling = dataclasses.replace(self.planner.default_tiling(group), parts=1)  # a file holds one kernel
+        before = dict(self.planner.lives), set(self.planner.hidden)
         kernel = self.planner.kernel(name, group, self.groups, tiling)
         source = emit(kernel)
+
+        def differs(changed: Mapping[str, int]) -> bool:
+            return self.elsewhere(name, group, tiling, changed, before) != source.text
+
         static = dict(self.planner.static(group).numbers)
         multiples = _multiples(kernel)
         for tensor in kernel.tensors:  # a stride that no address has: the dimension has one coordinate
@@ -329,14 +339,16 @@ class _Writer:
             size, tile = self.subject.sizes[symbol], max(128, multiples.get(symbol, 1))
             larger[symbol] = size + 16 * tile
             for other in (size % tile or tile, larger[symbol]):
-                if self.elsewhere(name, group, tiling, {symbol: max(other, 2)}) != source.text:
+                if differs({symbol: max(other, 2)}):
                     static[symbol] = size
         rest = {symbol: size for symbol, size in larger.items() if symbol not in static}
-        if rest and self.elsewhere(name, group, tiling, rest) != source.text:
+        if rest and differs(rest):
             static |= {symbol: self.subject.sizes[symbol] for symbol in rest}
         return _Planned(name, group, kernel, source, static, multiples)
 
-    def elsewhere(self, name: str, group: Group, tiling: Tiling, changed: Mapping[str, int]) -> str:
+    def elsewhere(
+        self, name: str, group: Group, tiling: Tiling, changed: Mapping[str, int], before: tuple[Any, set[str]]
+    ) -> str:
         """The text of a kernel that is planned at other sizes, where tiles fit as they do: "" where it cannot be.
 
         What a plan proves of its sizes it leaves out of the kernel. Where the text differs, something was proved that
@@ -344,7 +356,8 @@ class _Writer:
         """
         sizes = {**self.subject.sizes, **changed}
         layouts = self.subject.layouts(sizes)
-        planner = _Elsewhere(self.subject.final, sizes, layouts, self.planner.descriptors, self.planner.roles(group))
+        planner = _Alone(self.subject.final, sizes, layouts, self.planner.descriptors, self.planner.roles(group))
+        planner.lives, planner.hidden = dict(before[0]), set(before[1])  # what kernels before it have told
         try:
             return emit(planner.kernel(name, group, self.groups, tiling)).text
         except UnsupportedError:

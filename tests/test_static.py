@@ -1,0 +1,199 @@
+"""Every kernel that the benchmarks run, compiled for a GPU that is not there: what its machine code shows.
+
+With this Triton and with the oldest one that is supported, at the sizes of the benchmarks and with the planner's own
+tiles: nothing spills, no product waits for the one before it, tiles that were planned by descriptor come by descriptor.
+How many blocks fit on a multiprocessor is written down in `tests/cases/static`, a file for each Triton;
+`pytest tests/test_static.py --update-golden` writes them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from benchmarks import programs
+from cascade import trial
+from cascade.backends.triton.emit import Source, emit
+from cascade.backends.triton.offline import Failure, StaticFacts, facts
+from cascade.backends.triton.partition import Rest
+from cascade.backends.triton.plan import Dot, Kernel, Load, every_op
+from cascade.backends.triton.planner import Planner
+from cascade.backends.triton.standalone import contiguous
+from cascade.backends.triton.static import request
+from cascade.frontend.build import parse_cascade
+from cascade.ir import DType
+from cascade.pipeline import run_pipeline
+
+ROOT = Path(__file__).parent.parent
+TRITON36 = ROOT / ".venv-triton36" / "bin" / "python"
+GOLDEN = Path(__file__).parent / "cases" / "static"
+WGMMA_ROWS = 64  # with fewer a product runs on the tensor cores of a warp, synchronously
+
+pytestmark = pytest.mark.campaign
+
+CAUSAL = "n <= m"
+ALIBI = "{s} - slope[h] * (m - n)"
+SOFTCAP = "30.0 * tanh({s} / 30.0)"
+D128 = {"B": 4, "H": 32, "M": 4096, "N": 4096, "E": 128, "F": 128}
+D64 = {**D128, "E": 64, "F": 64}
+GROUPED = {"B": 2, "H": 32, "G": 8, "M": 8192, "N": 8192, "E": 128, "F": 128}
+ROWS = {"M": 16384, "N": 8192}
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A program of the benchmarks at one of their sizes."""
+
+    name: str
+    text: str
+    sizes: Mapping[str, int]
+
+
+def attentions() -> Iterator[Shipped]:
+    """Attention with its variants, for heads of 64 and of 128."""
+    for width, sizes in ((128, D128), (64, D64)):
+        yield Shipped(f"full D{width}", programs.attention(), sizes)
+        yield Shipped(f"causal D{width}", programs.attention(where=CAUSAL), sizes)
+        yield Shipped(f"window D{width}", programs.attention(where=f"{CAUSAL} and m - n < 1024"), sizes)
+        yield Shipped(f"alibi D{width}", programs.attention(1, ALIBI, CAUSAL, ", slope: f32[H]"), sizes)
+        yield Shipped(f"softcap D{width}", programs.attention(score=SOFTCAP), sizes)
+        narrow = {**GROUPED, "E": width, "F": width}
+        yield Shipped(f"grouped D{width}", programs.attention(4, where=CAUSAL), narrow)
+        yield Shipped(f"decode D{width}", programs.decode(4), {**narrow, "B": 32})
+    yield Shipped("differential", programs.DIFFERENTIAL, {**D128, "H": 16})
+    yield Shipped("sigmoid", programs.SIGMOID, {**D128, "H": 16})
+
+
+SHIPPED = (
+    *attentions(),
+    Shipped("softmax", programs.SOFTMAX, ROWS),
+    Shipped("softmax, long rows", programs.SOFTMAX, {"M": 2048, "N": 131072}),
+    Shipped("rmsnorm", programs.RMSNORM, ROWS),
+    Shipped("residual rmsnorm", programs.RESIDUAL_RMSNORM, ROWS),
+    Shipped("layernorm", programs.LAYERNORM, ROWS),
+    Shipped("entropy", programs.ENTROPY, ROWS),
+    Shipped("kl", programs.KL, ROWS),
+    Shipped("variance", programs.VARIANCE, ROWS),
+    Shipped("routing", programs.ROUTE, {"T": 65536, "N": 256}),
+    Shipped("gemm", programs.MATMUL, {"M": 8192, "N": 4096, "K": 4096}),
+    Shipped("gemm, bias, gelu", programs.MATMUL_GELU, {"M": 8192, "N": 4096, "K": 4096}),
+    Shipped("batched gemm", programs.MATMUL_BATCHED, {"B": 16, "M": 2048, "N": 2048, "K": 2048}),
+)
+VERSIONS = ("3.9", "3.6")
+SPILLING = {
+    ("3.9", "alibi D128"), ("3.6", "alibi D128"), ("3.9", "alibi D64"), ("3.6", "alibi D64"),
+    ("3.9", "differential"), ("3.6", "differential"), ("3.9", "sigmoid"), ("3.6", "window D128"), ("3.6", "rmsnorm"),
+}  # fmt: skip
+"""What runs out of registers with the planner's own tiles; a choice by the machine model takes other ones."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """One kernel of a program, as it would be launched."""
+
+    kernel: Kernel
+    source: Source
+
+
+def kernels(planner: Planner, name: str) -> Iterator[Built]:
+    """The kernels of a cascade; a stream that is shared takes one more, which merges."""
+    groups = planner.groups()
+    for number, group in enumerate(groups):
+        assert not isinstance(group, Rest), f"{name}: {group.reason}"
+        label = name if len(groups) == 1 else f"{name}_{number}"
+        tiling = planner.default_tiling(group)
+        if tiling.parts > 1:
+            kernel, merger, _ = planner.split(label, group, groups, tiling)
+            yield Built(kernel, emit(kernel))
+            yield from kernels(merger, f"{label}_merge")
+        else:
+            kernel = planner.kernel(label, group, groups, tiling)
+            yield Built(kernel, emit(kernel))
+
+
+@functools.cache
+def built(name: str) -> tuple[Built, ...]:
+    """The kernels of a shipped program."""
+    shipped = next(item for item in SHIPPED if item.name == name)
+    cascade = run_pipeline(parse_cascade(shipped.text), check=1).final
+    types = trial.param_types(cascade, DType.BF16)
+    layouts = {
+        param.name: contiguous([s if isinstance(s, int) else shipped.sizes[s] for s in param.shape], types[param.name])
+        for param in cascade.params
+    }
+    return tuple(kernels(Planner(cascade, dict(shipped.sizes), layouts), cascade.name))
+
+
+@functools.cache
+def compiled(version: str) -> dict[str, tuple[StaticFacts | Failure, ...]]:
+    """What all kernels show with one Triton: all compiled in one go."""
+    python = str(TRITON36) if version == "3.6" else sys.executable
+    if not Path(python).exists():
+        pytest.skip("no .venv-triton36; `make test` makes it")
+    wanted = {shipped.name: built(shipped.name) for shipped in SHIPPED}
+    found = iter(facts([request(b.kernel, b.source) for many in wanted.values() for b in many], "sm_90", python, 2))
+    return {name: tuple(next(found) for _ in many) for name, many in wanted.items()}
+
+
+def wide_products(kernel: Kernel) -> bool:
+    """Whether every product of a kernel has rows enough for asynchronous tensor cores, and 16-bit operands."""
+    dtypes = {name: dtype for name, _, dtype in kernel.variables}
+    dots = [op for op in every_op(kernel.ops) if isinstance(op, Dot)]
+    short = all(dtypes.get(op.left) in (DType.BF16, DType.F16) for op in dots)
+    return bool(dots) and short and all(kernel.axis(op.axes[0]).tile >= WGMMA_ROWS for op in dots)
+
+
+@pytest.mark.parametrize("name", [shipped.name for shipped in SHIPPED])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_machine_code_is_as_planned(version: str, name: str) -> None:
+    for one, found in zip(built(name), compiled(version)[name], strict=True):
+        assert isinstance(found, StaticFacts), f"{one.kernel.name}: {found.message}"
+        assert found.triton.startswith(f"{version}.")
+        if (version, name) not in SPILLING:
+            assert found.spills == 0, f"{one.kernel.name} spills {found.spills} bytes a thread"
+        assert found.serialized == (), f"{one.kernel.name}: products wait for each other, {found.serialized}"
+        assert found.blocks_per_sm > 0, f"{one.kernel.name} does not fit on a multiprocessor"
+        if wide_products(one.kernel):
+            assert found.wgmma > 0 and found.waits > 0, f"{one.kernel.name} has no asynchronous product"
+        if any(isinstance(op, Load) and op.box is not None for op in every_op(one.kernel.ops)):
+            assert found.tma_loads > 0, f"{one.kernel.name} loads no tile by descriptor"
+
+
+@pytest.mark.parametrize(("version", "name"), sorted(SPILLING))
+def test_what_is_known_to_spill_still_does(version: str, name: str) -> None:
+    spilt = [found.spills for found in compiled(version)[name] if isinstance(found, StaticFacts)]
+    assert any(spilt), f"{name} no longer spills with Triton {version}: take it out of SPILLING"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_blocks_that_fit_on_a_multiprocessor(version: str, update_golden: bool) -> None:
+    text = table(compiled(version))
+    path = GOLDEN / f"triton-{version}.txt"
+    if update_golden:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    expected = path.read_text(encoding="utf-8")
+    change = difflib.unified_diff(expected.splitlines(), text.splitlines(), "expected", "found", lineterm="")
+    assert text == expected, "\n".join(change)
+
+
+def table(found: Mapping[str, tuple[StaticFacts | Failure, ...]]) -> str:
+    """A line for each kernel: its tiles, and how many blocks of how much shared memory fit."""
+    rows = [("program", "kernel", "tile", "warps", "stages", "blocks/SM", "shared")]
+    for name, many in found.items():
+        for one, known in zip(built(name), many, strict=True):
+            tile = " ".join(f"{axis.rank}{axis.tile}" for axis in one.kernel.axes if axis.tile > 1)
+            options = one.kernel.options
+            facts_ = (known.blocks_per_sm, known.shared_bytes) if isinstance(known, StaticFacts) else ("-", "-")
+            words = (name, one.kernel.name, tile, options.num_warps, options.num_stages, *facts_)
+            rows.append(tuple(map(str, words)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n" for row in rows
+    )

@@ -147,6 +147,7 @@ def test_names_that_mean_something_in_python_or_in_the_file(written: Any, tmp_pa
     assert done.stdout.startswith("sizes: largest error") and "\ntorch: largest error" in done.stdout
 
 
+@pytest.mark.campaign
 def test_text_is_the_same_whatever_the_process(tmp_path: Path) -> None:
     texts = []
     for seed, folder in (("0", ROOT), ("1", tmp_path), ("77", tmp_path)):
@@ -219,7 +220,7 @@ def test_every_program(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     try:
         made = standalone.standalone(found)
     except UnsupportedError as error:
-        assert {d.code for d in error.diagnostics} <= {"C531", "C530"}
+        assert {d.code for d in error.diagnostics} == {"C531"}
         return
     for file, text in made.files.items():
         (tmp_path / file).write_text(text)

@@ -518,6 +518,9 @@ class _Emitter:
             case "any" | "all":
                 reduce = {"any": "max", "all": "min"}[op.reducer]
                 return f"tl.{reduce}(({text}).to(tl.int32), {axis})"
+            case "argmax" | "argmin" if self.piece(op.expr).real:  # a NaN is the extreme, as it is in torch
+                self.helpers.setdefault(f"{op.reducer}_nan")
+                return f"{op.reducer}_nan({text}, {axis})"
             case "argmax" | "argmin":
                 return f"tl.{op.reducer}({text}, {axis}, tie_break_left=True)"
             case _:
@@ -664,7 +667,7 @@ class _Emitter:
         made = {inner.name for inner in op.body if isinstance(inner, (Load, Let, Mask, Dot, Fold))} - set(op.carried)
         outer = list(op.carried)
         text = "\n".join(body)
-        words = dict.fromkeys(re.findall(r"\b[A-Za-z_]\w*\b", text))
+        words = dict.fromkeys(re.findall(r"(?<![.\w])[A-Za-z_]\w*", text))
         known = {name for name, _, _ in self.kernel.variables} | set(self.arguments) | self.place_names()
         own = made | {rank, f"{rank}_first"}
         outer += [w for w in words if w in known and w not in own and w not in op.carried and not self.is_constant(w)]

@@ -66,10 +66,7 @@ class Launcher:
 
         None where a rank has no coordinates: nothing is launched then.
         """
-        key = (
-            *((t.shape, t.stride(), t.dtype, t.data_ptr() & 15, t.device) for t in inputs.values()),
-            *sizes.items(),
-        )
+        key = kind(inputs, sizes)
         if key not in self.plans:
             self.plans[key] = self.plan(inputs, sizes)
         plan = self.plans[key]
@@ -80,6 +77,14 @@ class Launcher:
                 self.refuse(plan)
                 plan = self.plans[key] = self.plan(inputs, sizes)
         return None
+
+    def direct(self, inputs: Mapping[str, Tensor]) -> Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None:
+        """What a call with tensors of this kind runs, given by position; None where nothing was planned for it."""
+        plan = self.plans.get(kind(inputs, {}))
+        names = tuple(inputs)
+        if plan is None or any(isinstance(step, RestStep) for step in plan.steps):
+            return None
+        return lambda tensors: plan(dict(zip(names, tensors, strict=True)))
 
     def refuse(self, plan: CallPlan) -> None:
         """Remembers that a kernel that could not be launched needs other tiles; raises where there are none."""
@@ -161,6 +166,12 @@ class Launcher:
         return self.choices[label].tiling
 
 
+def kind(inputs: Mapping[str, Tensor], sizes: Mapping[str, int]) -> tuple[object, ...]:
+    """What a plan depends on of the tensors and sizes of a call."""
+    tensors = ((t.shape, t.stride(), t.dtype, t.data_ptr() & 15, t.device) for t in inputs.values())
+    return (*tensors, *sizes.items())
+
+
 def place(tensor: PlannedTensor, planner: Planner) -> tuple[tuple[int, ...], torch.dtype]:
     """The shape and type of a tensor that a kernel writes."""
     return tuple(planner.number(size) for size in tensor.shape), TORCH_TYPES[tensor.dtype]
@@ -240,8 +251,8 @@ class KernelStep:
     made: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]  # what it writes: name, shape, type
     function: Any = field(init=False)
     grid: tuple[int, int, int] = field(init=False)
-    template: list[Any] = field(init=False)
-    slots: tuple[tuple[int, Argument], ...] = field(init=False)
+    template: list[Any] = field(init=False, default_factory=list)
+    slots: tuple[tuple[int, str, dict[str, Any] | None], ...] = ()
     compiled: Any = None
 
     def __post_init__(self) -> None:
@@ -250,47 +261,58 @@ class KernelStep:
         for extent, tile in self.source.grid:
             count *= -(-self.number(extent) // tile)
         self.grid = (count, 1, 1)
-        self.template = []
-        slots = []
-        for position, argument in enumerate(self.source.arguments):
-            self.template.append(self.fixed(argument))
-            if argument.kind in ("pointer", "descriptor", "stride"):
-                slots.append((position, argument))
-        self.slots = tuple(slots)
 
     def number(self, extent: str | int) -> int:
         return extent if isinstance(extent, int) else self.extents[extent]
 
-    def fixed(self, argument: Argument) -> Any:
-        """What is the same in every call of this kind."""
-        if argument.kind == "size":
-            return self.extents[argument.symbol]
-        return argument.value if argument.kind == "constant" else None
-
     def __call__(self, tensors: Mapping[str, Tensor]) -> None:
         """Launches on the current stream of the current device."""
-        arguments = self.template.copy()
-        for position, argument in self.slots:
-            tensor = tensors[argument.tensor]
-            if argument.kind == "pointer":
-                arguments[position] = tensor
-            elif argument.kind == "stride":
-                arguments[position] = tensor.stride(argument.position)
-            else:
-                arguments[position] = descriptor(tensor, argument.box)
         if self.compiled is None:
-            self.first(arguments)
+            self.first(tensors)
             return
+        arguments = self.template.copy()
+        for position, name, fields in self.slots:
+            arguments[position] = tensors[name] if fields is None else described(tensors[name], fields)
         stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
         found = self.compiled
         found.run(*self.grid, stream, found.function, found.packed_metadata, None, None, None, *arguments)
 
-    def first(self, arguments: list[Any]) -> None:
-        """The first launch compiles."""
+    def first(self, tensors: Mapping[str, Tensor]) -> None:
+        """The first launch compiles, and finds what will be the same in every later one: all but addresses."""
+        arguments: list[Any] = []
+        slots: list[tuple[int, str, dict[str, Any] | None]] = []
+        for position, argument in enumerate(self.source.arguments):
+            if argument.kind == "pointer":
+                slots.append((position, argument.tensor, None))
+                arguments.append(tensors[argument.tensor])
+            elif argument.kind == "descriptor":
+                made = descriptor(tensors[argument.tensor], argument.box)
+                slots.append((position, argument.tensor, {**vars(made), "base": None}))
+                arguments.append(made)
+            else:
+                arguments.append(self.fixed(argument, tensors))
         options = {"num_warps": self.source.num_warps, "num_stages": self.source.num_stages}
         found = self.function[self.grid](*arguments, **options)
+        self.slots = tuple(slots)
+        self.template = [None if position in {p for p, _, _ in slots} else a for position, a in enumerate(arguments)]
         if not interpreted():
             self.compiled = found
+
+    def fixed(self, argument: Argument, tensors: Mapping[str, Tensor]) -> int:
+        """What is the same in every call of this kind."""
+        if argument.kind == "size":
+            return self.extents[argument.symbol]
+        if argument.kind == "stride":
+            return tensors[argument.tensor].stride(argument.position)
+        return argument.value
+
+
+def described(tensor: Tensor, fields: dict[str, Any]) -> TensorDescriptor:
+    """A descriptor of the same shape for another tensor: nothing is checked again."""
+    found = object.__new__(TensorDescriptor)
+    found.__dict__.update(fields)
+    found.base = tensor
+    return found
 
 
 def descriptor(tensor: Tensor, box: Sequence[int]) -> TensorDescriptor:

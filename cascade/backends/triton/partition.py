@@ -126,11 +126,17 @@ def refused(stmt: Stmt) -> str | None:
 def _finished(statements: Sequence[Stmt], cascade: Cascade, extents: Mapping[str, int]) -> Group:
     arrangement = arrange(statements, cascade, extents)
     assert arrangement is not None, "a group is arranged before it is kept"
+    fold = None if arrangement.stream is None else fold_along(statements, arrangement.stream, cascade)
+    return Group(tuple(statements), arrangement, fold)
+
+
+def fold_along(statements: Sequence[Stmt], rank: str, cascade: Cascade) -> Fold | None:
+    """What of a fold of the schedule over a rank concerns some statements."""
     names = {name for stmt in statements for name in defines(stmt)}
     for item in cascade.schedule:
-        if isinstance(item, Fold) and item.rank == arrangement.stream and not names.isdisjoint(item.state):
-            return Group(tuple(statements), arrangement, _restricted(item, names))
-    return Group(tuple(statements), arrangement, None)
+        if isinstance(item, Fold) and item.rank == rank and not names.isdisjoint(item.state):
+            return _restricted(item, names)
+    return None
 
 
 def _restricted(fold: Fold, names: set[str]) -> Fold:

@@ -13,18 +13,21 @@ from dataclasses import dataclass, field
 
 from cascade.backends.triton.bounds import conjuncts, loop_bounds
 from cascade.backends.triton.index import Index, index_of
-from cascade.backends.triton.lower import BYTES_OF, Setting, lower, unsupported
-from cascade.backends.triton.partition import Group, Rest, held, partition, power_of_two, reduced_ranks
+from cascade.backends.triton.lower import BYTES_OF, Setting, Trips, lower, unsupported
+from cascade.backends.triton.partition import (
+    Group, Rest, fold_along, held, partition, power_of_two, reduced_ranks,
+)  # fmt: skip
 from cascade.backends.triton.plan import Axis, Kernel, Options, Role, Tensor
 from cascade.backends.triton.products import matrix_product
 from cascade.backends.triton.split import divisible, merging
 from cascade.backends.triton.units import in_base_two
 from cascade.inference import FLOATS, infer_dtypes, infer_shapes
-from cascade.ir import Cascade, Const, DType, Einsum, Expr, Extent, Local, Rank, Read, Result, Size, Stmt
+from cascade.ir import Cascade, Const, DType, Einsum, Expr, Extent, Local, Rank, Read, Result, Size, Stmt, TopK
 from cascade.walk import expressions, fresh, map_expressions, map_fold, reads, rewrite, targets, walk
 
 
-FEW_PROGRAMS = 264  # fewer leave multiprocessors without work: a stream is shared
+FEW_PROGRAMS = 128  # fewer leave multiprocessors without work: a stream is shared
+LONG_ROW = 8192  # elements; longer rows that are gone through once are streamed: several programs then hide latency
 CAREFUL_TILE = 16  # of the stream where rows are gone through one by one: few registers, speed does not matter
 
 
@@ -95,8 +98,30 @@ class Planner:
     def groups(self) -> tuple[Group | Rest, ...]:
         """The statements by kernel."""
         if self._groups is None:
-            self._groups = partition(self.cascade, self.ranks)
+            found = partition(self.cascade, self.ranks)
+            self._groups = tuple(self.streamed(item) if isinstance(item, Group) else item for item in found)
         return self._groups
+
+    def streamed(self, group: Group) -> Group:
+        """A group whose only long rank is held whole, with that rank streamed where one trip over it is enough."""
+        whole = group.arrangement.whole
+        rank = max(whole, key=lambda rank: self.ranks[rank], default=None)
+        if group.arrangement.stream is not None or rank is None or self.products(group):
+            return group
+        if self.held(group, {rank: power_of_two(self.ranks[rank]) for rank in whole}) <= LONG_ROW:
+            return group
+        if any(isinstance(stmt, TopK) for stmt in group.statements):
+            return group
+        rest = tuple(other for other in whole if other != rank)
+        arrangement = dataclasses.replace(group.arrangement, stream=rank, whole=rest)
+        found = dataclasses.replace(
+            group, arrangement=arrangement, fold=fold_along(group.statements, rank, self.cascade)
+        )
+        return found if Trips.of(found).count == 1 else group
+
+    def held(self, group: Group, tiles: Mapping[str, int]) -> int:
+        """The elements of the largest tile of a group, `tiles` having the coordinates of each rank at a time."""
+        return max(held(stmt, set(tiles), tiles) for stmt in group.statements)
 
     def stored(self, group: Group | Rest, groups: Sequence[Group | Rest]) -> tuple[str, ...]:
         """What a group writes to memory: results, and what other groups read."""
@@ -449,7 +474,8 @@ class Planner:
             return Tiling(tuple(tiles.items()), options, self.default_parts(group, tiles))
         size = max(held(stmt, set(whole), self.ranks) for stmt in group.statements)
         if stream is not None:
-            tiles[stream] = min(power_of_two(self.ranks[stream]), max(16, 4096 // size))
+            again = Trips.of(group).count > 1  # then few rows at a time, so that they are still in the cache
+            tiles[stream] = min(power_of_two(self.ranks[stream]), max(16, (32768 if again else 4096) // size))
             if tiled:
                 tiles[stream] = min(tiles[stream], 64)
             size *= tiles[stream]
@@ -457,7 +483,7 @@ class Planner:
             room = max(1, 2048 // size)
             tiles[rank] = min(power_of_two(self.ranks[rank]), room)
             size *= tiles[rank]
-        warps = max(1, min(16, size // 1024))
+        warps = max(1, min(32, size // 1024))
         return Tiling(tuple(tiles.items()), Options(warps, 2), self.default_parts(group, tiles))
 
     def default_parts(self, group: Group, tiles: Mapping[str, int]) -> int:
@@ -470,7 +496,7 @@ class Planner:
             together = self.packed(group).get(rank) or tiles.get(rank, 1)
             programs *= -(-self.ranks[rank] // together)
         steps = -(-self.ranks[stream] // tiles[stream])
-        return max(1, min(FEW_PROGRAMS * 4 // programs, steps // 4, 64)) if programs < FEW_PROGRAMS else 1
+        return max(1, min(FEW_PROGRAMS // programs, steps // 4)) if programs < FEW_PROGRAMS else 1
 
     def steps_singly(self, group: Group) -> bool:
         """Whether the stream goes one coordinate at a time: products sum over another rank beside it, a page of it."""

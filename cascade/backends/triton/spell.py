@@ -72,7 +72,7 @@ SPELLINGS: dict[str, Spelling] = {
     "min": Spelling("tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"),
     "max": Spelling("tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"),
     "select": Spelling("tl.where({0}, {1}, {2})"),
-    "clamp": Spelling("tl.minimum(tl.maximum({0}, {1}), {2})"),
+    "clamp": Spelling("clamped({0}, {1}, {2})", helper="clamped"),
 }  # `default` is lowered to a select, `pow` to products: they have no row
 
 INTEGER: dict[str, str] = {"min": "tl.minimum({0}, {1})", "max": "tl.maximum({0}, {1})", "relu": "tl.maximum({0}, 0)",
@@ -103,6 +103,23 @@ def tanh(x):
     "tanh_approx": """@triton.jit
 def tanh(x):
     return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+""",
+    "clamped": """@triton.jit
+def clamped(x, low, high):
+    x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
+""",
+    "argmax_nan": """@triton.jit
+def argmax_nan(x, AXIS: tl.constexpr):
+    broken = (x != x).to(tl.int32)
+    first = tl.argmax(broken, AXIS, tie_break_left=True)
+    return tl.where(tl.max(broken, AXIS) > 0, first, tl.argmax(x, AXIS, tie_break_left=True))
+""",
+    "argmin_nan": """@triton.jit
+def argmin_nan(x, AXIS: tl.constexpr):
+    broken = (x != x).to(tl.int32)
+    first = tl.argmax(broken, AXIS, tie_break_left=True)
+    return tl.where(tl.max(broken, AXIS) > 0, first, tl.argmin(x, AXIS, tie_break_left=True))
 """,
     "silu": """@triton.jit
 def silu(x):

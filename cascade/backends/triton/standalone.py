@@ -131,18 +131,16 @@ def standalone(subject: Subject, descriptors: bool = True) -> Emission:
 
 def refuse_rest(groups: Sequence[Group | Rest]) -> None:
     """Statements that run outside kernels have no file."""
-    found = [
-        Diagnostic(
-            "C531",
-            f"{quoted_list(group.names)} would run outside kernels: {group.reason}",
-            group.statements[0].span,
-            "only what kernels compute can be emitted; call the compiled cascade instead",
-        )
-        for group in groups
-        if isinstance(group, Rest)
-    ]
+    found = [outside(group, group.reason) for group in groups if isinstance(group, Rest)]
     if found:
         raise UnsupportedError(found)
+
+
+def outside(group: Group | Rest, reason: str) -> Diagnostic:
+    """What is told of statements that would run outside kernels."""
+    message = f"{quoted_list(group.names)} would run outside kernels: {reason}"
+    hint = "only what kernels compute can be emitted; call the compiled cascade instead"
+    return Diagnostic("C531", message, group.statements[0].span, hint)
 
 
 def contiguous(shape: Sequence[int], dtype: DType) -> Layout:
@@ -322,7 +320,10 @@ class _Writer:
         name = self.program if len(self.groups) == 1 else f"{self.program}_{number}"
         tiling = dataclasses.replace(self.planner.default_tiling(group), parts=1)  # a file holds one kernel
         before = dict(self.planner.lives), set(self.planner.hidden)
-        kernel = self.planner.kernel(name, group, self.groups, tiling)
+        try:
+            kernel = self.planner.kernel(name, group, self.groups, tiling)
+        except UnsupportedError as error:
+            raise UnsupportedError(outside(group, error.diagnostics[0].message)) from error
         source = emit(kernel)
 
         def differs(changed: Mapping[str, int]) -> bool:

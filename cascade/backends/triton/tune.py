@@ -27,6 +27,7 @@ from cascade.backends.triton.machine import Estimate, Machine, Work, estimate
 from cascade.backends.triton.offline import LIMITS, Failure, Request, StaticFacts, facts
 from cascade.backends.triton.partition import Group, Rest, power_of_two
 from cascade.backends.triton.plan import Axis, Kernel, Loop, Options, Role
+from cascade.backends.triton.lower import Trips
 from cascade.backends.triton.planner import Planner, Tiling
 from cascade.backends.triton.static import request
 from cascade.errors import UnsupportedError
@@ -52,6 +53,9 @@ ONE_SIDE = (
     (128, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 4, 2), (128, 128, 8, 2),
     (128, 64, 8, 3), (128, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3), (16, 64, 4, 3), (16, 128, 4, 3), (16, 64, 4, 2),
 )  # fmt: skip
+# The same where operands are so wide that those do not fit.
+WIDE = ((64, 32, 8, 2), (64, 32, 8, 1), (64, 16, 8, 2), (32, 32, 4, 2), (32, 16, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1))
+WIDTH = 256  # from which on they are
 # Tiles of both sides, of the stream, warps, stages.
 TWO_SIDES = (
     (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4),
@@ -101,11 +105,12 @@ def _with_products(planner: Planner, group: Group, base: Tiling) -> Iterator[Til
     packed = planner.packed(group)
 
     def cut(rank: str, tile: int) -> int:
-        if rank in packed:
+        if rank in packed or (rank == stream and planner.steps_singly(group)):
             return base.of(rank)
         return min(tile, max(SMALLEST, power_of_two(planner.ranks[rank])))
 
-    table: Sequence[tuple[int, ...]] = {1: ONE_SIDE, 2: TWO_SIDES}.get(len(sides), ())
+    wide = max((base.of(rank) for rank in group.arrangement.whole), default=0) > WIDTH
+    table: Sequence[tuple[int, ...]] = {1: WIDE if wide else ONE_SIDE, 2: TWO_SIDES}.get(len(sides), ())
     for *tiles, warps, stages in table:
         named = dict(zip([*sides, *([stream] if stream is not None else [])], tiles, strict=False))
         chosen = dict(base.tiles) | {rank: cut(rank, tile) for rank, tile in named.items()}
@@ -133,7 +138,7 @@ def _rows(planner: Planner, group: Group, base: Tiling) -> list[Tiling]:
 
     def unusual(tiling: Tiling) -> float:
         warps = tiling.options.num_warps
-        each = math.prod(tile for _, tile in tiling.tiles) / (32 * warps)
+        each = planner.held(group, dict(tiling.tiles)) / (32 * warps)
         return abs(math.log2(each / 32)) + abs(math.log2(warps / 4)) / 2
 
     return sorted(found, key=unusual)
@@ -145,20 +150,25 @@ def _all_rows(planner: Planner, group: Group, base: Tiling) -> Iterator[Tiling]:
     stream = group.arrangement.stream
     tiled = [rank for rank, role in roles.items() if role is Role.TILE]
     whole = {rank: base.of(rank) for rank, role in roles.items() if role is Role.WHOLE}
-    streams = [1] if stream is None else _stream_tiles(planner.ranks[stream], bool(tiled))
+    again = stream is not None and Trips.of(group).count > 1
+    streams = [1] if stream is None else _stream_tiles(planner.ranks[stream], bool(tiled), again)
     for tile in streams:
         for lengths in _lengths([planner.ranks[rank] for rank in tiled]):
             tiles = whole | ({stream: tile} if stream is not None else {}) | dict(zip(tiled, lengths, strict=True))
-            held = math.prod(tiles.values())
+            held = planner.held(group, tiles)
             for warps in (1, 2, 4, 8, 16, 32):
                 if THREAD[0] <= held // (32 * warps) <= THREAD[1]:
                     yield Tiling(tuple(tiles.items()), Options(warps, 2))
 
 
-def _stream_tiles(extent: int, beside: bool) -> list[int]:
-    """Tiles of a stream without products: short beside a tile of rows, else a good part of a row."""
+def _stream_tiles(extent: int, beside: bool, again: bool) -> list[int]:
+    """Tiles of a stream without products: short beside a tile of rows, else a good part of a row.
+
+    Where rows are gone through again, large ones: of fewer rows at a time more is still in the cache.
+    """
     most = power_of_two(extent)
-    return sorted({min(tile, most) for tile in ((16, 32, 64) if beside else (2048, 4096, 8192, 16384))})
+    lengths = (16, 32, 64) if beside else (16384, 32768) if again else (1024, 2048, 4096, 8192, 16384)
+    return sorted({min(tile, most) for tile in lengths})
 
 
 def _lengths(extents: Sequence[int]) -> Iterator[tuple[int, ...]]:
@@ -185,8 +195,9 @@ def planned(
     """The kernel of a group with these tiles, and the values of its shape symbols; the first one of a shared stream."""
     if tiling.parts > 1:
         kernel, merger, _ = planner.split(name, group, groups, tiling)
-        return kernel, merger.extents
-    return planner.kernel(name, group, groups, tiling), planner.extents
+        return kernel, {**merger.extents, **(kernel.index.sizes if kernel.index else {})}
+    kernel = planner.kernel(name, group, groups, tiling)
+    return kernel, {**planner.extents, **(kernel.index.sizes if kernel.index else {})}
 
 
 def ranked(
@@ -215,7 +226,8 @@ def ranked(
         kernel = plans[key]
         if kernel is None:
             continue
-        predicted = predict(machine, _retiled(kernel, axes, tiling), planner.extents)
+        sizes = {**planner.extents, **(kernel.index.sizes if kernel.index else {})}
+        predicted = predict(machine, _retiled(kernel, axes, tiling), sizes)
         if tiling.parts > 1:
             predicted = dataclasses.replace(predicted, time_us=predicted.time_us + machine.launch_us)
         if predicted.blocks_per_sm:
@@ -239,7 +251,7 @@ def _retiled(kernel: Kernel, axes: Mapping[str, Axis], tiling: Tiling) -> Kernel
     """A plan of the same form with the numbers of another tiling."""
     edge = tiling.options.edge_tile
     ops = tuple(dataclasses.replace(op, edge_tile=edge) if isinstance(op, Loop) else op for op in kernel.ops)
-    same = tuple(axes[axis.rank] for axis in kernel.axes)
+    same = tuple(axis if axis.role is Role.WHOLE else axes[axis.rank] for axis in kernel.axes)
     same = tuple(dataclasses.replace(a, parts=tiling.parts) if a.role is Role.STREAM else a for a in same)
     return dataclasses.replace(kernel, axes=same, ops=ops, options=tiling.options)
 

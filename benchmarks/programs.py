@@ -12,9 +12,10 @@ def attention(group: int = 1, score: str = "{s}", where: str = "", params: str =
     sees; `params` are further parameters; `square` says that there are as many keys as queries.
     """
     key = f"b,h//{group}" if group > 1 else "b,h"
+    result = ": bf16" if "f32" in params else ""  # a parameter of 32 bits would make the result one, too
     heads, rows = ("G" if group > 1 else "H"), ("M" if square else "N")
     scaled = f"({SCALED.format(q='Q', k='K', head='b,h', key=key)})"
-    return f"""cascade attention(Q[B,H,M,E], K[B,{heads},{rows},E], V[B,{heads},{rows},F]{params}) -> O[B,H,M,F] {{
+    return f"""cascade attention(Q[B,H,M,E], K[B,{heads},{rows},E], V[B,{heads},{rows},F]{params}) -> O{result}[B,H,M,F] {{
     S[b,h,m,n] = {score.format(s=scaled)}{where and f"   where {where}"}
     P[b,h,m,n] = softmax[n] S[b,h,m,n]
     O[b,h,m,f] = sum[n] P[b,h,m,n] * V[{key},n,f]
@@ -35,7 +36,7 @@ def decode(group: int) -> str:
 
 
 DIFFERENTIAL = """
-cascade differential(Q[B,H,M,E], K[B,H,N,E], R[B,H,M,E], L[B,H,N,E], V[B,H,N,F], lam: f32[H]) -> O[B,H,M,F] {
+cascade differential(Q[B,H,M,E], K[B,H,N,E], R[B,H,M,E], L[B,H,N,E], V[B,H,N,F], lam: f32[H]) -> O: bf16[B,H,M,F] {
     S[b,h,m,n] = (sum[e] Q[b,h,m,e] * K[b,h,n,e]) / sqrt(E)   where n <= m
     T[b,h,m,n] = (sum[e] R[b,h,m,e] * L[b,h,n,e]) / sqrt(E)   where n <= m
     A[b,h,m,n] = softmax[n](S[b,h,m,n]) - lam[h] * softmax[n](T[b,h,m,n])

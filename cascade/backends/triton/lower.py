@@ -253,8 +253,10 @@ class _Lowering:
         tiled = [a.rank for a in self.setting.axes if a.role in (Role.TILE, Role.WHOLE)]
         tail = None if axis.exact else Apply("lt", (Rank(stream), _size(axis.extent)))
         indexed = {test: entry for test, entry in self.setting.index.items() if test in tests}
-        visited = loop_bounds([test for test in tests if test in common and test != tail], stream, tiled)
-        inside = loop_bounds([test for test in tests if test != tail and test not in indexed], stream, tiled)
+        opaque = [test for test in tests if any(isinstance(node, Local) for node in walk(test))]  # made in the kernel
+        known = [test for test in tests if test != tail and test not in opaque]
+        visited = loop_bounds([test for test in known if test in common], stream, tiled)
+        inside = loop_bounds([test for test in known if test not in indexed], stream, tiled)
         tile = Const(axis.tile)
         firsts, stops = [visited.first], [visited.stop]
         whole_firsts, whole_stops = [inside.full_first], [inside.full_stop]
@@ -274,7 +276,7 @@ class _Lowering:
             stream,
             first,
             stop,
-            None if inside.never_full else inner,
+            None if inside.never_full or opaque else inner,
             bool(tests),
             carried,
             tuple(body),
@@ -601,7 +603,7 @@ class _Lowering:
 
     def present_after(self, live: tuple[Expr, ...], ranks: tuple[str, ...], stmt: Stmt) -> tuple[Expr, ...]:
         """The tests under which a reduction over some ranks is present: any of its elements is."""
-        inside = tuple(test for test in live if ranks_of(test) & set(ranks))
+        inside = tuple(test for test in live if (ranks_of(test) | self.test_ranks(test)) & set(ranks))
         outside = tuple(test for test in live if test not in inside)
         if not inside:
             return outside
@@ -677,6 +679,8 @@ class _Lowering:
         assert isinstance(source, Local)
         self.ops.append(TopKept(values, coords, axes, stmt.rank, kept, stmt.k, source.name, bits))
         outside = tuple(test for test in live if test not in tests)
+        if not self.axis(kept).exact and not self.axis(kept).single:
+            outside = merged(outside, (self.tail(kept),))
         for target, variable in ((stmt.values, values), (stmt.coords, coords)):
             there = outside
             size = self.size(stmt.rank)

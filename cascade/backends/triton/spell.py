@@ -79,8 +79,11 @@ INTEGER: dict[str, str] = {"min": "tl.minimum({0}, {1})", "max": "tl.maximum({0}
                            "floordiv": "floor_divide({0}, {1})", "mod": "floor_modulo({0}, {1})"}  # fmt: skip
 """The rows that are written in another way on integers; the last two where an operand may be negative."""
 
-FAST: dict[str, Spelling] = {"tanh": Spelling("tanh({0})", helper="tanh_approx")}
-"""Rows with a relative error of about 2^-11, for results of 16 bits."""
+FAST: dict[str, Spelling] = {
+    "tanh": Spelling("tanh({0})", helper="tanh_approx"),
+    "sigmoid": Spelling("sigmoid({0})", helper="sigmoid_approx"),
+}
+"""Rows for results of 16 bits: tanh has a relative error of about 2^-11, the reciprocal of a sigmoid one of 2^-23."""
 
 HELPERS: dict[str, str] = {
     "sign": """@triton.jit
@@ -120,6 +123,11 @@ def argmin_nan(x, AXIS: tl.constexpr):
     broken = (x != x).to(tl.int32)
     first = tl.argmax(broken, AXIS, tie_break_left=True)
     return tl.where(tl.max(broken, AXIS) > 0, first, tl.argmin(x, AXIS, tie_break_left=True))
+""",
+    "sigmoid_approx": """@triton.jit
+def sigmoid(x):
+    d = 1.0 + tl.exp2(x * -1.4426950408889634)
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [d], dtype=tl.float32, is_pure=True, pack=1)
 """,
     "silu": """@triton.jit
 def silu(x):

@@ -1,0 +1,226 @@
+"""Streams that several programs share: the merged parts are what one program computes, whatever a part has of it."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+from cascade.backends.triton import partition, planner
+from cascade.backends.triton.launch import place
+from cascade.backends.triton.split import divisible
+from cascade.frontend.build import parse_cascade
+from cascade.interp import Precision, run
+from cascade.ir import Cascade
+from cascade.verify import verify
+from tests.kernel_programs import PROGRAMS, Program, attention
+from tests.planned import Chosen, all_kernels, call_of, final, launch, only_group, planner_for, with_stream
+from tests.tolerance import Draw, confirmed, judge, judge_all, same_bits, standard
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PARTS = (2, 3, 7)
+LONG = {"N": 50, "K": 150}  # some tiles of a stream, the last of them ragged
+FOLDED = ("full", "causal", "window", "prefix", "document", "ragged", "alibi", "softcap", "grouped_query", "sink",
+    "cross", "paged", "paged_by_quotient_and_remainder", "decode", "decode_grouped", "latent", "latent_shared",
+    "latent_slice", "differential", "with_logsumexp", "with_entropy", "norm_gemm")  # fmt: skip
+SUMMED = ("gemm", "batched_gemm", "gemm_bias_gelu", "gemm_prologue", "gemm_transposed", "gated")
+STREAMED = ("logsumexp", "variance", "entropy", "kl", "cross_entropy", "mean_cross_entropy", "masked_logsumexp",
+    "triangle_logsumexp", "row_sum", "extremes", "truths", "counts", "products", "matrix_vector")  # fmt: skip
+
+
+@functools.cache
+def source(name: str) -> Cascade:
+    """A program as written."""
+    return parse_cascade(PROGRAMS[name].text)
+
+
+@functools.cache
+def prepared(name: str) -> Cascade:
+    """A program as the backend gets it."""
+    return final(PROGRAMS[name].text)
+
+
+def sizes_of(program: Program) -> dict[str, int]:
+    """Small sizes with a stream of several tiles."""
+    return {name: LONG.get(name, size) for name, size in program.small.items()} | (
+        {"M": 50} if program.name in ("document", "causal", "window") else {}
+    )
+
+
+def check(name: str, parts: int, dtype: torch.dtype) -> None:
+    """A program whose streams are shared gives what the same tiles give unshared, and what the rule allows."""
+    program = PROGRAMS[name]
+    draw = Draw(program, sizes_of(program), "padding" if program.padding else "normal", dtype, DEVICE)
+    launcher = Chosen(prepared(name), parts=parts)
+    verdict = confirmed(call_of(launcher), source(name), draw)
+    assert launcher.shared, "the stream was not shared"
+    assert verdict.ok, f"{name} in {parts} parts: {verdict}"
+    inputs, given = draw.inputs(0), draw.given()
+    whole = call_of(Chosen(prepared(name)))(**inputs, **given)
+    for ours, wanted in zip(call_of(launcher)(**inputs, **given), whole, strict=True):
+        torch.testing.assert_close(ours, wanted, equal_nan=True)
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short rows are streamed as long ones are."""
+    monkeypatch.setattr(planner, "LONG_ROW", 16)
+
+
+# --- every program that can be shared --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", (*FOLDED, *SUMMED))
+def test_every_folded_program_in_parts(name: str) -> None:
+    check(name, 3, torch.float32)
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_every_streamed_row_in_parts(name: str, streams: None) -> None:
+    check(name, 3, torch.float32)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["f32", "f16"])
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("name", (*FOLDED, *SUMMED, *STREAMED))
+def test_every_program_in_any_number_of_parts(name: str, parts: int, dtype: torch.dtype, streams: None) -> None:
+    check(name, parts, dtype)
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("name", ["causal", "ragged", "masked_logsumexp"])
+def test_16_bits_in_parts(name: str, parts: int, streams: None) -> None:
+    check(name, parts, torch.float16)
+
+
+def test_no_program_that_can_be_shared_is_missing_here(streams: None) -> None:
+    found = set()
+    for name, program in PROGRAMS.items():
+        draw = Draw(program, sizes_of(program))
+        made = planner_for(prepared(name), draw.inputs(0), draw.given())
+        groups = made.groups()
+        if any(isinstance(g, partition.Group) and divisible(g, made.stored(g, groups)) for g in groups):
+            found.add(name)
+    assert found == {*FOLDED, *SUMMED, *STREAMED}
+
+
+# --- parts without anything ------------------------------------------------------------------------------------------
+
+KEPT = attention("keep[b,n] > 0", params=", keep[B,N]", results=", L[B,H,M] fill -inf",
+    more="\n    L[b,h,m] = R[b,h,m] + log(D[b,h,m])")  # fmt: skip
+
+
+@pytest.mark.parametrize("live", [(), (0,), (49,), (20, 21), (0, 49)], ids=str)
+def test_parts_that_are_masked_throughout(live: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 1, n, 8, generator=generator) for n in (9, 50, 50))
+    keep = torch.zeros(2, 50)
+    keep[0, list(live)] = 1.0
+    dead = keep[:, None, :, None] == 0
+    inputs = {"Q": q, "K": k.masked_fill(dead, torch.nan), "V": v.masked_fill(dead, torch.inf), "keep": keep}
+    inputs = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
+    by = standard(parse_cascade(KEPT), inputs, {})
+    for parts in (3, 4):
+        launcher = Chosen(final(KEPT), parts=parts)
+        results = call_of(launcher)(**inputs)
+        assert launcher.shared and judge_all(results, by).ok, f"{parts} parts: {judge_all(results, by)}"
+
+
+@pytest.mark.parametrize("lengths", [(0, 0, 0), (0, 1, 50), (16, 17, 0), (32, 33, 48)], ids=str)
+def test_lengths_that_leave_parts_empty(lengths: tuple[int, ...]) -> None:
+    program = PROGRAMS["ragged"]
+    inputs = Draw(program, {**program.small, "N": 50}, device=DEVICE).inputs(0)
+    inputs["len"] = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    by = standard(source("ragged"), inputs, {})
+    for parts in (2, 7):
+        results = call_of(Chosen(prepared("ragged"), parts=parts))(**inputs)
+        assert judge_all(results, by).ok, f"{parts} parts: {judge_all(results, by)}"
+
+
+def test_more_parts_than_coordinates() -> None:
+    program = PROGRAMS["full"]
+    draw = Draw(program, {**program.small, "N": 3}, device=DEVICE)
+    assert confirmed(call_of(Chosen(prepared("full"), parts=7)), source("full"), draw).ok
+
+
+def test_parts_give_the_same_bits_again() -> None:
+    program = PROGRAMS["causal"]
+    inputs = Draw(program, {**program.small, "M": 50, "N": 50}, device=DEVICE).inputs(0)
+    call = call_of(Chosen(prepared("causal"), parts=3))
+    first = call(**inputs)
+    assert all(same_bits(a, b) for a, b in zip(call(**inputs), first, strict=True))
+
+
+# --- what merges -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["causal", "ragged", "with_entropy", "differential", "gemm", "norm_gemm"])
+def test_what_merges_is_a_cascade_with_the_same_meaning(name: str) -> None:
+    program = PROGRAMS[name]
+    draw = Draw(program, sizes_of(program), device=DEVICE)
+    inputs, given = draw.inputs(0), draw.given()
+    made = planner_for(prepared(name), inputs, given)
+    group = only_group(made)
+    stream = group.arrangement.stream
+    assert stream is not None
+    kernel, merger, _ = made.split("split", group, made.groups(), with_stream(made.default_tiling(group), stream, 16, 3))
+    verify(merger.cascade)
+    assert {item.tensor.name for item in kernel.partial} <= {param.name for param in merger.cascade.params}
+    tensors: dict[str, Tensor] = dict(inputs)
+    for item in kernel.partial:
+        shape, dtype = place(item.tensor, merger)
+        tensors[item.tensor.name] = torch.full(shape, torch.nan if dtype.is_floating_point else -77, dtype=dtype, device=DEVICE)
+    launch(kernel, merger.extents, tensors)
+    read = {param.name: tensors[param.name] for param in merger.cascade.params}
+    results = run(merger.cascade, read, merger.extents, Precision.COMPUTE)
+    by = standard(source(name), inputs, given)
+    for result, gold in by.gold.items():
+        verdict = judge(results[result].to(by.eager[result].dtype), gold, by.eager[result])
+        assert verdict.ok, f"{name} {result}: {verdict}"
+
+
+# --- what cannot be shared -------------------------------------------------------------------------------------------
+
+
+def shareable(text: str, **shapes: tuple[int, ...]) -> bool:
+    """Whether the only group of a program, on tensors of these shapes, can be shared."""
+    made = planner_for(final(text), {name: torch.zeros(shape) for name, shape in shapes.items()})
+    group = only_group(made)
+    return divisible(group, made.stored(group, made.groups()))
+
+
+def test_without_a_stream_there_is_nothing_to_share() -> None:
+    assert not shareable("cascade c(X[M,N]) -> Y[M] {\n Y[m] = sum[n] X[m,n]\n}", X=(5, 37))
+
+
+def test_what_is_written_tile_by_tile_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partition, "ROW_LIMIT", 32)
+    one_trip = "cascade c(X[M,N]) -> Z[M,N], Y[M] {\n Z[m,n] = exp(X[m,n])\n Y[m] = sum[n] Z[m,n]\n}"
+    assert not shareable(one_trip, X=(5, 37))
+    assert shareable(one_trip.replace("Z[M,N], ", ""), X=(5, 37))
+
+
+def test_what_takes_two_trips_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partition, "ROW_LIMIT", 32)
+    assert not shareable(PROGRAMS["softmax"].text, X=(5, 37))
+    assert not shareable(PROGRAMS["rows_by_their_largest"].text, X=(5, 37))
+
+
+def test_a_reducer_without_an_operation_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partition, "ROW_LIMIT", 32)
+    assert not shareable("cascade c(X[M,N]) -> I[M] {\n I[m] = argmax[n] X[m,n]\n}", X=(5, 37))
+
+
+def test_a_total_has_no_program_to_share_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partition, "ROW_LIMIT", 32)
+    assert not shareable("cascade c(X[N]) -> Y[] {\n Y = sum[n] X[n]\n}", X=(37,))
+
+
+def test_kernels_of_programs_that_are_not_shared_have_no_part() -> None:
+    for name in ("softmax", "gemm", "causal"):
+        draw = Draw(PROGRAMS[name], PROGRAMS[name].small)
+        for kernel in all_kernels(planner_for(prepared(name), draw.inputs(0), draw.given())):
+            assert not kernel.partial and all(axis.parts == 1 for axis in kernel.axes)

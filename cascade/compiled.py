@@ -127,12 +127,23 @@ class Compiled:
             self._plans[kind(tensors)] = plan
 
     def explain(self) -> str:
-        """What the compiler knows and did: the report, every pass, what it changed, and the cascade that runs."""
+        """What the compiler knows and did: the report, every pass, what it changed, and the cascade that runs.
+
+        After a call that ran kernels, also these: their tiles, what is predicted of them, and why they were chosen.
+        """
         lines = [f"cascade {self.cascade.name}: {plural(len(self.cascade.body), 'statement')}"]
         for step in self.trace.steps:
             changed = plural(len(step.after.body), "statement")
             lines.append(f"  {step.name}: {'nothing to do' if step.after is step.before else changed}")
-        return self._report() + "\n" + "\n".join(lines) + "\n\n" + render(self.trace.final)
+        launcher = self._launchers.get(id(self.trace))
+        kernels = "" if launcher is None else "\n" + launcher.explain()
+        return self._report() + "\n" + "\n".join(lines) + "\n\n" + render(self.trace.final) + kernels
+
+    def sources(self) -> dict[str, str]:
+        """The Triton text of the kernels that the last call ran, by name; empty where the interpreter ran it."""
+        launcher = self._launchers.get(id(self.trace))
+        found: dict[str, str] = {} if launcher is None else launcher.sources()
+        return found
 
     def _report(self) -> str:
         """What is known about the cascade in canonical form; nothing is lifted where that pass is left out."""

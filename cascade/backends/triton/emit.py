@@ -155,6 +155,9 @@ class _Emitter:
 
     def header(self) -> list[str]:
         equations = [f"    {line}" for line in self.kernel.statements]
+        if self.kernel.base_two:
+            names = ", ".join(self.kernel.base_two)
+            equations += ["", f"Exponents lie to base two: {names} times log2(e)."]
         return [f'"""{self.kernel.name}, one kernel for', "", *equations, '"""', "", "import triton",
                 "import triton.language as tl", ""]  # fmt: skip
 

@@ -26,6 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from cascade import __version__, interp
 from cascade.backends.triton.emit import Argument, Source, emit, permutation
 from cascade.backends.triton.machine import Machine, machine_for
+from cascade.backends.triton.explain import Launch, describe
 from cascade.backends.triton.partition import Group, Rest
 from cascade.backends.triton.plan import Kernel
 from cascade.backends.triton.plan import Tensor as PlannedTensor
@@ -77,6 +78,23 @@ class Launcher:
                 self.refuse(plan)
                 plan = self.plans[key] = self.plan(inputs, sizes)
         return None
+
+    def explain(self) -> str:
+        """What the kind of call that was planned last runs: kernels with their tiles, and why these."""
+        plan = next((plan for plan in reversed(self.plans.values()) if plan is not None), None)
+        if plan is None:
+            return ""
+        return describe(*(step.group if isinstance(step, RestStep) else self.launch(step) for step in plan.steps))
+
+    def launch(self, step: KernelStep) -> Launch:
+        """A kernel with why it has its tiles."""
+        return Launch(step.kernel, step.extents, self.choices.get(step.kernel.name))
+
+    def sources(self) -> dict[str, str]:
+        """The text of every kernel of the kind of call that was planned last."""
+        plan = next((plan for plan in reversed(self.plans.values()) if plan is not None), None)
+        steps = () if plan is None else plan.steps
+        return {step.source.kernel: step.source.text for step in steps if isinstance(step, KernelStep)}
 
     def direct(self, inputs: Mapping[str, Tensor]) -> Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None:
         """What a call with tensors of this kind runs, given by position; None where nothing was planned for it."""

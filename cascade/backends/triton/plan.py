@@ -269,6 +269,7 @@ class Kernel:
     reverse: str | None = None  # the tiled axis whose last tile has most work and therefore starts first
     watched: tuple[str, ...] = ()  # products that what is absent may have spoilt: 0 * NaN is NaN
     partial: tuple[Partial, ...] = ()  # the states of a part of the stream, where several programs share it
+    base_two: tuple[str, ...] = ()  # tensors that are exponents and lie to base two
     live: tuple[tuple[str, tuple[Expr, ...]], ...] = ()  # what is stored, and the tests under which it is present
     index: Index | None = None  # what must be computed before: bounds that depend on data
     careful: Kernel | None = None  # the same for one coordinate of each tiled axis, without products: where they are

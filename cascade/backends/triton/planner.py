@@ -23,6 +23,7 @@ from cascade.backends.triton.split import divisible, merging
 from cascade.backends.triton.units import in_base_two
 from cascade.inference import FLOATS, infer_dtypes, infer_shapes
 from cascade.ir import Cascade, Const, DType, Einsum, Expr, Extent, Local, Rank, Read, Result, Size, Stmt, TopK
+from cascade.text import render_stmt
 from cascade.walk import expressions, fresh, map_expressions, map_fold, reads, rewrite, targets, walk
 
 
@@ -175,8 +176,10 @@ class Planner:
         static = self.static(group)
         statements = tuple(map_expressions(stmt, lambda e: rewrite(e, static.constant)) for stmt in group.statements)
         fold = None if group.fold is None else map_fold(group.fold, lambda e: rewrite(e, static.constant))
+        changed: frozenset[str] = frozenset()
+        plain = tuple(map(render_stmt, statements))
         if self.short(group):
-            statements, fold, _ = in_base_two(statements, fold)
+            statements, fold, changed = in_base_two(statements, fold)
         fixed = dataclasses.replace(group, statements=statements, fold=fold)
         stored = self.stored(group, groups)
         axes = tuple(self.axis(group, rank, role, tiling, static) for rank, role in self.roles(group).items())
@@ -202,7 +205,10 @@ class Planner:
         kernel = lower(name, fixed, self.in_pieces(setting, group))
         self.remember(kernel, fixed)
         careful = self.careful(name, fixed, setting) if kernel.watched else None
-        return dataclasses.replace(kernel, reverse=self.reversed_axis(kernel), index=index, careful=careful), fixed
+        reverse = self.reversed_axis(kernel)
+        base_two = tuple(name for name in group.names if name in changed)
+        kernel = dataclasses.replace(kernel, statements=plain, base_two=base_two, reverse=reverse)
+        return dataclasses.replace(kernel, index=index, careful=careful), fixed
 
     def in_pieces(self, setting: Setting, group: Group) -> Setting:
         """The setting with reduced ranks of products in pieces, where the next power of two would waste too much.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -29,14 +30,24 @@ WORKLOADS: dict[str, Callable[[torch.device, Any], Iterator[Workload]]] = {
     "rows": reductions.table,
     "gemm": products.table,
 }
+
+
+def model(device: torch.device, options: Any) -> Iterator[Table]:
+    """The table `model`, loaded where it is asked for: it needs Triton."""
+    found: Iterator[Table] = importlib.import_module("benchmarks.modelling").table(device, options)
+    return found
+
+
 OTHERS: dict[str, Callable[[torch.device, Any], Iterator[Table]]] = {
     "launch": launching.table,
     "compile": compiling.table,
+    "model": model,
 }
 NO_ROW = 3
 ALONE_SECONDS = 150.0
 SECONDS = {  # of each where all are run
     "attention": 70.0, "flex-grid": 100.0, "decode": 40.0, "rows": 100.0, "gemm": 50.0, "launch": 30.0, "compile": 80.0,
+    "model": 150.0,
 }  # fmt: skip
 GRACE_SECONDS = 90  # for what a row takes beyond the time of its table
 

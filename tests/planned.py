@@ -66,7 +66,7 @@ class Chosen(Launcher):
     def tiling(self, planner: Planner, label: str, group: Group, groups: Groups, bench: Bench | None) -> Tiling:
         tiling = dataclasses.replace(planner.default_tiling(group), parts=1)
         stream = group.arrangement.stream
-        if stream is None or label.endswith("_merge") or label.endswith("_bounds"):
+        if stream is None or label.endswith(("_merge", "_bounds")):
             return tiling
         parts = self.parts if divisible(group, planner.stored(group, groups)) else 1
         self.shared += parts > 1

@@ -61,6 +61,7 @@ class Launcher:
     plans: dict[Any, CallPlan | None] = field(default_factory=dict)
     choices: dict[str, Choice] = field(default_factory=dict)  # by kernel, of the last plan
     refused: dict[str, set[Tiling]] = field(default_factory=dict)  # by kernel: what the device has no room for
+    tilings: dict[Any, Tiling] = field(default_factory=dict)  # by what a choice depends on
 
     def __call__(self, inputs: Mapping[str, Tensor], sizes: Mapping[str, int]) -> tuple[Tensor, ...] | None:
         """The results for these tensors, all of them on one device that kernels run on.
@@ -172,6 +173,17 @@ class Launcher:
         """The tiles of a group's kernel: the planner's own in the interpreter, else by the model or by timing."""
         if bench is None:
             return planner.default_tiling(group)
+        bucket = (label, self.refused_of(label), *planner.bucket(group))
+        if bucket not in self.tilings:
+            self.tilings[bucket] = self.chosen(planner, label, group, groups, bench)
+        return self.tilings[bucket]
+
+    def refused_of(self, label: str) -> frozenset[Tiling]:
+        """The tilings of a kernel that could not be launched."""
+        return frozenset(self.refused.get(label, ()))
+
+    def chosen(self, planner: Planner, label: str, group: Group, groups: Groups, bench: Bench) -> Tiling:
+        """The tiles by the model or by timing: once for all extents of about the same size."""
         results = planner.stored(group, groups)
 
         def steps(tiling: Tiling) -> Sequence[KernelStep | RestStep]:

@@ -454,6 +454,13 @@ class Planner:
                     return axis.rank
         return None
 
+    def bucket(self, group: Group) -> tuple[object, ...]:
+        """What a choice of tiles depends on: extents that are whole in a tile, the size of others, types, layout."""
+        roles = self.roles(group)
+        sizes = [(r, n if roles[r] is Role.WHOLE else power_of_two(n)) for r, n in self.ranks.items() if r in roles]
+        read = dict.fromkeys(name for stmt in group.statements for name in self.outside_reads(stmt, group))
+        return (*sizes, *((name, self.tensor(name).dtype, self.tensor(name).described) for name in read))
+
     # --- tiles -------------------------------------------------------------------------------------------------------
 
     def default_tiling(self, group: Group) -> Tiling:

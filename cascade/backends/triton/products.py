@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -98,6 +99,7 @@ class MatrixProduct:
     grouped: tuple[tuple[str, int], ...] = ()
 
 
+@functools.lru_cache(maxsize=4096)  # asked of the same statements at every turn
 def matrix_product(stmt: Stmt) -> MatrixProduct | None:
     """How a statement is a matrix product: a sum over a rank of factors in two groups that differ in their ranks."""
     if not isinstance(stmt, Einsum) or not isinstance(stmt.expr, Reduce) or stmt.expr.reducer != "sum":

@@ -15,7 +15,8 @@ def attention(group: int = 1, score: str = "{s}", where: str = "", params: str =
     result = ": bf16" if "f32" in params else ""  # a parameter of 32 bits would make the result one, too
     heads, rows = ("G" if group > 1 else "H"), ("M" if square else "N")
     scaled = f"({SCALED.format(q='Q', k='K', head='b,h', key=key)})"
-    return f"""cascade attention(Q[B,H,M,E], K[B,{heads},{rows},E], V[B,{heads},{rows},F]{params}) -> O{result}[B,H,M,F] {{
+    given = f"Q[B,H,M,E], K[B,{heads},{rows},E], V[B,{heads},{rows},F]{params}"
+    return f"""cascade attention({given}) -> O{result}[B,H,M,F] {{
     S[b,h,m,n] = {score.format(s=scaled)}{where and f"   where {where}"}
     P[b,h,m,n] = softmax[n] S[b,h,m,n]
     O[b,h,m,f] = sum[n] P[b,h,m,n] * V[{key},n,f]

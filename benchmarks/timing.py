@@ -141,8 +141,12 @@ def copy_rate(device: torch.device, budget: Budget, size: int = 1 << 30) -> floa
     target = torch.empty_like(source)
     for _ in range(20):  # the clocks come up
         target.copy_(source)
-    medians, _ = measure({"copy": [lambda: target.copy_(source)]}, device, budget)
-    return 2 * size / (medians["copy"] * 1e-3)
+    ways: dict[str, Sequence[Call]] = {
+        "copy": [lambda: target.copy_(source)],
+        "kernel": [lambda: torch.neg(source, out=target)],
+    }
+    medians, _ = measure(ways, device, budget)
+    return 2 * size / (min(medians.values()) * 1e-3)
 
 
 def reason(error: BaseException) -> str:

@@ -85,8 +85,8 @@ class Compiled:
 
     def __call__(self, *tensors: Any, **named: Any) -> Any:
         """The results for these tensors, on the device they live on."""
-        if not named and (plan := self._plans.get(kind(tensors))) is not None:
-            known = plan(tensors)
+        if (plan := self._plans.get(kind(tensors, named))) is not None:
+            known = plan((*tensors, *named.values()))
             return known[0] if len(known) == 1 else known
         parameters = self._parameters()
         given, sizes = match(self._title(), parameters, tensors, named)
@@ -99,8 +99,8 @@ class Compiled:
         inputs = bind(trace.source, arrays, sizes)
         self._last = trace
         results = self._run_kernels(trace, inputs, sizes)
-        if results is not None and len(arrays) == len(tensors) and not sizes and not options:
-            self._remember(trace, tensors, inputs)
+        if results is not None and not sizes and not options:
+            self._remember(trace, tensors, named, inputs)
         if results is None:
             interp = importlib.import_module("cascade.interp")  # lazily: it needs torch
             results = tuple(interp.run(fitting(trace, inputs, sizes), inputs, sizes).values())
@@ -111,20 +111,33 @@ class Compiled:
         if self.backend == "interp" or (self.backend == "auto" and not any(t.is_cuda for t in inputs.values())):
             return None
         launch = importlib.import_module("cascade.backends.triton.launch")  # lazily: it needs Triton
+        if not all(launch.runs_on(tensor.device) for tensor in inputs.values()):
+            raise CallError(
+                Diagnostic(
+                    "C342",
+                    "kernels do not run on tensors of this device",
+                    help="move the tensors to a GPU, or set TRITON_INTERPRET=1 before Triton is imported",
+                )
+            )
         if id(trace) not in self._launchers:
             self._launchers[id(trace)] = launch.Launcher(trace.final, self.effort)
         found: tuple[Any, ...] | None = self._launchers[id(trace)](inputs, sizes)
         return found
 
-    def _remember(self, trace: Trace, tensors: tuple[Any, ...], inputs: Mapping[str, Any]) -> None:
+    def _remember(
+        self, trace: Trace, tensors: tuple[Any, ...], named: Mapping[str, Any], inputs: Mapping[str, Any]
+    ) -> None:
         """Keeps the plan of this kind of call, where tensors went in as they were given: the next goes straight to it.
 
         Everything that binding checks is part of the kind: shapes, strides, types, devices, alignment, gradients.
         """
-        as_given = all(one is other for one, other in zip(tensors, inputs.values(), strict=True))
-        plan = self._launchers[id(trace)].direct(inputs) if as_given else None
+        given = (*tensors, *named.values())
+        names = [next((name for name, value in inputs.items() if value is one), "") for one in given]
+        if sorted(names) != sorted(inputs):  # converted on the way, or one tensor twice
+            return
+        plan = self._launchers[id(trace)].direct(inputs, names)
         if plan is not None:
-            self._plans[kind(tensors)] = plan
+            self._plans[kind(tensors, named)] = plan
 
     def explain(self) -> str:
         """What the compiler knows and did: the report, every pass, what it changed, and the cascade that runs.
@@ -224,10 +237,12 @@ class Compiled:
         return self.source(**values, **options)
 
 
-def kind(tensors: tuple[Any, ...]) -> Any:
+def kind(tensors: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
     """What a plan depends on of the tensors of a call; None where some are no tensors."""
+    given = (*tensors, *named.values()) if named else tensors
     try:
-        return tuple((t.shape, t.stride(), t.dtype, t.device, t.requires_grad, t.data_ptr() & 15) for t in tensors)
+        known = ((t.shape, t.stride(), t.dtype, t.device, t.requires_grad, t.data_ptr() & 15) for t in given)
+        return (*named, *known)
     except (AttributeError, RuntimeError):  # no tensors, or none with strides and storage
         return None
 

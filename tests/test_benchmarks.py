@@ -66,6 +66,17 @@ def test_the_launch_table(tmp_path: Path) -> None:
     assert "host us per call" in text
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_model_table(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    code, data, text = run("model", tmp_path, "--only", "softmax")
+    assert code == 0 and len(data["rows"]) == 3, text
+    assert "within 25% of measured: 3 of 3 rows" in text and "the times are made up" in text
+    for line in data["rows"]:
+        assert line["best_ms"] == min(one["ms"] for one in line["tried"] if one["ms"] is not None)
+        assert line["best_ms"] <= line["top_ms"] <= line["first_ms"] and line["candidates"] == len(line["tried"])
+
+
 @SLOW
 def test_the_compile_table_in_fresh_processes(tmp_path: Path) -> None:
     code, data, text = run("compile", tmp_path, "--only", "softmax")

@@ -174,7 +174,11 @@ class _Emitter:
         """The first lines of the kernel function."""
         found = sorted(self.arguments.values(), key=_argument_order)
         words = [f"{a.name}: tl.constexpr" if a.kind == "constant" else a.name for a in found]
-        return ["", "@triton.jit", *wrapped(f"def {self.kernel.name}(", words, "):")]
+        sizes = [a.name for a in found if a.kind == "size"]
+        jit = "@triton.jit"
+        if sizes and any(isinstance(op, Dot) for op in every_op(self.kernel.ops)):
+            jit = f"@triton.jit(do_not_specialize={sizes!r})".replace("'", '"')  # they change from call to call
+        return ["", jit, *wrapped(f"def {self.kernel.name}(", words, "):")]
 
     def argument(self, wanted: Argument) -> str:
         """The name of an argument, added where the kernel has it not yet."""

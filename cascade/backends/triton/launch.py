@@ -97,10 +97,11 @@ class Launcher:
         steps = () if plan is None else plan.steps
         return {step.source.kernel: step.source.text for step in steps if isinstance(step, KernelStep)}
 
-    def direct(self, inputs: Mapping[str, Tensor]) -> Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None:
-        """What a call with tensors of this kind runs, given by position; None where nothing was planned for it."""
+    def direct(
+        self, inputs: Mapping[str, Tensor], names: Sequence[str]
+    ) -> Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None:
+        """What a call with tensors of this kind runs, given in the order of `names`; None where nothing was planned."""
         plan = self.plans.get(kind(inputs, {}))
-        names = tuple(inputs)
         if plan is None or any(isinstance(step, RestStep) for step in plan.steps):
             return None
         return lambda tensors: plan(dict(zip(names, tensors, strict=True)))

@@ -198,6 +198,8 @@ class Planner:
             tensors[table] = Tensor(table, DType.I32, shape, (*(None for _ in shape[1:]), 1))
         dtypes = {**self.dtypes, **dict.fromkeys({} if index is None else index.shapes, DType.I32)}
         numbers |= {} if index is None else index.sizes
+        if any(tensor.dtype is DType.F64 for tensor in tensors.values()):
+            raise unsupported("a tensor of f64, which kernels would compute in f32")
         if unseen := [n for n in names if n in self.hidden and n not in stored]:
             raise unsupported(f"{unseen[0]}, of which some coordinates are absent, between two kernels")
         lives = {n: self.lives[n] for n in names if n in self.lives}
@@ -355,9 +357,9 @@ class Planner:
         return Result(name, None, self.shapes[name], Const(0))
 
     def static(self, group: Group) -> _Static:
-        """The shape symbols that are numbers in a kernel: those of ranks that are whole in a tile."""
+        """The shape symbols that are numbers in a kernel: those of ranks that a tile of a matrix product has whole."""
         found = {}
-        for rank, role in self.roles(group).items():
+        for rank, role in self.roles(group).items() if self.products(group) else ():
             size = self.sizes[rank]
             if role is Role.WHOLE and isinstance(size, str):
                 found[size] = self.extents[size]
@@ -457,7 +459,9 @@ class Planner:
     def bucket(self, group: Group) -> tuple[object, ...]:
         """What a choice of tiles depends on: extents that are whole in a tile, the size of others, types, layout."""
         roles = self.roles(group)
-        sizes = [(r, n if roles[r] is Role.WHOLE else power_of_two(n)) for r, n in self.ranks.items() if r in roles]
+        fixed = bool(self.products(group))
+        known = {r: fixed and role is Role.WHOLE for r, role in roles.items()}
+        sizes = [(r, n if known[r] else power_of_two(n)) for r, n in self.ranks.items() if r in roles]
         read = dict.fromkeys(name for stmt in group.statements for name in self.outside_reads(stmt, group))
         return (*sizes, *((name, self.tensor(name).dtype, self.tensor(name).described) for name in read))
 

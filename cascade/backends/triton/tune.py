@@ -92,9 +92,10 @@ def candidates(planner: Planner, group: Group) -> tuple[Tiling, ...]:
     """Tilings that suit how the ranks of a group lie; the planner's own first choice is one of them."""
     base = planner.default_tiling(group)
     found: Iterable[Tiling] = (_with_products if planner.products(group) else _rows)(planner, group, base)
-    shared = (
-        dataclasses.replace(tiling, parts=planner.default_parts(group, dict(tiling.tiles))) for tiling in (*found, base)
-    )
+    shared: list[Tiling] = []
+    for tiling in (*found, base):
+        parts = planner.default_parts(group, dict(tiling.tiles))
+        shared.extend(dataclasses.replace(tiling, parts=each) for each in ((parts, 2 * parts) if parts > 1 else (1,)))
     return tuple(dict.fromkeys(shared))
 
 

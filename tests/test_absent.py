@@ -1,0 +1,204 @@
+"""Data that is not finite: exactly what depends on it shows it, with its sign, and what is absent reaches nothing."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from cascade.backends.triton import partition, planner
+from cascade.frontend.build import parse_cascade
+from cascade.interp import Precision, run
+from cascade.ir import Cascade
+from tests.kernel_programs import PRODUCTS, PROGRAMS, REDUCTIONS, ROWS, Program, Tensors
+from tests.planned import Chosen, all_kernels, call_of, final, planner_for
+from tests.tolerance import Draw, judge_all, standard
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STRANGE = (math.nan, math.inf, -math.inf)
+MASKED = ("causal", "window", "prefix", "document", "ragged")
+MORE = ("sink", "softcap", "grouped_query")
+ROWWISE = tuple(program.name for program in (*ROWS, *REDUCTIONS) if "nan" not in program.without)
+SIDEWAYS = tuple(program.name for program in PRODUCTS)
+
+
+@functools.cache
+def prepared(name: str) -> tuple[Cascade, Cascade]:
+    """A program as written, and as the backend gets it."""
+    return parse_cascade(PROGRAMS[name].text), final(PROGRAMS[name].text)
+
+
+def floats(inputs: Tensors) -> list[str]:
+    """The arguments that can be anything but finite."""
+    return [name for name, tensor in inputs.items() if tensor.dtype.is_floating_point]
+
+
+def check(name: str, inputs: Tensors, given: dict[str, int], tile: int = 16, parts: int = 1) -> dict[str, Tensor]:
+    """The kernels pass, what is not finite included; gives gold."""
+    written, made = prepared(name)
+    by = standard(written, inputs, given)
+    results = call_of(Chosen(made, tile=tile, parts=parts))(**inputs, **given)
+    verdict = judge_all(results, by)
+    assert verdict.ok or verdict.rounding, f"{name}: {verdict}"
+    for ours, gold in zip(results, by.gold.values(), strict=True):  # one draw says little about rounding
+        if ours.dtype.is_floating_point:
+            tolerance = 100 * torch.finfo(ours.dtype).eps
+            known = gold.isfinite() & ours.isfinite()
+            torch.testing.assert_close(ours[known].double(), gold[known], rtol=tolerance, atol=10 * tolerance)
+    return dict(by.gold)
+
+
+def large(program: Program, length: int, recipe: str = "normal", dtype: torch.dtype = torch.float32) -> Draw:
+    """Some batches, and several tiles along each length."""
+    sizes = {**program.small, "B": 2, "H": 4, "G": 2, "M": length, "N": length}
+    sizes = {symbol: size for symbol, size in sizes.items() if symbol in program.small}
+    return Draw(program, sizes, recipe, dtype, DEVICE)
+
+
+def strewn(tensor: Tensor, seed: int) -> Tensor:
+    """One value that is not finite in each matrix of the last two ranks, at edges of tiles and in between."""
+    generator = torch.Generator().manual_seed(seed)
+    found = tensor.clone()
+    matrices = found.view(-1, *found.shape[-2:])
+    rows = [0, 15, 16, 31, matrices.shape[1] - 1]
+    rows += torch.randint(0, matrices.shape[1], (3,), generator=generator).tolist()
+    for number, matrix in enumerate(matrices):
+        matrix[min(rows[number % len(rows)], len(matrix) - 1), (number + seed) % matrix.shape[1]] = STRANGE[number % 3]
+    return found
+
+
+# --- live coordinates ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argument", ["V", "K", "Q"])
+@pytest.mark.parametrize("name", MASKED)
+def test_what_is_not_finite_reaches_exactly_its_rows(name: str, argument: str) -> None:
+    draw = large(PROGRAMS[name], 40)
+    inputs = draw.inputs(0)
+    inputs[argument] = strewn(inputs[argument], 1)
+    gold = check(name, inputs, draw.given())
+    strange = ~next(iter(gold.values())).isfinite()
+    assert strange.any() and not strange.all(), "the data excites nothing"
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["f32", "f16"])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("argument", ["V", "K", "Q"])
+@pytest.mark.parametrize("name", (*MASKED, *MORE))
+def test_what_is_not_finite_anywhere(name: str, argument: str, seed: int, dtype: torch.dtype) -> None:
+    draw = large(PROGRAMS[name], (40, 81, 130, 17)[seed], dtype=dtype)
+    inputs = draw.inputs(seed)
+    inputs[argument] = strewn(inputs[argument], seed)
+    for tile in (16, 64) if name != "document" else (16,):
+        check(name, inputs, draw.given(), tile)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_16_bits_that_are_not_finite(name: str) -> None:
+    draw = large(PROGRAMS[name], 40, dtype=torch.float16)
+    inputs = draw.inputs(2)
+    check(name, {**inputs, "V": strewn(inputs["V"], 2)}, draw.given())
+
+
+@pytest.mark.parametrize("name", ["full", "ragged"])
+def test_parts_that_are_not_finite(name: str) -> None:
+    draw = large(PROGRAMS[name], 50)
+    inputs = draw.inputs(3)
+    for argument in ("V", "K"):
+        check(name, {**inputs, argument: strewn(inputs[argument], 3)}, draw.given(), parts=3)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("name", ["causal", "prefix", "ragged"])
+def test_long_tiles_that_are_not_finite(name: str) -> None:
+    draw = large(PROGRAMS[name], 130)
+    inputs = draw.inputs(4)
+    inputs["V"][..., 100, 0] = math.nan
+    inputs["V"][..., 64, 1] = math.inf
+    check(name, inputs, draw.given(), tile=64)
+
+
+# --- absent coordinates ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", STRANGE[:2], ids=str)
+@pytest.mark.parametrize(
+    "name", [n for n, p in PROGRAMS.items() if p.padding and p.name not in ("paged", "paged_by_quotient_and_remainder")]
+)
+def test_what_is_dead_for_all_rows_reaches_none(name: str, value: float) -> None:
+    program = PROGRAMS[name]
+    sizes = {**program.small, "N": 50}
+    draw = Draw(program, sizes, device=DEVICE)
+    inputs, given = draw.inputs(0), draw.given()
+    assert program.padding is not None
+    dead = program.padding(inputs, sizes)
+    spoilt = {n: t.masked_fill(dead[n].to(DEVICE), value) if n in dead else t for n, t in inputs.items()}
+    written, made = prepared(name)
+    clean = run(written, inputs, given, Precision.REFERENCE)
+    gold = check(name, spoilt, given)
+    assert all(torch.allclose(gold[result], clean[result]) for result in clean), "the data is not dead"
+    ours, wanted = call_of(Chosen(made))(**spoilt, **given), call_of(Chosen(made))(**inputs, **given)
+    for found, plain in zip(ours, wanted, strict=True):
+        assert torch.equal(found.isfinite(), plain.isfinite())
+        torch.testing.assert_close(found, plain, equal_nan=True)
+
+
+def test_rows_that_nothing_reaches_are_filled() -> None:
+    draw = large(PROGRAMS["ragged"], 40)
+    inputs = draw.inputs(0)
+    inputs["len"].zero_()
+    inputs |= {name: torch.full_like(inputs[name], math.nan) for name in ("K", "V")}
+    gold = check("ragged", inputs, {})
+    assert not gold["O"].any()
+
+
+def test_only_what_may_be_spoilt_is_watched() -> None:
+    for name, watched in (("causal", True), ("full", False), ("prefix", True), ("gemm", False)):
+        draw = Draw(PROGRAMS[name], PROGRAMS[name].small)
+        (kernel,) = all_kernels(planner_for(prepared(name)[1], draw.inputs(0), draw.given()))
+        assert bool(kernel.watched) == watched and (kernel.careful is not None) == watched, name
+
+
+# --- rows and products -----------------------------------------------------------------------------------------------
+
+
+def every_argument(name: str, dtype: torch.dtype = torch.float32) -> None:
+    """Each value that is not finite in each argument in turn."""
+    program = PROGRAMS[name]
+    draw = Draw(program, program.small, dtype=dtype, device=DEVICE)
+    for number, value in enumerate(STRANGE):
+        for argument in floats(draw.inputs(0)):
+            inputs = draw.inputs(number)
+            data = inputs[argument].view(-1)
+            data[(number * 17 + 5) % data.numel()] = value
+            check(name, inputs, draw.given())
+
+
+@pytest.mark.parametrize("name", (*ROWWISE, *SIDEWAYS))
+def test_every_argument_in_turn(name: str) -> None:
+    every_argument(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["logsumexp", "entropy", "kl", "extremes", "row_sum", "column_max", "masked_logsumexp", "products"]
+)
+def test_every_argument_of_rows_that_are_streamed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "LONG_ROW", 16)
+    every_argument(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["softmax", "layernorm", "rmsnorm", "entropy", "masked_softmax", "rows_by_their_largest"]
+)
+def test_every_argument_of_rows_that_take_several_trips(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partition, "ROW_LIMIT", 32)
+    every_argument(name)
+
+
+@pytest.mark.parametrize("name", ["alibi", "softcap", "sink", "sigmoid", "latent_shared", "decode", "decode_grouped"])
+def test_every_argument_of_folded_programs(name: str) -> None:
+    every_argument(name)

@@ -1,0 +1,233 @@
+"""Plans: the same every time, made by algebra alone, and with the axes and groups that the extents call for."""
+
+from __future__ import annotations
+
+import ast
+import io
+import itertools
+import os
+import pathlib
+import subprocess
+import sys
+import tokenize
+
+import pytest
+import torch
+
+from cascade.backends.triton.partition import Group, Rest
+from cascade.backends.triton.plan import Kernel, Role, render_kernel
+from cascade.backends.triton.planner import powers
+from cascade.walk import reads
+from tests.kernel_programs import PROGRAMS
+from tests.planned import all_kernels, emitted, final, only_group, planner_for
+from tests.tolerance import Draw
+
+ROOT = pathlib.Path(__file__).parent.parent
+BACKENDS = sorted((ROOT / "cascade" / "backends").rglob("*.py"))
+WORKLOADS = (
+    "attention", "softmax", "flash", "layernorm", "layer_norm", "rmsnorm", "rms_norm", "gemm", "matmul", "convolution",
+    "decode", "prefill", "causal", "alibi", "softcap", "moe", "expert", "transformer", "llama",
+    "cross_entropy", "logsumexp", "kv_cache", "paged",
+)  # fmt: skip
+
+
+def kernels(name: str, dtype: torch.dtype = torch.float16, **sizes: int) -> tuple[Kernel, ...]:
+    """The kernels of a program at small sizes, some of them replaced."""
+    program = PROGRAMS[name]
+    draw = Draw(program, {**program.small, **sizes}, dtype=dtype)
+    return all_kernels(planner_for(final(program.text), draw.inputs(0), draw.given()))
+
+
+def texts() -> str:
+    """The plan and the text of the kernels of every other program."""
+    return "\n".join(
+        part
+        for name in list(PROGRAMS)[::2]
+        for kernel in kernels(name)
+        for part in (render_kernel(kernel), emitted(kernel))
+    )
+
+
+# --- the same every time ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_plan_prints_and_is_made_the_same_again(name: str) -> None:
+    first, second = kernels(name), kernels(name)
+    assert first == second
+    for kernel in first:
+        text = render_kernel(kernel)
+        assert text.startswith(f"kernel {kernel.name} {{\n") and text.endswith("}\n")
+        assert text == render_kernel(next(other for other in second if other.name == kernel.name))
+        assert all(f"{axis.role.value} {axis.rank} = " in text for axis in kernel.axes)
+        assert "<" not in text.replace("<=", "").replace(" < ", ""), "an object without a text of its own"
+
+
+def test_the_seed_of_hashes_shows_nowhere() -> None:
+    script = "import hashlib\nfrom tests.test_plan import texts\nprint(hashlib.sha256(texts().encode()).hexdigest())"
+    found = []
+    for seed in ("1", "4242"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+        made = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=ROOT, check=True
+        )
+        found.append(made.stdout.split()[-1])
+    assert found[0] == found[1]
+
+
+# --- algebra alone ---------------------------------------------------------------------------------------------------
+
+
+def words_of(path: pathlib.Path) -> set[str]:
+    """The names, strings and words of strings of a source file, comments and docstrings aside, in lower case."""
+    source = path.read_text()
+    tree = ast.parse(source)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = {
+        first.value.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and node.body and isinstance(first := node.body[0], ast.Expr)
+    }
+    kinds = (tokenize.NAME, tokenize.STRING)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {
+        t.string.lower()
+        for t in tokens
+        if t.type in kinds and not (t.type == tokenize.STRING and t.start[0] in docstrings)
+    }
+
+
+@pytest.mark.parametrize("path", BACKENDS, ids=lambda path: path.stem)
+def test_no_workload_has_a_name(path: pathlib.Path) -> None:
+    found = {(word, name) for word in words_of(path) for name in WORKLOADS if name in word}
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in BACKENDS if p.stem not in ("explain", "standalone")], ids=lambda path: path.stem
+)
+def test_no_workload_has_a_name_in_prose(path: pathlib.Path) -> None:
+    text = path.read_text().lower()
+    assert not [name for name in WORKLOADS if name in text]
+
+
+# --- groups ----------------------------------------------------------------------------------------------------------
+
+
+def groups(text: str, given: dict[str, int] | None = None, **shapes: tuple[int, ...]) -> tuple[Group | Rest, ...]:
+    """The groups of a program on tensors of these shapes."""
+    return planner_for(final(text), {name: torch.zeros(shape) for name, shape in shapes.items()}, given).groups()
+
+
+def test_what_a_fold_joins_is_one_group() -> None:
+    draw = Draw(PROGRAMS["causal"], PROGRAMS["causal"].large[1])
+    shapes = {name: spec.extents(draw.sizes) for name, spec in PROGRAMS["causal"].inputs.items()}
+    (group,) = groups(PROGRAMS["causal"].text, **shapes)
+    assert isinstance(group, Group) and group.fold is not None
+    assert group.arrangement.stream == "n" and set(group.arrangement.shared) == {"b", "h", "m"}
+    assert set(group.arrangement.whole) == {"e", "f"}
+
+
+CHAIN = "cascade c(A[M,K], B[K,N], D[N,P]) -> Y[M,P] {\n C[m,n] = A[m,k] * B[k,n]\n Y[m,p] = C[m,n] * D[n,p]\n}"
+NORMED = PROGRAMS["norm_gemm"].text
+
+
+def test_a_chain_of_long_products_is_two_groups() -> None:
+    first, second = groups(CHAIN, A=(256, 4096), B=(4096, 4096), D=(4096, 4096))
+    assert isinstance(first, Group) and first.names == ("C",) and first.arrangement.stream == "k"
+    assert isinstance(second, Group) and second.names == ("Y",) and second.arrangement.stream == "n"
+
+
+def test_a_norm_and_the_long_product_behind_it_are_two_groups() -> None:
+    first, second = groups(NORMED, A=(2048, 4096), g=(4096,), B=(4096, 4096))
+    assert isinstance(first, Group) and first.arrangement.shared == ("m",) and first.arrangement.whole == ("k",)
+    assert isinstance(second, Group) and second.arrangement.shared == ("m", "n") and second.arrangement.stream == "k"
+
+
+def test_a_norm_that_is_short_goes_with_its_product() -> None:
+    (group,) = groups(NORMED, A=(9, 21), g=(21,), B=(21, 11))
+    assert isinstance(group, Group) and group.arrangement.stream == "k" and group.fold is not None
+
+
+def test_a_total_of_rows_is_a_group_of_its_own() -> None:
+    first, second = groups(PROGRAMS["mean_cross_entropy"].text, X=(64, 1000), y=(64,))
+    assert isinstance(first, Group) and isinstance(second, Group)
+    assert first.arrangement.shared == ("m",) and second.arrangement.shared == ()
+
+
+def test_what_no_kernel_computes_says_why() -> None:
+    (rest,) = groups(PROGRAMS["cumulative_sum"].text, X=(5, 37))
+    assert isinstance(rest, Rest) and rest.names == ("C",)
+    assert rest.reason == "its statements need each other's earlier coordinates"
+
+
+def test_groups_stand_in_an_order_in_which_they_can_run() -> None:
+    for program in PROGRAMS.values():
+        draw = Draw(program, program.small)
+        made = planner_for(final(program.text), draw.inputs(0), draw.given())
+        known = {param.name for param in made.cascade.params}
+        for item in made.groups():
+            for stmt in item.statements:
+                read = set(reads(stmt)) - set(item.names)
+                assert read <= known, f"{program.name}: {read - known} is not there yet"
+            known |= set(item.names)
+        assert {result.name for result in made.cascade.results} <= known
+
+
+# --- axes ------------------------------------------------------------------------------------------------------------
+
+
+def head_axes(extent: int) -> tuple[list[int], bool]:
+    """The tiles of the reduced rank of scores of this head size, and whether they cover exactly its extent."""
+    (kernel,) = kernels("full", M=32, N=64, E=extent, F=16)
+    axes = [axis for axis in kernel.axes if axis.role is Role.WHOLE and axis.rank != "f"]
+    return [axis.tile for axis in axes], all(axis.exact for axis in axes)
+
+
+@pytest.mark.parametrize(("extent", "tiles"), [(80, [64, 16]), (96, [64, 32]), (576, [512, 64]), (112, [64, 32, 16])])
+def test_reduced_ranks_in_pieces(extent: int, tiles: list[int]) -> None:
+    assert head_axes(extent) == (tiles, True) and sum(tiles) == extent
+
+
+@pytest.mark.parametrize(("extent", "tile"), [(72, 128), (120, 128), (240, 256), (5, 16), (33, 64)])
+def test_reduced_ranks_that_are_padded(extent: int, tile: int) -> None:
+    assert head_axes(extent) == ([tile], False)
+
+
+@pytest.mark.parametrize("extent", [16, 64, 128, 256])
+def test_powers_of_two_fit(extent: int) -> None:
+    assert head_axes(extent) == ([extent], True)
+
+
+def test_the_powers_of_a_number() -> None:
+    for extent in range(1, 2000):
+        found = powers(extent)
+        assert sum(found) == extent and all(a > b for a, b in itertools.pairwise(found))
+        assert all(power & (power - 1) == 0 for power in found)
+
+
+@pytest.mark.parametrize(("heads", "each"), [(8, 4), (16, 2), (8, 8)])
+def test_rows_that_share_an_operand_lie_in_one_tile(heads: int, each: int) -> None:
+    text = PROGRAMS["decode"].text.replace("h//2", f"h//{each}")
+    inputs = {"Q": (3, heads, 64), "K": (3, heads // each, 300, 64), "V": (3, heads // each, 300, 64)}
+    tensors = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in inputs.items()}
+    made = planner_for(final(text), tensors | {"len": torch.zeros(3, dtype=torch.int32)})
+    (kernel,) = all_kernels(made)
+    axis = kernel.axis("h")
+    assert axis.role is Role.TILE and axis.tile == 16 and axis.step == each and axis.advance == each
+    assert made.packed(only_group(made)) == {"h": each}
+
+
+def test_rows_that_share_nothing_are_points() -> None:
+    (kernel,) = kernels("full", M=32, N=64, E=16, F=16)
+    assert kernel.axis("h").role is Role.POINT and kernel.axis("m").role is Role.TILE and kernel.axis("m").step == 0
+
+
+def test_every_tile_is_a_power_of_two_and_exact_where_it_divides() -> None:
+    for name in PROGRAMS:
+        for kernel in kernels(name):
+            for axis in kernel.axes:
+                assert axis.tile & (axis.tile - 1) == 0 and axis.tile > 0
+                if isinstance(axis.extent, int):
+                    assert not axis.exact or axis.extent % axis.tile == 0
+            assert len({axis.rank for axis in kernel.axes}) == len(kernel.axes)

@@ -132,9 +132,9 @@ class Compiled:
         Everything that binding checks is part of the kind: shapes, strides, types, devices, alignment, gradients.
         """
         given = (*tensors, *named.values())
-        names = [next((name for name, value in inputs.items() if value is one), "") for one in given]
-        if sorted(names) != sorted(inputs):  # converted on the way, or one tensor twice
-            return
+        names = [*list(inputs)[: len(tensors)], *named]
+        if set(names) != set(inputs) or any(inputs[name] is not one for name, one in zip(names, given, strict=True)):
+            return  # something was converted on the way
         plan = self._launchers[id(trace)].direct(inputs, names)
         if plan is not None:
             self._plans[kind(tensors, named)] = plan

@@ -42,6 +42,9 @@ from cascade.walk import reads
 Groups: TypeAlias = Sequence[Group | Rest]
 
 
+SETTLED = 2  # different values of a shape symbol up to which each may have a kernel that is made for it
+
+
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU."""
     return bool(triton.knobs.runtime.interpret)
@@ -61,6 +64,7 @@ class Launcher:
     plans: dict[Any, CallPlan | None] = field(default_factory=dict)
     choices: dict[str, Choice] = field(default_factory=dict)  # by kernel, of the last plan
     refused: dict[str, set[Tiling]] = field(default_factory=dict)  # by kernel: what the device has no room for
+    extents: dict[str, set[int]] = field(default_factory=dict)  # that calls had, by shape symbol
     tilings: dict[Any, Tiling] = field(default_factory=dict)  # by what a choice depends on
 
     def __call__(self, inputs: Mapping[str, Tensor], sizes: Mapping[str, int]) -> tuple[Tensor, ...] | None:
@@ -120,7 +124,8 @@ class Launcher:
         if 0 in extents.values() or any(0 in t.shape for t in inputs.values()):
             return None
         layouts = {name: layout(tensor) for name, tensor in inputs.items()}
-        planner = Planner(self.cascade, extents, layouts, descriptors=has_descriptors(inputs))
+        moving = self.moving(extents)
+        planner = Planner(self.cascade, extents, layouts, has_descriptors(inputs), moving)
         device = next((tensor.device for tensor in inputs.values()), torch.device("cuda"))
         bench = None if interpreted() else Bench(device, self.effort, dict(inputs))
         steps = []
@@ -129,6 +134,12 @@ class Launcher:
             if bench is not None:
                 bench.advance(step)
         return CallPlan(tuple(result.name for result in self.cascade.results), tuple(steps), device)
+
+    def moving(self, extents: Mapping[str, int]) -> frozenset[str]:
+        """The shape symbols that change from call to call: kernels then hold for all their values."""
+        for symbol, extent in extents.items():
+            self.extents.setdefault(symbol, set()).add(extent)
+        return frozenset(symbol for symbol, seen in self.extents.items() if len(seen) > SETTLED)
 
     def steps(self, planner: Planner, name: str, bench: Bench | None) -> Iterator[KernelStep | RestStep]:
         """What computes a cascade, in order."""

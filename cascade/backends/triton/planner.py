@@ -79,6 +79,7 @@ class Planner:
     extents: Mapping[str, int]  # of shape symbols
     layouts: Mapping[str, Layout]  # of the parameters
     descriptors: bool = True  # whether the device has TMA
+    moving: frozenset[str] = frozenset()  # shape symbols that change from call to call: no tile counts on them
     ranks: dict[str, int] = field(init=False)
     sizes: dict[str, Size] = field(init=False)
     dtypes: dict[str, DType] = field(init=False)
@@ -272,7 +273,7 @@ class Planner:
     def indexer(self, index: Index) -> Planner:
         """The planner of an index."""
         layouts = {param.name: self.layouts[param.name] for param in index.cascade.params}
-        return Planner(index.cascade, {**self.extents, **index.sizes}, layouts, self.descriptors)
+        return Planner(index.cascade, {**self.extents, **index.sizes}, layouts, self.descriptors, self.moving)
 
     def split(
         self, name: str, group: Group, groups: Sequence[Group | Rest], tiling: Tiling
@@ -292,7 +293,7 @@ class Planner:
             shape = tuple(inner.number(size) for size in item.tensor.shape)
             layouts[item.tensor.name] = Layout(shape, contiguous(shape), item.tensor.dtype, True)
         own = {param.name: layouts.get(param.name) or self.made(param.name, groups) for param in cascade.params}
-        merger = Planner(cascade, inner.extents, own, self.descriptors)
+        merger = Planner(cascade, inner.extents, own, self.descriptors, self.moving)
         return kernel, merger, merger.groups()
 
     def written(self, name: str, groups: Sequence[Group | Rest]) -> Tensor:
@@ -313,7 +314,8 @@ class Planner:
                 axis = dataclasses.replace(axis, role=Role.POINT, tile=1, exact=True, step=0)
             elif axis.role is Role.STREAM:
                 tile = min(axis.tile, CAREFUL_TILE)
-                axis = dataclasses.replace(axis, tile=tile, exact=self.ranks[axis.rank] % tile == 0)
+                exact = self.ranks[axis.rank] % tile == 0 and axis.extent not in self.moving
+                axis = dataclasses.replace(axis, tile=tile, exact=exact)
             axes.append(axis)
         tensors = {key: dataclasses.replace(tensor, described=False) for key, tensor in setting.tensors.items()}
         options = dataclasses.replace(setting.options, edge_tile=0)
@@ -438,7 +440,8 @@ class Planner:
         extent = static.size(self.sizes[rank])
         step = self.packed(group).get(rank, 0) if role is Role.TILE else 0
         step = 0 if step == tile else step
-        return Axis(rank, role, extent, tile, not step and self.ranks[rank] % tile == 0, step=step)
+        exact = not step and self.ranks[rank] % tile == 0 and (tile == 1 or extent not in self.moving)
+        return Axis(rank, role, extent, tile, exact, step=step)
 
     def packed(self, group: Group) -> dict[str, int]:
         """The tiled ranks of which only so many neighbours share what a product is with."""
@@ -459,11 +462,20 @@ class Planner:
     def bucket(self, group: Group) -> tuple[object, ...]:
         """What a choice of tiles depends on: extents that are whole in a tile, the size of others, types, layout."""
         roles = self.roles(group)
-        fixed = bool(self.products(group))
-        known = {r: fixed and role is Role.WHOLE for r, role in roles.items()}
-        sizes = [(r, n if known[r] else power_of_two(n)) for r, n in self.ranks.items() if r in roles]
+        sizes = [(rank, self.about(rank, role, bool(self.products(group)))) for rank, role in roles.items()]
         read = dict.fromkeys(name for stmt in group.statements for name in self.outside_reads(stmt, group))
         return (*sizes, *((name, self.tensor(name).dtype, self.tensor(name).described) for name in read))
+
+    def about(self, rank: str, role: Role, fixed: bool) -> tuple[str, int]:
+        """The size of a rank, roughly: to a factor of 2, or of 16 where it changes from call to call.
+
+        A tile that has a rank whole must be no shorter, and where it is `fixed` the extent is a number of the kernel.
+        """
+        extent = self.ranks[rank]
+        if role is Role.WHOLE:
+            return ("is", extent) if fixed else ("up to", power_of_two(extent))
+        bits = (extent - 1).bit_length()
+        return ("about", bits // 4) if self.sizes[rank] in self.moving else ("up to", bits)
 
     # --- tiles -------------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,9 @@ from cascade.backends.triton.emit import Argument, Source, emit, wrapped
 from cascade.backends.triton.offline import Request
 from cascade.backends.triton.partition import Group, Rest
 from cascade.backends.triton.plan import Axis, Kernel, Role
+from cascade.backends.triton.machine import MACHINES
 from cascade.backends.triton.planner import Layout, Planner, Tiling
+from cascade.backends.triton.tune import candidates, ranked
 from cascade.backends.triton.reference import TORCH, Lines, interval, python_names, reference_lines
 from cascade.backends.triton.spell import HELPERS
 from cascade.backends.triton.static import request
@@ -315,10 +317,17 @@ class _Writer:
 
     # --- plans -------------------------------------------------------------------------------------------------------
 
+    def tiling(self, name: str, group: Group) -> Tiling:
+        """The tiles that the model prefers; a file holds one kernel, so nothing is shared by several programs."""
+        machine = MACHINES["h100" if self.planner.descriptors else "a100"]
+        considered = [dataclasses.replace(tiling, parts=1) for tiling in candidates(self.planner, group)]
+        found = ranked(self.planner, name, group, self.groups, machine, considered)
+        return found[0][0] if found else dataclasses.replace(self.planner.default_tiling(group), parts=1)
+
     def plan(self, number: int, group: Group) -> _Planned:
         """The kernel of a group, and what of the sizes is compiled into it."""
         name = self.program if len(self.groups) == 1 else f"{self.program}_{number}"
-        tiling = dataclasses.replace(self.planner.default_tiling(group), parts=1)  # a file holds one kernel
+        tiling = self.tiling(name, group)
         before = dict(self.planner.lives), set(self.planner.hidden)
         try:
             kernel = self.planner.kernel(name, group, self.groups, tiling)
@@ -357,7 +366,7 @@ class _Writer:
         """
         sizes = {**self.subject.sizes, **changed}
         layouts = self.subject.layouts(sizes)
-        planner = _Alone(self.subject.final, sizes, layouts, self.planner.descriptors, self.planner.roles(group))
+        planner = _Alone(self.subject.final, sizes, layouts, self.planner.descriptors, lie=self.planner.roles(group))
         planner.lives, planner.hidden = dict(before[0]), set(before[1])  # what kernels before it have told
         try:
             return emit(planner.kernel(name, group, self.groups, tiling)).text

@@ -93,7 +93,7 @@ def test_what_is_not_finite_anywhere(name: str, argument: str, seed: int, dtype:
     draw = large(PROGRAMS[name], (40, 17, 81)[seed], dtype=dtype)
     inputs = draw.inputs(seed)
     inputs[argument] = strewn(inputs[argument], seed)
-    for tile in (16, 64) if name != "document" else (16,):
+    for tile in (16, 64):
         check(name, inputs, draw.given(), tile)
 
 
@@ -104,7 +104,15 @@ def test_16_bits_that_are_not_finite(name: str) -> None:
     check(name, {**inputs, "V": strewn(inputs["V"], 2)}, draw.given())
 
 
-@pytest.mark.parametrize("name", ["full", "ragged"])
+def test_one_by_one_by_the_index_of_wider_tiles() -> None:
+    draw = Draw(PROGRAMS["document"], {**PROGRAMS["document"].small, "B": 1, "H": 1, "M": 130}, device=DEVICE)
+    inputs = draw.inputs(0)
+    inputs["doc"] = (torch.arange(130, device=DEVICE) >= 65).long()[None]
+    inputs["V"][0, 0, 127, 0] = math.nan
+    check("document", inputs, {}, tile=64)
+
+
+@pytest.mark.parametrize("name", ["full", "ragged", "causal", "window", "prefix"])
 def test_parts_that_are_not_finite(name: str) -> None:
     draw = large(PROGRAMS[name], 50)
     inputs = draw.inputs(3)

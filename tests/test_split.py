@@ -24,12 +24,12 @@ PARTS = (2, 3, 7)
 LONG = {"N": 50, "K": 150}  # some tiles of a stream, the last of them ragged
 FOLDED = ("full", "causal", "window", "prefix", "document", "ragged", "alibi", "softcap", "grouped_query", "sink",
     "cross", "paged", "paged_by_quotient_and_remainder", "decode", "decode_grouped", "latent", "latent_shared",
-    "latent_slice", "with_logsumexp", "with_entropy", "norm_gemm")  # fmt: skip
+    "latent_slice", "with_logsumexp", "with_entropy", "norm_gemm", "differential")  # fmt: skip
 SUMMED = ("gemm", "batched_gemm", "gemm_bias_gelu", "gemm_prologue", "gemm_transposed", "gated", "convolution",
     "strided_convolution")  # fmt: skip
 STREAMED = ("logsumexp", "entropy", "kl", "cross_entropy", "mean_cross_entropy", "masked_logsumexp",
     "triangle_logsumexp", "row_sum", "extremes", "truths", "products", "matrix_vector",
-    "cumulative_sum_by_filter")  # fmt: skip
+    "cumulative_sum_by_filter", "variance", "counts")  # fmt: skip
 
 
 @functools.cache
@@ -242,3 +242,14 @@ def test_kernels_of_programs_that_are_not_shared_have_no_part() -> None:
         draw = Draw(PROGRAMS[name], PROGRAMS[name].small)
         for kernel in all_kernels(planner_for(prepared(name), draw.inputs(0), draw.given())):
             assert not kernel.partial and all(axis.parts == 1 for axis in kernel.axes)
+
+
+def test_no_program_that_can_be_shared_is_missing_here(streams: None) -> None:
+    found = set()
+    for name, program in PROGRAMS.items():
+        draw = Draw(program, sizes_of(program))
+        made = planner_for(prepared(name), draw.inputs(0), draw.given())
+        groups = made.groups()
+        if any(isinstance(g, partition.Group) and divisible(g, made.stored(g, groups)) for g in groups):
+            found.add(name)
+    assert found == {*FOLDED, *SUMMED, *STREAMED}

@@ -29,9 +29,10 @@ SMALLEST = 1e-30  # of a difference that is compared in relation to its size
 def with_base_two(cascade: Cascade, group: Group) -> tuple[Cascade, frozenset[str]]:
     """The cascade with the statements of one group, and its folds, in base two; the tensors whose unit changed."""
     names = set(group.names)
+    stored = {result.name for result in cascade.results}
     folds = [item for item in cascade.schedule if isinstance(item, Fold) and not names.isdisjoint(item.state)]
     assert len(folds) <= 1
-    statements, fold, changed = in_base_two(group.statements, folds[0] if folds else None)
+    statements, fold, changed = in_base_two(group.statements, folds[0] if folds else None, stored)
     new = {defines(stmt): stmt for stmt in statements}
     assert set(new) == {defines(stmt) for stmt in group.statements}, "no statement is added or lost"
     body = tuple(new.get(defines(stmt), stmt) for stmt in cascade.body)
@@ -140,3 +141,14 @@ def test_32_bits_keep_their_exponential() -> None:
     draw = drawn(PROGRAMS["causal"], torch.float32)
     (kernel,) = all_kernels(planner_for(final(PROGRAMS["causal"].text), draw.inputs(0)))
     assert "tl.exp(" in emitted(kernel) and "exp2" not in emitted(kernel)
+
+
+def test_a_result_that_is_exponentiated_is_natural() -> None:
+    text = "cascade c(X[M,N]) -> R[M], D[M] {\n R[m] = max[n] X[m,n]\n D[m] = sum[n] exp(X[m,n] - R[m])\n}"
+    x = torch.randn(5, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    cascade = final(text)
+    (group,) = planner_for(cascade, {"X": x}).groups()
+    assert isinstance(group, Group)
+    after, _ = with_base_two(cascade, group)
+    for name, value in run(cascade, {"X": x}, {}, Precision.REFERENCE).items():
+        same(run(after, {"X": x}, {}, Precision.REFERENCE)[name], value, name)

@@ -46,6 +46,7 @@ class Entry:
     whole_first: str
     whole_stop: str
     index: tuple[Expr, ...]
+    tile: int  # coordinates of the stream that the numbers count at a time
 
     def read(self, name: str) -> Expr:
         """A number of the index for the tile at hand."""
@@ -171,7 +172,7 @@ class _Maker:
         if tiled:
             index = (*index, Apply("floordiv", (Rank(tiled[0]), Const(self.tiles[tiled[0]]))))
         results = [Result(name, DType.I32, shape) for name in (first, stop, whole, together)]
-        return Entry(first, stop, whole, together, index), statements, results
+        return Entry(first, stop, whole, together, index, self.tiles[self.stream]), statements, results
 
     def tile_rank(self, rank: str) -> str:
         """The rank that counts the tiles of another."""

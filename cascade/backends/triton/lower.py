@@ -54,6 +54,8 @@ class Setting:
     """Tensors of earlier kernels that may be absent: their ranks, and the tests over those under which they are not."""
     pieces: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
     """Reduced ranks of products that lie in pieces, each a power of two: the axes, and where each begins."""
+    within: Mapping[str, int] = field(default_factory=dict)
+    """Where coordinates of tiles are gone through one by one: how many make a tile, also of the stream."""
     split: str | None = None  # the rank that counts the parts of the stream, where each program has one of them
 
 
@@ -105,6 +107,7 @@ class _Lowering:
         self.names |= RESERVED | {axis.rank for axis in self.setting.axes} | set(self.setting.tensors)
         self.names |= {size for size in self.setting.extents.values() if isinstance(size, str)}
         self.names -= {name for name in self.group.names if name in self.setting.results}
+        self.names |= self.words_of_the_text()
         trips = self.trips = Trips.of(self.group)
         for stmt in trips.before:
             self.statement(stmt)
@@ -132,6 +135,19 @@ class _Lowering:
             partial=tuple(self.partial),
             live=tuple((name, self.values[name].live) for name in self.setting.results if name in self.values),
         )
+
+    def words_of_the_text(self) -> set[str]:
+        """The names that the text of the kernel makes of tensors and ranks: arguments, places, ends of tiles."""
+        found = {self.name, "whole_from", "whole_to"}
+        for name, tensor in self.setting.tensors.items():
+            found |= {f"{name}_{position}" for position in range(len(tensor.shape))}
+            found |= {f"{name}_{what}" for what in ("ptr", "desc", "desc_2", "desc_3", "desc_4", "place")}
+        for axis in self.setting.axes:
+            found |= {f"{axis.rank}_{what}" for what in ("first", "last", "tile", "part", "from", "to", "next", "back")}
+        for stmt in self.group.statements if self.setting.split is not None else ():
+            for target in targets(stmt):
+                found |= {f"{target.name}_part_{position}" for position in range(len(target.ranks) + 1)}
+        return found
 
     def store_all(self, trips: Trips) -> None:
         """Writes everything that leaves the kernel and was not written tile by tile."""
@@ -257,10 +273,10 @@ class _Lowering:
         known = [test for test in tests if test != tail and test not in opaque]
         visited = loop_bounds([test for test in known if test in common], stream, tiled)
         inside = loop_bounds([test for test in known if test not in indexed], stream, tiled)
-        tile = Const(axis.tile)
         firsts, stops = [visited.first], [visited.stop]
         whole_firsts, whole_stops = [inside.full_first], [inside.full_stop]
         for test, entry in indexed.items():
+            tile = Const(entry.tile)
             if test in common:
                 firsts.append(Apply("mul", (entry.read(entry.first), tile)))
                 stops.append(Apply("mul", (entry.read(entry.stop), tile)))
@@ -271,6 +287,9 @@ class _Lowering:
         inner = (self.bound(widest("max", whole_firsts)), self.bound(widest("min", whole_stops)))
         carried = tuple(name for stmt in states for name in self.carried(stmt))
         carried += tuple(name for name in self.presence.values())
+        if self.setting.split is not None and self.setting.within:  # the part of the whole tile, not of one coordinate
+            visited = loop_bounds([test for test in known if test in common], stream, [*tiled, *self.setting.within])
+            firsts[0], stops[0] = (self.of_tile(bound) for bound in (visited.first, visited.stop))
         first, stop = self.share(stream, self.bound(widest("max", firsts)), self.bound(widest("min", stops)))
         return Loop(
             stream,
@@ -284,18 +303,34 @@ class _Lowering:
             backwards=self.at % 2 == 1,
         )
 
+    def of_tile(self, bound: Expr | None) -> Expr | None:
+        """A bound for a tile, from one of its coordinates."""
+
+        def end(node: Expr) -> Expr:
+            rank, _, which = node.name.rpartition("_") if isinstance(node, Local) else ("", "", "")
+            if rank not in self.setting.within:
+                return node
+            step = Const(self.setting.within[rank])
+            first = Apply("mul", (Apply("floordiv", (Rank(rank), step)), step))
+            if which == "first":
+                return first
+            beyond = Apply("min", (Apply("add", (first, step)), _size(self.axis(rank).extent)))
+            return Apply("sub", (beyond, Const(1)))
+
+        return None if bound is None else rewrite(bound, end)
+
     def share(self, stream: str, first: Expr | None, stop: Expr | None) -> tuple[Expr | None, Expr | None]:
         """The program's part of what is visited: equal numbers of tiles, the last part may have fewer."""
         part, axis = self.setting.split, self.axis(stream)
         if part is None:
             return first, stop
-        tile, size = Const(axis.tile), _size(axis.extent)
+        tile, size = Const(self.setting.within.get(stream, axis.tile)), _size(axis.extent)
         low: Expr = Const(0) if first is None else Apply("max", (first, Const(0)))
         low = folded(Apply("mul", (Apply("floordiv", (low, tile)), tile)))
         high = size if stop is None else Apply("min", (stop, size))
         begin = self.let(f"{stream}_begin", low)
         length = Apply("max", (Apply("sub", (high, begin)), Const(0)))
-        tiles = Apply("floordiv", (Apply("add", (length, Const(axis.tile - 1))), tile))
+        tiles = Apply("floordiv", (Apply("add", (length, Const(tile.value - 1))), tile))
         parts = _size(self.setting.extents[part])
         every = Apply("floordiv", (Apply("add", (tiles, Apply("sub", (parts, Const(1))))), parts))
         share = self.let(f"{stream}_share", Apply("mul", (every, tile)))

@@ -180,7 +180,7 @@ class Planner:
         changed: frozenset[str] = frozenset()
         plain = tuple(map(render_stmt, statements))
         if self.short(group):
-            statements, fold, changed = in_base_two(statements, fold)
+            statements, fold, changed = in_base_two(statements, fold, self.stored(group, groups))
         fixed = dataclasses.replace(group, statements=statements, fold=fold)
         stored = self.stored(group, groups)
         axes = tuple(self.axis(group, rank, role, tiling, static) for rank, role in self.roles(group).items())
@@ -287,7 +287,9 @@ class Planner:
         inner.extents = {**self.extents, parts: tiling.parts}
         kernel, fixed = inner.lowered(name, group, groups, tiling, part)
         stored = [self.result(result) for result in self.stored(group, groups)]
-        cascade = merging(f"{name}_merge", fixed, kernel.partial, part, stored, self.shapes, inner.sizes, self.dtypes)
+        cascade = merging(
+            f"{name}_merge", fixed, kernel.partial, part, stored, self.shapes, inner.sizes, inner.extents, self.dtypes
+        )
         layouts = dict(self.layouts)
         for item in kernel.partial:
             shape = tuple(inner.number(size) for size in item.tensor.shape)
@@ -309,7 +311,10 @@ class Planner:
     def careful(self, name: str, group: Group, setting: Setting) -> Kernel:
         """The kernel for one coordinate of each tiled axis: sums of products that leave out what is absent."""
         axes = []
+        within: dict[str, int] = {}
         for axis in setting.axes:
+            if axis.role in (Role.TILE, Role.STREAM):
+                within[axis.rank] = axis.advance
             if axis.role is Role.TILE:
                 axis = dataclasses.replace(axis, role=Role.POINT, tile=1, exact=True, step=0)
             elif axis.role is Role.STREAM:
@@ -320,7 +325,9 @@ class Planner:
         tensors = {key: dataclasses.replace(tensor, described=False) for key, tensor in setting.tensors.items()}
         options = dataclasses.replace(setting.options, edge_tile=0)
         return lower(
-            f"{name}_one", group, dataclasses.replace(setting, axes=tuple(axes), tensors=tensors, options=options)
+            f"{name}_one",
+            group,
+            dataclasses.replace(setting, axes=tuple(axes), tensors=tensors, options=options, within=within),
         )
 
     def short(self, group: Group) -> bool:

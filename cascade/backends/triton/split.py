@@ -15,9 +15,25 @@ from collections.abc import Collection, Mapping, Sequence
 from cascade.backends.triton.lower import Trips, guarded_merge, reducer_of
 from cascade.backends.triton.partition import Group
 from cascade.backends.triton.plan import Partial
-from cascade.ir import Apply, Cascade, Const, DType, Einsum, Expr, Param, Rank, Read, Reduce, Result, Size, Stmt, Target
+from cascade.ir import (
+    Apply,
+    Cascade,
+    Const,
+    DType,
+    Einsum,
+    Expr,
+    Extent,
+    Param,
+    Rank,
+    Read,
+    Reduce,
+    Result,
+    Size,
+    Stmt,
+    Target,
+)
 from cascade.ops import REDUCERS
-from cascade.walk import defines, reads, rewrite
+from cascade.walk import defines, map_expressions, reads, rewrite
 
 
 def divisible(group: Group, stored: Collection[str]) -> bool:
@@ -42,11 +58,12 @@ def merging(
     results: Sequence[Result],
     shapes: Mapping[str, tuple[Size, ...]],
     sizes: Mapping[str, Size],
+    extents: Mapping[str, int],
     dtypes: Mapping[str, DType],
 ) -> Cascade:
     """The cascade that merges what programs have left of a group, and goes on from there to its results.
 
-    `shapes` and `dtypes` are those of tensors, `sizes` the extents of ranks.
+    `shapes` and `dtypes` are those of tensors, `sizes` the extents of ranks, `extents` the numbers of symbols.
     """
     trips = Trips.of(group)
     tensors = {item.state: item for item in partial}
@@ -63,6 +80,12 @@ def merging(
             body.append(_merged(stmt, group, tensors, part, there))
         elif kind in ("of state", "after"):
             body.append(stmt)
+    bound = {size for result in results for size in result.shape} | {sizes[rank] for i in partial for rank in i.ranks}
+
+    def number(expr: Expr) -> Expr:  # an extent that no tensor of this cascade has
+        return Const(extents[expr.name]) if isinstance(expr, Extent) and expr.name not in bound else expr
+
+    body = [map_expressions(stmt, lambda expr: rewrite(expr, number)) for stmt in body]
     known = {made for stmt in body for made in defines(stmt)}
     stored = {item.tensor.name: item for item in partial}
     params = []
@@ -95,4 +118,5 @@ def _merged(stmt: Einsum, group: Group, partial: Mapping[str, Partial], part: st
             return Read(partial[node.tensor[:-1]].tensor.name, (Rank(part), *node.index))
         return node
 
-    return Einsum(stmt.target, Reduce(reducer_of(stmt), (part,), rewrite(expr, parted)), where)
+    reducer = {"count": "sum"}.get(reducer_of(stmt), reducer_of(stmt))  # what is counted in parts adds up
+    return Einsum(stmt.target, Reduce(reducer, (part,), rewrite(expr, parted)), where)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from cascade.backends.triton.products import factors, product
 from cascade.ir import Apply, Const, Einsum, Expr, Fold, FoldInit, FoldMerge, Read, Reduce, Stmt
@@ -19,8 +19,13 @@ from cascade.walk import children, defines, walk, with_children
 LOG2E, LN2 = 1.0 / math.log(2.0), math.log(2.0)
 
 
-def in_base_two(statements: Sequence[Stmt], fold: Fold | None) -> tuple[tuple[Stmt, ...], Fold | None, frozenset[str]]:
-    """The statements and their fold with exponentials to base two, and the tensors whose unit has changed."""
+def in_base_two(
+    statements: Sequence[Stmt], fold: Fold | None, stored: Collection[str] = ()
+) -> tuple[tuple[Stmt, ...], Fold | None, frozenset[str]]:
+    """The statements and their fold with exponentials to base two, and the tensors whose unit has changed.
+
+    What is `stored` keeps its unit: others read it.
+    """
     own = {name: stmt for stmt in statements if isinstance(stmt, Einsum) for name in defines(stmt)}
     merges = [] if fold is None else [merge.expr for merge in fold.merge]
     changed: set[str] = set()
@@ -33,7 +38,7 @@ def in_base_two(statements: Sequence[Stmt], fold: Fold | None) -> tuple[tuple[St
     ]
     while todo:
         name = todo.pop().rstrip("'")
-        if name in own and name not in changed:
+        if name in own and name not in changed and name not in stored:
             changed.add(name)
             todo.extend(linear_reads(own[name].expr))
     units = _Units(frozenset(changed))

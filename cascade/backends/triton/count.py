@@ -36,7 +36,6 @@ from cascade.backends.triton.plan import (
     Mask,
     Op,
     Role,
-    Scan,
     Seen,
     Start,
     Store,
@@ -343,9 +342,6 @@ class _Count:
             case Fold():
                 each = EXTREME if op.reducer not in ("sum", "prod", "count") else 1.0
                 self.fold(op, 2 * each if op.nan else each, run)
-            case Scan():
-                axes = self.spend(op.expr, run) | set(op.over) | set(op.axes)
-                self.lanes(axes, math.log2(max(2, self.kernel.axis(op.over).tile)), run)
             case TopKept():
                 self.lanes(self.variables[op.source][0], 3 * EXTREME * op.count, run)
             case Start() | Carry():
@@ -602,7 +598,7 @@ def _lifetimes(ops: Sequence[Op]) -> tuple[dict[str, tuple[int, int]], list[int]
                 for name in (before & inside) | set(op.carried):
                     touch(name, after + 1)
                 continue
-            if isinstance(op, (Fold, Scan, TopKept)):
+            if isinstance(op, (Fold, TopKept)):
                 folds.append(position)
             keeps = isinstance(op, Let) and op.dtype is not None
             for name in uses(op):
@@ -618,7 +614,7 @@ def _lifetimes(ops: Sequence[Op]) -> tuple[dict[str, tuple[int, int]], list[int]
 def _made(op: Op) -> tuple[str, ...]:
     """The variables that an op gives a value."""
     match op:
-        case Load() | Let() | Mask() | Keep() | Dot() | Fold() | Seen() | Scan() | Start():
+        case Load() | Let() | Mask() | Keep() | Dot() | Fold() | Seen() | Start():
             return (op.name,)
         case TopKept():
             return (op.values, op.coords)

@@ -13,7 +13,7 @@ from typing import assert_never
 from cascade.backends.triton import spell
 from cascade.backends.triton.lower import RESERVED
 from cascade.backends.triton.plan import (
-    Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Role, Scan, Seen, Start, Store, Tensor, TopKept,
+    Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Role, Seen, Start, Store, Tensor, TopKept,
     every_op,
 )  # fmt: skip
 from cascade.backends.triton.spell import ATOM, COMPARE, PRODUCT, SPELLINGS, SUM, TYPES, UNARY
@@ -197,8 +197,6 @@ class _Emitter:
             last = number == len(grid) - 1
             count = self.count(axis)
             name = self.rank(axis.rank) if axis.role is Role.POINT else f"{self.rank(axis.rank)}_tile"
-            if axis.parts > 1:
-                name, count = f"{self.rank(axis.rank)}_part", str(axis.parts)
             mine = rest if last else f"{rest} % {count}"
             if axis.rank == self.kernel.reverse:
                 self.line(f"{name} = {count} - 1 - {mine}  # the longest loops start first")
@@ -399,8 +397,6 @@ class _Emitter:
                 self.seen(op)
             case TopKept():
                 self.top_k(op)
-            case Scan():
-                raise AssertionError("scans are not planned yet")
             case Carry():
                 for target, new in op.pairs:
                     self.line(f"{target} = {new}")

@@ -14,13 +14,14 @@ import keyword
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import assert_never
 
 from cascade.backends.triton.bounds import always, conjuncts, loop_bounds, never_empty
 from cascade.backends.triton.index import Entry, widest
 from cascade.backends.triton.partition import Group, reduced_ranks
 from cascade.backends.triton.plan import (
-    Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Options, Partial, Role, Seen, Start, Store, Tensor,
-    TopKept,
+    BYTES, Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Options, Partial, Role, Seen, Start, Store,
+    Tensor, TopKept,
 )  # fmt: skip
 from cascade.backends.triton.products import factors, folded, matrix_product, product, ranks_of
 from cascade.errors import Diagnostic, UnsupportedError
@@ -1124,7 +1125,7 @@ class _Lowering:
         last = index[-1]
         if tensor.strides[-1] != 1 or not self.index_axes(last):
             return None
-        if found[-1] * BYTES_OF[tensor.dtype] < 16 or any(size > 256 for size in found) or len(found) > 5:
+        if found[-1] * BYTES[tensor.dtype] < 16 or any(size > 256 for size in found) or len(found) > 5:
             return None
         return tuple(found)
 
@@ -1236,8 +1237,6 @@ class Trips:
 
 # --- small things ----------------------------------------------------------------------------------------------------
 
-BYTES_OF = {DType.BF16: 2, DType.F16: 2, DType.F32: 4, DType.F8E4M3: 1, DType.F8E5M2: 1, DType.I8: 1, DType.I32: 4,
-            DType.I64: 8, DType.F64: 8, DType.BOOL: 1}  # fmt: skip
 RESERVED = frozenset(keyword.kwlist) | {"tl", "triton", "pid", "min", "max", "range", "print", "EDGE", "int", "float"}
 """Names that mean something in the text of a kernel."""
 SHORT_FLOATS = (DType.BF16, DType.F16)
@@ -1301,7 +1300,7 @@ def uses(op: Op) -> Iterator[str]:
         case Store():
             exprs = [op.expr, *op.index, *op.live]
         case _:
-            pass
+            assert_never(op)
     own = op.name if isinstance(op, Let) else ""
     yield from (node.name for expr in exprs for node in walk(expr) if isinstance(node, Local) and node.name != own)
 

@@ -2,7 +2,7 @@
 
     Kernel  = name, Axis*, Tensor*, Op*, Options
     Axis    = rank, role, extent, tile           point: one coordinate a program; tile; stream: looped over; whole
-    Op      = Load | Let | Mask | Keep | Dot | Fold | TopKept | Scan | Loop | Carry | Store
+    Op      = Load | Let | Mask | Keep | Dot | Fold | Seen | TopKept | Start | Loop | Carry | Store
 
 A program of the grid holds tiles: arrays over the axes that are no points. Expressions are those of the language, over
 `Local` variables of the kernel, coordinates (`Rank`) and sizes (`Extent`). An op with `edge` set runs only in the part
@@ -175,17 +175,6 @@ class TopKept:
 
 
 @dataclass(frozen=True, slots=True)
-class Scan:
-    """`name` := the running fold of an expression along an axis, from `start`."""
-
-    name: str
-    axes: tuple[str, ...]
-    reducer: str
-    over: str
-    expr: Expr
-
-
-@dataclass(frozen=True, slots=True)
 class Carry:
     """The end of an iteration: variables take their new values."""
 
@@ -233,7 +222,7 @@ class Store:
     box: tuple[int, ...] | None
 
 
-Op: TypeAlias = Load | Let | Mask | Keep | Dot | Fold | Seen | TopKept | Scan | Carry | Start | Loop | Store
+Op: TypeAlias = Load | Let | Mask | Keep | Dot | Fold | Seen | TopKept | Carry | Start | Loop | Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +232,6 @@ class Options:
     num_warps: int = 4
     num_stages: int = 2
     edge_tile: int = 0  # coordinates of the stream at a time where tests are needed; 0: as everywhere
-    group: int = 0  # rows of tiles that run side by side, so that operands are found in L2; 0: none
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,8 +326,6 @@ def render_op(op: Op) -> list[str]:
             return [f"{_over(op.name, op.axes)} = {op.name} or any[{','.join(op.over)}] {op.mask}"]
         case TopKept():
             return [f"{_over(op.values, op.axes)}, {op.coords} = topk[{op.over}, {op.count}] {op.source}"]
-        case Scan():
-            return [f"{_over(op.name, op.axes)} = running {op.reducer}[{op.over}] {render_expr(op.expr)}"]
         case Carry():
             return [f"{', '.join(a for a, _ in op.pairs)} = {', '.join(b for _, b in op.pairs)}"]
         case Start():

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 
 from cascade.backends.triton.bounds import conjuncts, loop_bounds
 from cascade.backends.triton.index import Index, index_of
-from cascade.backends.triton.lower import BYTES_OF, Setting, Trips, lower, unsupported
+from cascade.backends.triton.lower import Setting, Trips, lower, unsupported
 from cascade.backends.triton.partition import (
     Group, Rest, fold_along, held, partition, power_of_two, reduced_ranks,
 )  # fmt: skip
-from cascade.backends.triton.plan import Axis, Kernel, Options, Role, Tensor
+from cascade.backends.triton.plan import BYTES, Axis, Kernel, Options, Role, Tensor
 from cascade.backends.triton.products import matrix_product
 from cascade.backends.triton.split import divisible, merging
 from cascade.backends.triton.units import in_base_two
@@ -149,7 +149,7 @@ class Planner:
 
     def describable(self, layout: Layout) -> bool:
         """Whether a descriptor can be made: aligned base and strides, a contiguous last dimension, no expansion."""
-        size = BYTES_OF[layout.dtype]
+        size = BYTES[layout.dtype]
         if not self.descriptors or not layout.aligned or not layout.shape or layout.strides[-1] != 1:
             return False
         outer = list(zip(layout.shape, layout.strides, strict=True))[:-1]

@@ -119,7 +119,7 @@ def _with_products(planner: Planner, group: Group, base: Tiling) -> Iterator[Til
         if small and _programs(planner, group, chosen) > MANY:
             continue
         edge = EDGE_TILE if stream is not None and chosen[stream] > EDGE_TILE else 0
-        yield Tiling(tuple(chosen.items()), Options(warps, stages, edge, base.options.group))
+        yield Tiling(tuple(chosen.items()), Options(warps, stages, edge))
     for warps, stages in () if table else ((4, 2), (4, 3), (8, 2), (8, 3)):
         options = dataclasses.replace(base.options, num_warps=warps, num_stages=stages)
         yield dataclasses.replace(base, options=options)

@@ -85,12 +85,11 @@ def test_what_is_not_finite_reaches_exactly_its_rows(name: str, argument: str) -
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["f32", "f16"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("argument", ["V", "K", "Q"])
 @pytest.mark.parametrize("name", (*MASKED, *MORE))
-def test_what_is_not_finite_anywhere(name: str, argument: str, seed: int, dtype: torch.dtype) -> None:
-    draw = large(PROGRAMS[name], (40, 17, 81)[seed], dtype=dtype)
+def test_what_is_not_finite_anywhere(name: str, argument: str, seed: int) -> None:
+    draw = large(PROGRAMS[name], (40, 17)[seed])
     inputs = draw.inputs(seed)
     inputs[argument] = strewn(inputs[argument], seed)
     for tile in (16, 64):

@@ -231,3 +231,9 @@ def test_every_tile_is_a_power_of_two_and_exact_where_it_divides() -> None:
                 if isinstance(axis.extent, int):
                     assert not axis.exact or axis.extent % axis.tile == 0
             assert len({axis.rank for axis in kernel.axes}) == len(kernel.axes)
+
+
+def test_what_fits_no_tile_runs_outside_kernels() -> None:
+    text = "cascade t(X[M,N]) -> Y[] {\n Y = sum[m,n] X[m,n]\n}"
+    (rest,) = planner_for(final(text), {"X": torch.zeros(1, 1).expand(5000, 5000)}).groups()
+    assert isinstance(rest, Rest) and "tile" in rest.reason

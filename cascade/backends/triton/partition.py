@@ -123,9 +123,10 @@ def refused(stmt: Stmt) -> str | None:
     return None
 
 
-def _finished(statements: Sequence[Stmt], cascade: Cascade, extents: Mapping[str, int]) -> Group:
+def _finished(statements: Sequence[Stmt], cascade: Cascade, extents: Mapping[str, int]) -> Group | Rest:
     arrangement = arrange(statements, cascade, extents)
-    assert arrangement is not None, "a group is arranged before it is kept"
+    if arrangement is None:  # one statement by itself: what joins others is arranged before it does
+        return Rest(tuple(statements), "its ranks fit no tile, with one of them streamed")
     fold = None if arrangement.stream is None else fold_along(statements, arrangement.stream, cascade)
     return Group(tuple(statements), arrangement, fold)
 

@@ -103,9 +103,7 @@ def test_no_workload_has_a_name(path: pathlib.Path) -> None:
     assert not found
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in BACKENDS if p.stem not in ("explain", "standalone")], ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", BACKENDS, ids=lambda path: path.stem)
 def test_no_workload_has_a_name_in_prose(path: pathlib.Path) -> None:
     text = path.read_text().lower()
     assert not [name for name in WORKLOADS if name in text]

@@ -14,7 +14,7 @@ from cascade.backends.triton import spell
 from cascade.backends.triton.lower import RESERVED
 from cascade.backends.triton.plan import (
     Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Role, Seen, Start, Store, Tensor, TopKept,
-    every_op,
+    every_op, extent_expr,
 )  # fmt: skip
 from cascade.backends.triton.spell import ATOM, COMPARE, PRODUCT, SPELLINGS, SUM, TYPES, UNARY
 from cascade.inference import FLOATS
@@ -827,7 +827,7 @@ class _Emitter:
         if axis.step:
             yield Apply("lt", (Rank(rank), Apply("add", (Local(f"{rank}_first"), Const(axis.step)))))
         elif not axis.exact:
-            yield Apply("lt", (Rank(rank), _size(axis.extent)))
+            yield Apply("lt", (Rank(rank), extent_expr(axis.extent)))
 
     def box_dims(self, op: Store) -> list[str]:
         """The shape of a box, as it is written."""
@@ -906,10 +906,6 @@ def never_negative(expr: Expr) -> bool:
             )  # nothing is launched for an extent of 0
         case _:
             return False
-
-
-def _size(extent: str | int) -> Expr:
-    return Const(extent) if isinstance(extent, int) else Extent(extent)
 
 
 def _argument_order(argument: Argument) -> tuple[int, str, int]:

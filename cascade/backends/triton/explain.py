@@ -1,7 +1,7 @@
 """What a call runs, in words: each kernel with its statements, its tiles, what is predicted of it, and what else was
 considered.
 
-    kernel attention: 1 of 1
+    kernel mix: 1 of 1
         O[b,h,m,f] = ...
       4096 programs of 128 m x 64 n, 4 warps, 2 stages
       predicted 2280.2 us: matrix bound (...), 2 blocks per SM, 15.5 waves

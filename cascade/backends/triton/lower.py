@@ -21,7 +21,7 @@ from cascade.backends.triton.index import Entry, widest
 from cascade.backends.triton.partition import Group, reduced_ranks
 from cascade.backends.triton.plan import (
     BYTES, Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Options, Partial, Role, Seen, Start, Store,
-    Tensor, TopKept,
+    Tensor, TopKept, every_op, extent_expr,
 )  # fmt: skip
 from cascade.backends.triton.products import factors, folded, matrix_product, product, ranks_of
 from cascade.errors import Diagnostic, UnsupportedError
@@ -119,11 +119,11 @@ class _Lowering:
             for stmt in trips.after(number) if self.setting.split is None else ():
                 self.statement(stmt)
         if self.setting.split is None:
-            self.store_all(trips)
+            self.storeevery_op(trips)
         else:
             self.store_partial(trips, self.setting.split)
         self.ops = live_ops(self.ops)
-        used = {op.tensor for op in _all(self.ops) if isinstance(op, (Load, Store))}
+        used = {op.tensor for op in every_op(self.ops) if isinstance(op, (Load, Store))}
         return Kernel(
             self.name,
             tuple(render_stmt(stmt) for stmt in self.group.statements),
@@ -150,7 +150,7 @@ class _Lowering:
                 found |= {f"{target.name}_part_{position}" for position in range(len(target.ranks) + 1)}
         return found
 
-    def store_all(self, trips: Trips) -> None:
+    def storeevery_op(self, trips: Trips) -> None:
         """Writes everything that leaves the kernel and was not written tile by tile."""
         for stmt in self.group.statements:
             for target in targets(stmt):
@@ -268,7 +268,7 @@ class _Lowering:
         common = set.intersection(*every) if every else set()
         tests = tuple(dict.fromkeys(test for group in self.edges for test in group))
         tiled = [a.rank for a in self.setting.axes if a.role in (Role.TILE, Role.WHOLE)]
-        tail = None if axis.exact else Apply("lt", (Rank(stream), _size(axis.extent)))
+        tail = None if axis.exact else Apply("lt", (Rank(stream), extent_expr(axis.extent)))
         indexed = {test: entry for test, entry in self.setting.index.items() if test in tests}
         opaque = [test for test in tests if any(isinstance(node, Local) for node in walk(test))]  # made in the kernel
         known = [test for test in tests if test != tail and test not in opaque]
@@ -284,7 +284,7 @@ class _Lowering:
             whole_firsts.append(Apply("mul", (entry.read(entry.whole_first), tile)))
             whole_stops.append(Apply("mul", (entry.read(entry.whole_stop), tile)))
         if tail in tests:
-            whole_stops.append(_size(axis.extent))
+            whole_stops.append(extent_expr(axis.extent))
         inner = (self.bound(widest("max", whole_firsts)), self.bound(widest("min", whole_stops)))
         carried = tuple(name for stmt in states for name in self.carried(stmt))
         carried += tuple(name for name in self.presence.values())
@@ -315,7 +315,7 @@ class _Lowering:
             first = Apply("mul", (Apply("floordiv", (Rank(rank), step)), step))
             if which == "first":
                 return first
-            beyond = Apply("min", (Apply("add", (first, step)), _size(self.axis(rank).extent)))
+            beyond = Apply("min", (Apply("add", (first, step)), extent_expr(self.axis(rank).extent)))
             return Apply("sub", (beyond, Const(1)))
 
         return None if bound is None else rewrite(bound, end)
@@ -325,14 +325,14 @@ class _Lowering:
         part, axis = self.setting.split, self.axis(stream)
         if part is None:
             return first, stop
-        tile, size = Const(self.setting.within.get(stream, axis.tile)), _size(axis.extent)
+        tile, size = Const(self.setting.within.get(stream, axis.tile)), extent_expr(axis.extent)
         low: Expr = Const(0) if first is None else Apply("max", (first, Const(0)))
         low = folded(Apply("mul", (Apply("floordiv", (low, tile)), tile)))
         high = size if stop is None else Apply("min", (stop, size))
         begin = self.let(f"{stream}_begin", low)
         length = Apply("max", (Apply("sub", (high, begin)), Const(0)))
         tiles = Apply("floordiv", (Apply("add", (length, Const(tile.value - 1))), tile))
-        parts = _size(self.setting.extents[part])
+        parts = extent_expr(self.setting.extents[part])
         every = Apply("floordiv", (Apply("add", (tiles, Apply("sub", (parts, Const(1))))), parts))
         share = self.let(f"{stream}_share", Apply("mul", (every, tile)))
         mine = Apply("add", (begin, Apply("mul", (Rank(part), share))))
@@ -679,7 +679,7 @@ class _Lowering:
         tests = tuple(test for test in live if self.test_ranks(test) & set(ranks))
         stream = self.group.arrangement.stream
         if not tests and not (self.streaming and stream in ranks):
-            sizes = [_size(self.setting.extents[rank]) for rank in ranks]
+            sizes = [extent_expr(self.setting.extents[rank]) for rank in ranks]
             found = sizes[0]
             for size in sizes[1:]:
                 found = Apply("mul", (found, size))
@@ -898,7 +898,7 @@ class _Lowering:
             case Const() | Rank() | Local():
                 return Value(expr)
             case Extent():
-                return Value(_size(expr.name))
+                return Value(extent_expr(expr.name))
             case Read() if expr.tensor in self.values:
                 return self.values[expr.tensor]
             case Read():
@@ -1093,7 +1093,7 @@ class _Lowering:
             at = dict(zip(ranks, read.index, strict=True))
             found.extend(test for test in (substitute(test, at) for test in tests) if not self.proved(test))
         for position, index in enumerate(read.index):
-            extent = _size(tensor.shape[position])
+            extent = extent_expr(tensor.shape[position])
             if isinstance(index, Rank):
                 axis = self.axis(index.name)
                 if axis.role in (Role.STREAM, Role.WHOLE) and not axis.exact:
@@ -1109,7 +1109,7 @@ class _Lowering:
 
     def tail(self, rank: str) -> Expr:
         """The test that a coordinate lies inside the extent of its rank."""
-        return Apply("lt", (Rank(rank), _size(self.axis(rank).extent)))
+        return Apply("lt", (Rank(rank), extent_expr(self.axis(rank).extent)))
 
     def box(self, tensor: Tensor, index: tuple[Expr, ...], axes: tuple[str, ...]) -> tuple[int, ...] | None:
         """The box of a descriptor for a tile; None where its place in memory is no box."""
@@ -1242,20 +1242,13 @@ RESERVED = frozenset(keyword.kwlist) | {"tl", "triton", "pid", "min", "max", "ra
 SHORT_FLOATS = (DType.BF16, DType.F16)
 
 
-def _all(ops: Sequence[Op]) -> Iterator[Op]:
-    for op in ops:
-        yield op
-        if isinstance(op, Loop):
-            yield from _all(op.body)
-
-
 def live_ops(ops: Sequence[Op]) -> list[Op]:
     """The ops without those whose values nobody uses."""
     found = list(ops)
     while True:
-        used = {name for op in _all(found) for name in uses(op)}
+        used = {name for op in every_op(found) for name in uses(op)}
         kept = [_pruned(op, used) for op in found if not _is_dead(op, used)]
-        if len(list(_all(kept))) == len(list(_all(found))):
+        if len(list(every_op(kept))) == len(list(every_op(found))):
             return kept
         found = kept
 
@@ -1303,10 +1296,6 @@ def uses(op: Op) -> Iterator[str]:
             assert_never(op)
     own = op.name if isinstance(op, Let) else ""
     yield from (node.name for expr in exprs for node in walk(expr) if isinstance(node, Local) and node.name != own)
-
-
-def _size(size: Size) -> Expr:
-    return Const(size) if isinstance(size, int) else Extent(size)
 
 
 def _same(a: float | None, b: float) -> bool:

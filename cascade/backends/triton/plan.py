@@ -11,13 +11,13 @@ of a loop where some coordinates of a tile are absent.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypeAlias, assert_never
 
 from cascade.backends.triton.index import Index
-from cascade.ir import DType, Expr, Size
+from cascade.ir import Const, DType, Expr, Extent, Size
 from cascade.text import render_expr
 
 BYTES = {
@@ -272,12 +272,17 @@ class Kernel:
         return tuple(axis for axis in self.axes if axis.role in (Role.POINT, Role.TILE) or axis.parts > 1)
 
 
-def every_op(ops: tuple[Op, ...]) -> Iterator[Op]:
+def every_op(ops: Sequence[Op]) -> Iterator[Op]:
     """All ops, those inside loops included."""
     for op in ops:
         yield op
         if isinstance(op, Loop):
             yield from every_op(op.body)
+
+
+def extent_expr(size: Size) -> Expr:
+    """An extent as an expression: a number, or the symbol of an argument."""
+    return Const(size) if isinstance(size, int) else Extent(size)
 
 
 # --- text ------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Kernels as programs of their own: files that import torch and Triton, launch a kernel and check it.
 
-    softmax.py      the text of the kernel, `run(X)`, and under `__main__` a check against plain torch
+    rows.py         the text of the kernel, `run(X)`, and under `__main__` a check against plain torch
     block_0.py ...  where there are several kernels, one each; block.py calls them in order and checks the whole
 
 What was planned for some sizes runs for others as well, as far as nothing of them was compiled in: `run` says what was

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cascade.backends.triton.emit import Argument, Source
+from cascade.backends.triton.emit import Argument, Source, permutation
 from cascade.backends.triton.offline import Request
 from cascade.backends.triton.plan import Kernel
 from cascade.backends.triton.spell import POINTERS
@@ -43,9 +43,5 @@ def type_of(argument: Argument, kernel: Kernel) -> str:
     element = POINTERS[next(tensor.dtype for tensor in kernel.tensors if tensor.name == argument.tensor)]
     if argument.kind == "pointer":
         return f"*{element}"
-    return f"tensordesc<{element}[{','.join(str(size) for size in sorted_box(argument.box))}]>"
-
-
-def sorted_box(box: tuple[int, ...]) -> tuple[int, ...]:
-    """A box in the order of the descriptor's dimensions."""
-    return tuple(size for size in box if size == 1) + tuple(size for size in box if size > 1)
+    box = (argument.box[position] for position in permutation(argument.box))
+    return f"tensordesc<{element}[{','.join(str(size) for size in box)}]>"

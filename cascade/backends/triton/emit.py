@@ -452,9 +452,7 @@ class _Emitter:
         """A matrix product; operands are turned where they lie the other way in memory."""
         left = self.operand(op.left, (op.axes[0], op.over))
         right = self.operand(op.right, (op.over, op.axes[1]))
-        more = f", {op.name}" if op.into else ""
-        precision = ', input_precision="ieee"' if op.exact else ""
-        plain = f"{op.name} = tl.dot({left}, {right}{more}{precision})"
+        plain = f"{op.name} = {self.product(op, left, right)}"
         if op.live is None:
             self.line(plain)
             return
@@ -468,6 +466,19 @@ class _Emitter:
                 self.line(line)
         else:
             self.line(careful)
+
+    def product(self, op: Dot, left: str, right: str) -> str:
+        """A product, added to what is there; in full precision a tile's products are summed apart from those before.
+
+        One chain of additions over a long rank has an error that grows with its length. Triton would make the sum one
+        chain again, were it not told how many products may come in a row.
+        """
+        if not op.exact:
+            return f"tl.dot({left}, {right}{f', {op.name}' if op.into else ''})"
+        if not op.into:
+            return f'tl.dot({left}, {right}, input_precision="ieee")'
+        chain = f"max_num_imprecise_acc={self.block(op.over)}"
+        return f'{op.name} + tl.dot({left}, {right}, input_precision="ieee", {chain})'
 
     def operand(self, name: str, axes: tuple[str, str]) -> str:
         known = self.variable(name)

@@ -31,6 +31,7 @@ from cascade.backends.triton.partition import Group, Rest
 from cascade.backends.triton.plan import Kernel
 from cascade.backends.triton.plan import Tensor as PlannedTensor
 from cascade.backends.triton.planner import Layout, Planner, Tiling
+from cascade.backends.triton.relaunch import Relaunch, relaunch
 from cascade.backends.triton.tune import Choice, Timer, choose
 from cascade.errors import UnsupportedError
 from cascade.inference import bind_sizes
@@ -112,7 +113,7 @@ class Launcher:
 
     def refuse(self, plan: CallPlan) -> None:
         """Remembers that a kernel that could not be launched needs other tiles; raises where there are none."""
-        step = next(step for step in plan.steps if isinstance(step, KernelStep) and step.compiled is None)
+        step = next(step for step in plan.steps if isinstance(step, KernelStep) and step.again is None)
         choice = self.choices.get(step.kernel.name)
         if choice is None or not choice.others:
             raise
@@ -293,9 +294,7 @@ class KernelStep:
     made: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]  # what it writes: name, shape, type
     function: Any = field(init=False)
     grid: tuple[int, int, int] = field(init=False)
-    template: list[Any] = field(init=False, default_factory=list)
-    slots: tuple[tuple[int, str, dict[str, Any] | None], ...] = ()
-    compiled: Any = None
+    again: Relaunch | None = None  # launches after the first
 
     def __post_init__(self) -> None:
         self.function = getattr(module(self.source), self.source.kernel)
@@ -309,36 +308,26 @@ class KernelStep:
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> None:
         """Launches on the current stream of the current device."""
-        if self.compiled is None:
+        if self.again is None:
             self.first(tensors)
-            return
-        arguments = self.template.copy()
-        for position, name, fields in self.slots:
-            arguments[position] = tensors[name] if fields is None else described(tensors[name], fields)
-        stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
-        found = self.compiled
-        found.run(*self.grid, stream, found.function, found.packed_metadata, None, None, None, *arguments)
+        else:
+            self.again(tensors, torch._C._cuda_getCurrentRawStream(torch.cuda.current_device()))
 
     def first(self, tensors: Mapping[str, Tensor]) -> None:
         """The first launch compiles, and finds what will be the same in every later one: all but addresses."""
         arguments: list[Any] = []
-        slots: list[tuple[int, str, dict[str, Any] | None]] = []
+        names: dict[int, str] = {}
         for position, argument in enumerate(self.source.arguments):
-            if argument.kind == "pointer":
-                slots.append((position, argument.tensor, None))
-                arguments.append(tensors[argument.tensor])
-            elif argument.kind == "descriptor":
-                made = descriptor(tensors[argument.tensor], argument.box)
-                slots.append((position, argument.tensor, {**vars(made), "base": None}))
-                arguments.append(made)
+            if argument.kind in ("pointer", "descriptor"):
+                tensor = tensors[argument.tensor]
+                names[position] = argument.tensor
+                arguments.append(tensor if argument.kind == "pointer" else descriptor(tensor, argument.box))
             else:
                 arguments.append(self.fixed(argument, tensors))
         options = {"num_warps": self.source.num_warps, "num_stages": self.source.num_stages}
-        found = self.function[self.grid](*arguments, **options)
-        self.slots = tuple(slots)
-        self.template = [None if position in {p for p, _, _ in slots} else a for position, a in enumerate(arguments)]
+        compiled = self.function[self.grid](*arguments, **options)
         if not interpreted():
-            self.compiled = found
+            self.again = relaunch(compiled, self.grid, arguments, names)
 
     def fixed(self, argument: Argument, tensors: Mapping[str, Tensor]) -> int:
         """What is the same in every call of this kind."""
@@ -347,14 +336,6 @@ class KernelStep:
         if argument.kind == "stride":
             return tensors[argument.tensor].stride(argument.position)
         return argument.value
-
-
-def described(tensor: Tensor, fields: dict[str, Any]) -> TensorDescriptor:
-    """A descriptor of the same shape for another tensor: nothing is checked again."""
-    found = object.__new__(TensorDescriptor)
-    found.__dict__.update(fields)
-    found.base = tensor
-    return found
 
 
 def descriptor(tensor: Tensor, box: Sequence[int]) -> TensorDescriptor:

@@ -397,6 +397,21 @@ class Planner:
     def products(self, group: Group) -> list[Stmt]:
         return [stmt for stmt in group.statements if matrix_product(stmt) is not None]
 
+    def exact(self, group: Group) -> bool:
+        """Whether a product multiplies in full precision: then no tensor core computes it.
+
+        Every thread holds whole rows and columns of its operands in registers, so tiles are small.
+        """
+        results = {self.storage(name, False) for name in self.stored(group, self.groups())}
+        for product in filter(None, map(matrix_product, group.statements)):
+            nodes = (node for term in (*product.left, *product.right) for node in walk(term))
+            names = {node.tensor for node in nodes if isinstance(node, Read) and self.dtypes[node.tensor] in FLOATS}
+            data = {self.dtypes[name] for name in names if name not in group.names}
+            kinds = data if data and not results & {DType.F32, DType.F64} else {self.dtypes[name] for name in names}
+            if len(kinds) > 1 or DType.F32 in kinds:
+                return True
+        return False
+
     def memory_order(self, group: Group) -> list[str]:
         """The ranks in the order of the dimensions of what is read and written, the longest access first."""
         found: list[tuple[str, ...]] = [target.ranks for stmt in group.statements for target in targets(stmt)]
@@ -497,16 +512,20 @@ class Planner:
         if products:
             sides = self.product_ranks(group)
             tiles |= {rank: max(size, 16) for rank, size in whole.items() if rank in sides}
-            rows = 128
+            exact, two = self.exact(group), len(tiled) == 2
+            rows, trip = 128, 64
+            if exact:
+                wide = max(whole.values(), default=0) > 64
+                rows, trip = (64, 16) if two else (16, 16) if wide else (32, 32)
             for rank in tiled:
                 together = self.packed(group).get(rank)
                 tiles[rank] = min(rows, max(16, power_of_two(together or self.ranks[rank])))
             if stream is not None:
-                tiles[stream] = min(64, max(16, power_of_two(self.ranks[stream])))
+                tiles[stream] = min(trip, max(16, power_of_two(self.ranks[stream])))
                 tiles[stream] = 1 if self.steps_singly(group) else tiles[stream]
-            warps = 8 if len(tiled) == 2 else 4
+            warps = 8 if two != exact else 4
             edge = 32 if stream is not None and tiles[stream] > 32 else 0
-            options = Options(warps, 3 if len(tiled) == 2 else 2, edge)
+            options = Options(warps, 3 if two and not exact else 2, edge)
             return Tiling(tuple(tiles.items()), options, self.default_parts(group, tiles))
         size = max(held(stmt, set(whole), self.ranks) for stmt in group.statements)
         if stream is not None:

@@ -56,6 +56,10 @@ ONE_SIDE = (
 # The same where operands are so wide that those do not fit.
 WIDE = ((64, 32, 8, 2), (64, 32, 8, 1), (64, 16, 8, 2), (32, 32, 4, 2), (32, 16, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1))
 WIDTH = 256  # from which on they are
+# The same in full precision, and where operands are wide.
+EXACT_SIDE = ((32, 32, 8, 2), (64, 16, 8, 2), (16, 32, 8, 2), (32, 16, 8, 2), (32, 16, 4, 2), (16, 16, 4, 2))
+EXACT_WIDE = ((16, 16, 8, 2), (16, 16, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1))
+EXACT_WIDTH = 64
 # Tiles of both sides, of the stream, warps, stages.
 TWO_SIDES = (
     (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4),
@@ -63,6 +67,10 @@ TWO_SIDES = (
     (64, 64, 64, 4, 4), (64, 32, 64, 4, 4), (32, 64, 64, 4, 4), (16, 64, 128, 4, 4), (64, 16, 128, 4, 4),
     (16, 128, 64, 4, 4), (128, 16, 64, 4, 4), (128, 256, 32, 8, 3), (128, 128, 32, 8, 3), (64, 64, 32, 4, 3),
     (32, 32, 32, 4, 3),
+)  # fmt: skip
+EXACT_SIDES = (
+    (64, 64, 32, 4, 2), (64, 64, 16, 4, 2), (128, 128, 16, 8, 2), (64, 128, 16, 8, 2), (128, 64, 16, 8, 2),
+    (32, 64, 32, 4, 2), (64, 32, 32, 4, 2), (32, 32, 32, 4, 2), (16, 64, 32, 4, 2), (64, 16, 32, 4, 2),
 )  # fmt: skip
 
 
@@ -110,8 +118,11 @@ def _with_products(planner: Planner, group: Group, base: Tiling) -> Iterator[Til
             return base.of(rank)
         return min(tile, max(SMALLEST, power_of_two(planner.ranks[rank])))
 
-    wide = max((base.of(rank) for rank in group.arrangement.whole), default=0) > WIDTH
-    table: Sequence[tuple[int, ...]] = {1: WIDE if wide else ONE_SIDE, 2: TWO_SIDES}.get(len(sides), ())
+    exact = planner.exact(group)
+    width = max((base.of(rank) for rank in group.arrangement.whole), default=0)
+    one, wide, two = (EXACT_SIDE, EXACT_WIDE, EXACT_SIDES) if exact else (ONE_SIDE, WIDE, TWO_SIDES)
+    wider = width > (EXACT_WIDTH if exact else WIDTH)
+    table: Sequence[tuple[int, ...]] = {1: wide if wider else one, 2: two}.get(len(sides), ())
     for *tiles, warps, stages in table:
         named = dict(zip([*sides, *([stream] if stream is not None else [])], tiles, strict=False))
         chosen = dict(base.tiles) | {rank: cut(rank, tile) for rank, tile in named.items()}

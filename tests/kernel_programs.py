@@ -576,6 +576,33 @@ ATTENTION: tuple[Program, ...] = (
         padding=behind_the_queries,
     ),
     attending(
+        "with_scores",
+        attention("n < m", results=", S[B,H,M,N] fill -inf"),
+        small={"B": 1, "H": 2, "M": 40, "N": 80, "E": 8, "F": 8},
+        long=None,
+        tail=2,
+        lengths=("M", "N"),
+    ),
+    attending(
+        "shared_prefix",
+        """cascade shared_prefix(Q[B,H,E], C[H,L,E], W[H,L,F], K[B,H,N,E], V[B,H,N,F]) -> O[B,H,F] {
+    T[b,h,l] = Q[b,h,e] * C[h,l,e] / sqrt(E)
+    S[b,h,n] = Q[b,h,e] * K[b,h,n,e] / sqrt(E)
+    R[b,h]   = max(max[l] T[b,h,l], max[n] S[b,h,n])
+    D[b,h]   = sum[l] exp(T[b,h,l] - R[b,h]) + sum[n] exp(S[b,h,n] - R[b,h])
+    O[b,h,f] = (sum[l] exp(T[b,h,l] - R[b,h]) * W[h,l,f] + sum[n] exp(S[b,h,n] - R[b,h]) * V[b,h,n,f]) / D[b,h]
+}""",
+        {
+            "Q": Input("B H E", partner=True), "C": Input("H L E", drives="L"), "W": Input("H L F", weighs="L"),
+        },
+        small={"B": 5, "H": 2, "L": 21, "N": 13, "E": 5, "F": 6},
+        large=(
+            {"B": 16, "H": 4, "L": 300, "N": 77, "E": 64, "F": 64},
+            {"B": 64, "H": 8, "L": 4096, "N": 512, "E": 128, "F": 128},
+        ),
+        long={"B": 4, "H": 2, "L": 131_072, "N": 100, "E": 64, "F": 64},
+    ),
+    attending(
         "with_logsumexp",
         attention("n < m", results=", L[B,H,M] fill -inf", more="\n    L[b,h,m] = R[b,h,m] + log(D[b,h,m])"),
         tail=2,

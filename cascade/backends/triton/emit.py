@@ -623,14 +623,14 @@ class _Emitter:
         axis = self.kernel.axis(op.rank)
         found = {self.block(op.rank): f"EDGE_{op.rank.upper()}"}
         self.argument(Argument(f"EDGE_{op.rank.upper()}", "constant", value=op.edge_tile))
-        for load in op.body:
-            if isinstance(load, Load) and load.box is not None and op.rank in load.axes:
+        for access in op.body:
+            if isinstance(access, Load | Store) and access.box is not None and op.rank in access.axes:
                 box = tuple(
                     op.edge_tile if part == Rank(op.rank) else size
-                    for part, size in zip(load.index, load.box, strict=True)
+                    for part, size in zip(access.index, access.box, strict=True)
                 )
-                tensor = self.tensor(load.tensor)
-                found[self.descriptor(tensor, load.box)] = self.descriptor(tensor, box)
+                tensor = self.tensor(access.tensor)
+                found[self.descriptor(tensor, access.box)] = self.descriptor(tensor, box)
         assert axis.tile % op.edge_tile == 0
         return [found.get(word, word) for word in words]
 

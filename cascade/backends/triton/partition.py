@@ -132,11 +132,17 @@ def _finished(statements: Sequence[Stmt], cascade: Cascade, extents: Mapping[str
 
 
 def fold_along(statements: Sequence[Stmt], rank: str, cascade: Cascade) -> Fold | None:
-    """What of a fold of the schedule over a rank concerns some statements."""
+    """What of a fold of the schedule over a rank concerns some statements.
+
+    None where a state joins a reduction that stands in another kernel: it is complete then, and nothing moves.
+    """
     names = {name for stmt in statements for name in defines(stmt)}
+    along = {name for stmt in statements if rank in reduced_ranks(stmt) for name in defines(stmt)}
     for item in cascade.schedule:
         if isinstance(item, Fold) and item.rank == rank and not names.isdisjoint(item.state):
-            return _restricted(item, names)
+            states = [stmt for stmt in statements if not set(defines(stmt)).isdisjoint(item.state)]
+            steps = all(set(defines(stmt)) <= along or not along.isdisjoint(reads(stmt)) for stmt in states)
+            return _restricted(item, names) if steps else None
     return None
 
 

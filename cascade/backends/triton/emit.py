@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from cascade.backends.triton import spell
+from cascade.backends.triton.grid import Ending, ending
 from cascade.backends.triton.lower import RESERVED
 from cascade.backends.triton.plan import (
     Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Role, Seen, Start, Store, Tensor, TopKept,
@@ -51,6 +52,7 @@ class Source:
     grid: tuple[tuple[str | int, int], ...]  # per axis: an extent and how many coordinates a program has
     num_warps: int
     num_stages: int
+    programs: int = 0  # that go through the tiles of the grid; 0: a program a tile
 
 
 def emit(kernel: Kernel, portable: bool = False) -> Source:
@@ -80,6 +82,7 @@ class _Emitter:
     prefix: str = "BLOCK"  # of the constants that are tile extents
     always_edge: bool = False  # inside a loop all tiles of which are tested
     edge_end: tuple[int, int] = (0, 0)  # where the last block of lines for edges ends
+    assumed: list[str] = field(default_factory=list)  # lines that stand before the loop over tiles
 
     # --- the whole ---------------------------------------------------------------------------------------------------
 
@@ -88,20 +91,24 @@ class _Emitter:
         for axis in self.kernel.axes:
             if axis.role is not Role.POINT:
                 self.argument(Argument(self.block(axis.rank), "constant", value=axis.tile))
+        options = self.kernel.options
         stores = [op for op in self.kernel.ops if isinstance(op, Store)]
+        end = ending(self.kernel) if options.pieces > 1 else None
+        self.depth = 2 if options.programs else 1
         for op in self.kernel.ops:
-            if self.kernel.careful is None or op not in stores:
+            if not (op in stores if self.kernel.careful is not None else end is not None and op in end.ops):
                 self.op(op)
         if self.kernel.careful is not None:
             self.carefully(self.kernel.careful, stores)
+        if end is not None:
+            self.in_pieces(end)
         body, self.lines = self.lines, []
         self.places("\n".join(body))
         head, self.lines = self.lines, []
         text = "\n".join([*self.header(), *self.helper_texts(), *self.functions, *self.definition(), *head, *body, ""])
         grid = tuple((axis.extent, axis.advance) for axis in self.kernel.grid)
-        options = self.kernel.options
         used = tuple(sorted(self.arguments.values(), key=_argument_order))
-        return Source(self.kernel.name, text, used, grid, options.num_warps, options.num_stages)
+        return Source(self.kernel.name, text, used, grid, options.num_warps, options.num_stages, options.programs)
 
     def carefully(self, careful: Kernel, stores: Sequence[Store]) -> None:
         """Stores the tile, or goes through its coordinates one by one where products are not numbers."""
@@ -189,10 +196,13 @@ class _Emitter:
         """Which coordinates a program has: its number taken apart, as far as the body asks."""
         words = set(re.findall(r"\w+", body))
         grid = self.kernel.grid
-        rest = "tl.program_id(0)"
+        rest = self.turns()
         if len(grid) > 1:
-            self.line("pid = tl.program_id(0)")
+            self.line(f"pid = {rest}")
             rest = "pid"
+        if self.kernel.options.grouped:
+            self.beside(grid[0], grid[1], last=len(grid) == 2)
+            grid = grid[2:]
         for number, axis in enumerate(grid):
             last = number == len(grid) - 1
             count = self.count(axis)
@@ -207,19 +217,53 @@ class _Emitter:
         for axis in self.kernel.axes:
             self.coordinates(axis, words)
 
+    def turns(self) -> str:
+        """The number of a tile of the grid: that of the program, or one after the other in a loop over them."""
+        if not self.kernel.options.programs:
+            return "tl.program_id(0)"
+        self.depth = 1
+        self.lines.extend(self.assumed)
+        counts = [self.count(axis) for axis in self.kernel.grid]
+        self.line(f"tiles = {' * '.join(counts)}")
+        self.line("# one loop of all rounds of all tiles: what the next tile reads is on its way while this one ends")
+        self.line("for turn in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):")
+        self.depth = 2
+        return "turn"
+
+    def beside(self, first: Axis, second: Axis, last: bool) -> None:
+        """The tiles of the first two axes: a few of the first beside each other, with every tile of the second."""
+        a, b = self.rank(first.rank), self.rank(second.rank)
+        group = self.argument(Argument(f"GROUP_{first.rank.upper()}", "constant", value=self.kernel.options.grouped))
+        self.line(f"{a}_tiles, {b}_tiles = {self.count(first)}, {self.count(second)}")
+        place = "pid"
+        if not last:
+            self.line(f"{a}_{b} = pid % ({a}_tiles * {b}_tiles)")
+            self.line(f"pid = pid // ({a}_tiles * {b}_tiles)")
+            place = f"{a}_{b}"
+        self.line(f"# {group} tiles of {a} beside each other: programs near in time read the same tiles of {b}")
+        self.line(f"{a}_from = {place} // ({group} * {b}_tiles) * {group}")
+        self.line(f"{a}_beside = tl.minimum({a}_tiles - {a}_from, {group})")
+        self.line(f"{a}_tile = {a}_from + {place} % ({group} * {b}_tiles) % {a}_beside")
+        self.line(f"{b}_tile = {place} % ({group} * {b}_tiles) // {a}_beside")
+
     def coordinates(self, axis: Axis, words: set[str]) -> None:
         """The first, the last and all coordinates of a tile, where the body uses them."""
-        rank, block = self.rank(axis.rank), self.block(axis.rank)
+        rank = self.rank(axis.rank)
         if axis.role is Role.TILE:
-            self.line(f"{rank}_first = {rank}_tile * {axis.step or block}")
-            if f"{rank}_last" in words:
-                beyond = f"{rank}_first + {block}"
-                beyond = beyond if axis.exact else f"tl.minimum({beyond}, {self.size(axis.extent)})"
-                self.line(f"{rank}_last = {beyond} - 1")
-            if rank in words:
-                self.line(f"{rank} = {rank}_first + tl.arange(0, {block})")
+            self.line(f"{rank}_first = {rank}_tile * {axis.step or self.block(axis.rank)}")
+            self.within(axis, words)
         elif axis.role is Role.WHOLE and rank in words:
-            self.line(f"{rank} = tl.arange(0, {block})")
+            self.line(f"{rank} = tl.arange(0, {self.block(axis.rank)})")
+
+    def within(self, axis: Axis, words: set[str]) -> None:
+        """The last and all coordinates of a tile whose first is known, where they are used."""
+        rank, block = self.rank(axis.rank), self.block(axis.rank)
+        if f"{rank}_last" in words:
+            beyond = f"{rank}_first + {block}"
+            beyond = beyond if axis.exact else f"tl.minimum({beyond}, {self.size(axis.extent)})"
+            self.line(f"{rank}_last = {beyond} - 1")
+        if rank in words:
+            self.line(f"{rank} = {rank}_first + tl.arange(0, {block})")
 
     def count(self, axis: Axis) -> str:
         """The number of programs along an axis."""
@@ -594,7 +638,7 @@ class _Emitter:
         stop = size if op.stop is None else f"tl.minimum({self.text(op.stop, ())}, {size})"
         if not op.edges or op.inner is None:
             if op.stop is None and op.first is None and not isinstance(axis.extent, int):
-                self.line(f"tl.assume({size} > 0)")
+                self.assume(f"{size} > 0")
             self.one_loop(op, start, stop)
             return
         self.line(f"{rank}_from, {rank}_to = {start}, {stop}")
@@ -615,6 +659,72 @@ class _Emitter:
             head = f"{states} = {name}(" if states else f"{name}("
             for text in wrapped(head, [*(small if edge else words), low, high, f"EDGE={edge}"], ")"):
                 self.line(text)
+
+    def assume(self, fact: str) -> None:
+        """A fact that the compiler may use: where it is wanted, but outside the loop over tiles."""
+        if self.kernel.options.programs:
+            self.assumed.append(f"    tl.assume({fact})")
+        else:
+            self.line(f"tl.assume({fact})")
+
+    def in_pieces(self, end: Ending) -> None:
+        """What follows the loop as a function, called for the columns of each piece after the other."""
+        axis, pieces = self.kernel.axis(end.rank), self.kernel.options.pieces
+        rank, block = self.rank(end.rank), self.block(end.rank)
+        narrow = self.argument(Argument(f"PIECE_{end.rank.upper()}", "constant", value=axis.tile // pieces))
+        name, words = self.end_function(end)
+        parts = {name: [f"{name}_piece_{number}" for number in range(pieces)] for name in end.crossing}
+        for whole, names in parts.items():
+            self.helpers.setdefault("halves")
+            known, width = {0: whole}, pieces
+            while width > 1:
+                width //= 2
+                for begin in list(known):
+                    self.line(f"{names[begin]}, {names[begin + width]} = halves({known[begin]})")
+                    known |= {begin: names[begin], begin + width: names[begin + width]}
+        for number in range(pieces):
+            shift = {0: "", 1: f" + {narrow}"}.get(number, f" + {number} * {narrow}")
+            of_piece = {whole: names[number] for whole, names in parts.items()}
+            of_piece |= {f"{rank}_first": f"{rank}_first{shift}", block: narrow}
+            for line in wrapped(f"{name}(", [of_piece.get(word, word) for word in words], ")"):
+                self.line(line)
+
+    def end_function(self, end: Ending) -> tuple[str, list[str]]:
+        """What follows the loop as a function of its own, for fewer columns, and the variables that it takes."""
+        axis, rank = self.kernel.axis(end.rank), self.rank(end.rank)
+        outside, self.lines, depth, self.depth = self.lines, [], self.depth, 1
+        for op in end.ops:
+            self.op(self.narrowed(op, end.rank))
+        body, self.lines = self.lines, []
+        self.within(axis, set(re.findall(r"\w+", "\n".join(body))))
+        body, self.lines, self.depth = [*self.lines, *body], outside, depth
+        own = {op.name for op in end.ops if isinstance(op, (Let, Load, Mask))} | {rank, f"{rank}_last"}
+        outer = self.taken(body, own, (*end.crossing, f"{rank}_first"))
+        constants = list(dict.fromkeys([*self.constants(body), self.block(end.rank)]))
+        name = f"{self.kernel.name}_end"
+        heads = [*outer, *(f"{c}: tl.constexpr" for c in constants)]
+        self.functions.extend(["", "@triton.jit", *wrapped(f"def {name}(", heads, "):"), *body, ""])
+        return name, [*outer, *constants]
+
+    def narrowed(self, op: Op, rank: str) -> Op:
+        """An op that copies a box, with a box of fewer columns."""
+        if not isinstance(op, (Load, Store)) or op.box is None:
+            return op
+        less = self.kernel.options.pieces
+        pairs = zip(op.index, op.box, strict=True)
+        return replace(op, box=tuple(size // less if part == Rank(rank) else size for part, size in pairs))
+
+    def taken(self, body: Sequence[str], own: set[str], first: Sequence[str]) -> list[str]:
+        """The variables that the lines of a function take from outside, those of `first` in front."""
+        known = {name for name, _, _ in self.kernel.variables} | set(self.arguments) | self.place_names()
+        words = dict.fromkeys(re.findall(r"(?<![.\w])[A-Za-z_]\w*", "\n".join(body)))
+        more = [w for w in words if w in known and w not in own and w not in first and not self.is_constant(w)]
+        return [*first, *more]
+
+    def constants(self, body: Sequence[str]) -> list[str]:
+        """The constants that the lines of a function mention."""
+        words = dict.fromkeys(re.findall(r"(?<![.\w])[A-Za-z_]\w*", "\n".join(body)))
+        return [word for word in words if self.is_constant(word)]
 
     def edge_words(self, op: Loop, words: Sequence[str]) -> list[str]:
         """The arguments of the loop's function where it goes in smaller steps: other boxes, another tile."""
@@ -679,13 +789,8 @@ class _Emitter:
         if re.search(rf"\b{rank}\b", "\n".join(body)):
             body.insert(0, "        " + self.whereabouts(self.kernel.axis(op.rank)))
         made = {inner.name for inner in op.body if isinstance(inner, (Load, Let, Mask, Dot, Fold))} - set(op.carried)
-        outer = list(op.carried)
-        text = "\n".join(body)
-        words = dict.fromkeys(re.findall(r"(?<![.\w])[A-Za-z_]\w*", text))
-        known = {name for name, _, _ in self.kernel.variables} | set(self.arguments) | self.place_names()
-        own = made | {rank, f"{rank}_first"}
-        outer += [w for w in words if w in known and w not in own and w not in op.carried and not self.is_constant(w)]
-        constants = [w for w in words if self.is_constant(w)] + ([block] if block not in words else [])
+        outer = self.taken(body, made | {rank, f"{rank}_first"}, op.carried)
+        constants = list(dict.fromkeys([*self.constants(body), block]))
         number_ = 1 + sum(line.startswith("def ") for line in "\n".join(self.functions).split("\n"))
         name = f"{self.kernel.name}_{rank}" + (f"_{number_}" if number_ > 1 else "")
         heads = [*outer, *(f"{c}: tl.constexpr" for c in constants), f"{rank}_from", f"{rank}_to", "EDGE: tl.constexpr"]

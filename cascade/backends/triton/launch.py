@@ -301,7 +301,7 @@ class KernelStep:
         count = 1
         for extent, tile in self.source.grid:
             count *= -(-self.number(extent) // tile)
-        self.grid = (count, 1, 1)
+        self.grid = (min(count, self.source.programs or count), 1, 1)
 
     def number(self, extent: str | int) -> int:
         return extent if isinstance(extent, int) else self.extents[extent]

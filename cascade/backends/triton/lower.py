@@ -122,7 +122,7 @@ class _Lowering:
             self.storeevery_op(trips)
         else:
             self.store_partial(trips, self.setting.split)
-        self.ops = live_ops(self.ops)
+        self.ops = [without_edges(op) for op in live_ops(self.ops)]
         used = {op.tensor for op in every_op(self.ops) if isinstance(op, (Load, Store))}
         return Kernel(
             self.name,
@@ -139,12 +139,14 @@ class _Lowering:
 
     def words_of_the_text(self) -> set[str]:
         """The names that the text of the kernel makes of tensors and ranks: arguments, places, ends of tiles."""
-        found = {self.name, "whole_from", "whole_to"}
+        found = {self.name, f"{self.name}_end", "whole_from", "whole_to"}
         for name, tensor in self.setting.tensors.items():
             found |= {f"{name}_{position}" for position in range(len(tensor.shape))}
             found |= {f"{name}_{what}" for what in ("ptr", "desc", "desc_2", "desc_3", "desc_4", "place")}
         for axis in self.setting.axes:
-            found |= {f"{axis.rank}_{what}" for what in ("first", "last", "tile", "part", "from", "to", "next", "back")}
+            places = ("first", "last", "tile", "tiles", "part", "from", "to", "next", "back", "beside")
+            found |= {f"{axis.rank}_{what}" for what in places}
+            found |= {f"{axis.rank}_{other.rank}" for other in self.setting.axes}
         for stmt in self.group.statements if self.setting.split is not None else ():
             for target in targets(stmt):
                 found |= {f"{target.name}_part_{position}" for position in range(len(target.ranks) + 1)}
@@ -1241,7 +1243,9 @@ class Trips:
 
 # --- small things ----------------------------------------------------------------------------------------------------
 
-RESERVED = frozenset(keyword.kwlist) | {"tl", "triton", "pid", "min", "max", "range", "print", "EDGE", "int", "float"}
+RESERVED = frozenset(keyword.kwlist) | {
+    "tl", "triton", "pid", "turn", "tiles", "min", "max", "range", "print", "EDGE", "int", "float",
+}  # fmt: skip
 """Names that mean something in the text of a kernel."""
 SHORT_FLOATS = (DType.BF16, DType.F16)
 
@@ -1265,6 +1269,25 @@ def _pruned(op: Op, used: Collection[str]) -> Op:
     if not isinstance(op, Loop):
         return op
     return dataclasses.replace(op, body=tuple(inner for inner in op.body if not _is_dead(inner, used)))
+
+
+def without_edges(op: Op) -> Op:
+    """A loop as one loop, where nothing in it is tested: descriptors read 0 beyond the end of a tensor."""
+
+    def tested(inner: Op) -> bool:
+        match inner:
+            case Load():
+                return bool(inner.edge)
+            case Mask() | Keep():
+                return inner.edge
+            case Dot():
+                return inner.live is not None and inner.edge
+            case _:
+                return isinstance(inner, Seen)
+
+    if not isinstance(op, Loop) or any(map(tested, op.body)):
+        return op
+    return dataclasses.replace(op, edges=False, inner=None)
 
 
 def uses(op: Op) -> Iterator[str]:

@@ -232,6 +232,9 @@ class Options:
     num_warps: int = 4
     num_stages: int = 2
     edge_tile: int = 0  # coordinates of the stream at a time where tests are needed; 0: as everywhere
+    grouped: int = 0  # tiles of the grid's first axis beside which all tiles of its second follow; 0: all of the first
+    programs: int = 0  # that go through the tiles of the grid, one after the other; 0: a program a tile
+    pieces: int = 1  # in which a program does what follows its loop: so many times fewer columns at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +302,12 @@ def render_kernel(kernel: Kernel) -> str:
         )
     options = kernel.options
     lines.append(f"    warps {options.num_warps}, stages {options.num_stages}")
+    if options.grouped:
+        lines.append(f"    {options.grouped} tiles of {kernel.grid[0].rank} beside each other")
+    if options.programs:
+        lines.append(f"    {options.programs} programs for all tiles")
+    if options.pieces > 1:
+        lines.append(f"    what follows the loop in {options.pieces} pieces")
     lines.extend(f"    {line}" for op in kernel.ops for line in render_op(op))
     if kernel.careful is not None:
         lines.append(f"    where {', '.join(kernel.watched)} is not a number, one by one: {kernel.careful.name}")

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cascade.backends.triton.bounds import conjuncts, loop_bounds
+from cascade.backends.triton.grid import suited
 from cascade.backends.triton.index import Index, index_of
 from cascade.backends.triton.lower import Setting, Trips, lower, unsupported
 from cascade.backends.triton.partition import (
@@ -211,7 +212,7 @@ class Planner:
         reverse = self.reversed_axis(kernel)
         base_two = tuple(name for name in group.names if name in changed)
         kernel = dataclasses.replace(kernel, statements=plain, base_two=base_two, reverse=reverse)
-        return dataclasses.replace(kernel, index=index, careful=careful), fixed
+        return suited(dataclasses.replace(kernel, index=index, careful=careful)), fixed
 
     def in_pieces(self, setting: Setting, group: Group) -> Setting:
         """The setting with reduced ranks of products in pieces, where the next power of two would waste too much.

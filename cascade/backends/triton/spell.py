@@ -167,6 +167,11 @@ def dot_present(a, b, live, c, PRECISION: tl.constexpr):
             c += tl.where(here[:, None] & (row != 0)[None, :], column[:, None] * row[None, :], 0.0)
     return c
 """,
+    "halves": """@triton.jit
+def halves(x):
+    # the columns left and right of the middle
+    return x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute(0, 2, 1).split()
+""",
     "times": """@triton.jit
 def times(a, b):
     return a * b

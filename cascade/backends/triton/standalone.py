@@ -39,7 +39,7 @@ FINEST = 1e-4  # the tolerance from float32 on
 TAKEN = (
     "torch", "triton", "tl", "math", "TensorDescriptor", "run", "reference", "main", "accept", "descriptor",
     "largest_error", "sizes", "grid", "device", "tensor", "there", "body", "ordered", "key", "name", "ours", "wanted",
-    "error", "wrong", "zip", "print", "int", "ValueError", "SystemExit",
+    "error", "wrong", "zip", "print", "int", "min", "ValueError", "SystemExit",
 )  # fmt: skip
 """What a file itself calls things; a tensor, rank or symbol of that name is written with a line behind it."""
 
@@ -453,7 +453,8 @@ class _Writer:
             self.name(extent) if tile == 1 else f"triton.cdiv({self.name(extent)}, {tile})"
             for extent, tile in plan.source.grid
         ]
-        yield f"    grid = ({' * '.join(counts) or '1'},)"
+        tiles, programs = " * ".join(counts) or "1", plan.source.programs
+        yield f"    grid = (min({programs}, {tiles}),)" if programs else f"    grid = ({tiles},)"
         where = self.names[stored[0]]
         yield f"    with torch.cuda.device_of({where}):"
         yield f"        {plan.source.kernel}[grid]("

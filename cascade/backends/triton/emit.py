@@ -370,9 +370,7 @@ class _Emitter:
         largest = max(pieces, key=lambda piece: len(piece.axes))
         axes = largest.axes if set(largest.axes) == set(together) else together
         pieces = [self.aligned(piece, axes) for piece in pieces]
-        row = SPELLINGS[expr.op]
-        if not self.portable and expr.op in spell.FAST and self.short_results():
-            row = spell.FAST[expr.op]
+        row = self.row(expr.op)
         real = any(piece.real for piece in pieces)
         if not real and expr.op in spell.INTEGER:
             return self.integer(expr, pieces, axes)
@@ -383,6 +381,13 @@ class _Emitter:
         words = [self.bracketed(piece, row, position) for position, piece in enumerate(pieces)]
         result_real = (real or expr.op == "div" or "tl.exp" in row.text) and row.infix != COMPARE
         return _Piece(row.text.format(*words), axes, row.infix or ATOM, result_real)
+
+    def row(self, op: str) -> spell.Spelling:
+        """How an operation is written: the fast way where results are short and it can run."""
+        fast = spell.FAST.get(op)
+        if fast is None or (self.portable and fast.assembly) or not self.short_results():
+            return SPELLINGS[op]
+        return fast
 
     def integer(self, expr: Apply, pieces: list[_Piece], axes: tuple[str, ...]) -> _Piece:
         """An operation on integers; division of what may be negative rounds down, unlike Triton's."""

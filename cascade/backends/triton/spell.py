@@ -1,7 +1,7 @@
 """How each operation is written in Triton: one row an operation, no decisions.
 
-`{0}`, `{1}`, ... are the operands. A row that needs a helper function names it; `HELPERS` has its text. Where the
-hardware has an instruction that is exact enough for results of 16 bits, `FAST` has a row for it.
+`{0}`, `{1}`, ... are the operands. A row that needs a helper function names it; `HELPERS` has its text. Where
+something faster is exact enough for results of 16 bits, `FAST` has a row for it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Spelling:
     text: str
     infix: int = 0  # Python's precedence of the operator; 0: a call, or something in brackets of its own
     helper: str | None = None
+    assembly: bool = False  # whether the helper has instructions that Triton's interpreter does not know
 
 
 COMPARE, OR, XOR, AND, SUM, PRODUCT, UNARY, ATOM = 1, 2, 3, 4, 5, 6, 7, 9
@@ -80,10 +81,12 @@ INTEGER: dict[str, str] = {"min": "tl.minimum({0}, {1})", "max": "tl.maximum({0}
 """The rows that are written in another way on integers; the last two where an operand may be negative."""
 
 FAST: dict[str, Spelling] = {
-    "tanh": Spelling("tanh({0})", helper="tanh_approx"),
-    "sigmoid": Spelling("sigmoid({0})", helper="sigmoid_approx"),
+    "tanh": Spelling("tanh({0})", helper="tanh_approx", assembly=True),
+    "sigmoid": Spelling("sigmoid({0})", helper="sigmoid_approx", assembly=True),
+    "gelu": Spelling("gelu({0})", helper="gelu_approx"),
 }
-"""Rows for results of 16 bits: tanh has a relative error of about 2^-11, the reciprocal of a sigmoid one of 2^-23."""
+"""Rows for results of 16 bits: tanh has a relative error of about 2^-11, the reciprocal of a sigmoid one of 2^-23, gelu
+one of 2^-11 above -5.5; below, where it is nearly 0, it is off by less than 2^-34."""
 
 HELPERS: dict[str, str] = {
     "sign": """@triton.jit
@@ -136,6 +139,14 @@ def silu(x):
     "gelu": """@triton.jit
 def gelu(x):
     return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+""",
+    "gelu_approx": """@triton.jit
+def gelu(x):
+    # the normal distribution left of -|x|: the logarithm of it is nearly a parabola
+    a = tl.abs(x)
+    p = a * (-0.46817797 + a * (-0.045241214 + a * (0.0049889367 + a * -0.00024125593)))
+    tail = tl.exp2(-1.0 + a * (-1.1476765 + p))
+    return x * tl.where(x < 0, tail, 1.0 - tail)
 """,
     "floor_divide": """@triton.jit
 def floor_divide(a, b):

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from cascade.backends.triton.count import Trips, live_registers, programs, rounds, shared_memory, trips, work
+from cascade.backends.triton.count import (
+    Trips, live_registers, programs, read_in_waves, rounds, shared_memory, trips, work,
+)  # fmt: skip
 from cascade.backends.triton.partition import Group
 from cascade.backends.triton.plan import Kernel, Loop, Options, Role, every_op
 from cascade.backends.triton.planner import Layout, Planner, Tiling, contiguous
@@ -146,6 +148,42 @@ def test_bytes_are_those_of_every_program(m: int, n: int, k: int) -> None:
     every = brute_bytes(plan, plans, {"X": ("m", "k"), "W": ("n", "k")})
     stores = 2 * m * n * (128 / 32 - 1)  # 16 columns are a quarter of a line
     assert found.read_bytes + found.l2_bytes - stores == pytest.approx(every, rel=0.3 if k % 64 else 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("grouped", "at_once"), [(0, 64), (0, 16), (0, 8), (4, 16), (4, 32), (8, 64), (4, 4), (8, 128)]
+)
+def test_waves_read_what_their_programs_do_not_share(grouped: int, at_once: int) -> None:
+    """Every wave in turn: the rows and columns of its tiles, each once."""
+    m, n, k = 32 * 16, 16 * 16, 64
+    plans = planner(PRODUCT, X=(m, k), W=(n, k))
+    plan = kernel(plans, Options(grouped=grouped), m=16, n=16, k=64)
+    tiles_m, tiles_n = m // 16, n // 16
+    order = [(i, j) for j in range(tiles_n) for i in range(tiles_m)]
+    if grouped:
+        starts = range(0, tiles_m, grouped)
+        order = [(i, j) for start in starts for j in range(tiles_n) for i in range(start, start + grouped)]
+    read = 0
+    for first in range(0, len(order), at_once):
+        wave = order[first : first + at_once]
+        read += (len({i for i, _ in wave}) + len({j for _, j in wave})) * 16 * k * 2
+    assert read_in_waves(plan, plans.extents, at_once) == read
+
+
+def test_what_follows_a_loop_is_told_from_what_is_in_it() -> None:
+    plain = planner(PRODUCT, X=(128, 2048), W=(128, 2048))
+    ended = planner(PRODUCT.replace("X[m,k] * W[n,k]", "gelu(sum[k] X[m,k] * W[n,k])"), X=(128, 2048), W=(128, 2048))
+    found, more = (work(kernel(plans, m=64, n=64, k=64), plans.extents) for plans in (plain, ended))
+    assert more.tail_exps == more.exps == 128 * 128 and found.tail_exps == 0
+    assert more.tail_vector == more.vector_flops > found.tail_vector > 0
+    assert not found.goes_on and work(kernel(plain, Options(resident=1), m=64, n=64, k=64), plain.extents).goes_on
+
+
+def test_a_program_that_goes_on_has_its_result_beside_operands() -> None:
+    plans = planner(PRODUCT, X=(4096, 4096), W=(4096, 4096))
+    every = (Options(8, 3), Options(8, 3, resident=1), Options(8, 3, resident=1, pieces=2))
+    sizes = [shared_memory(kernel(plans, options, m=128, n=256, k=64)) for options in every]
+    assert [size // 1024 for size in sizes] == [144, 208, 176]  # compiled: 147480, 213016, 180248 bytes
 
 
 def test_rows_are_read_and_written_once() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cascade.backends.triton.emit import emit
-from cascade.backends.triton.launch import Bench, Groups, Launcher
+from cascade.backends.triton.launch import INTERPRETED, Bench, Groups, Launcher
 from cascade.backends.triton.partition import Group
 from cascade.backends.triton.plan import Kernel, Options, render_kernel
 from cascade.backends.triton.planner import Planner, Tiling
@@ -43,8 +43,8 @@ EVEN = {"M": 80, "N": 384, "K": 512, "Z": 2}  # 5 x 3 tiles: no number of those 
 RAGGED = {"M": 72, "N": 328, "K": 520, "Z": 2}  # by descriptors
 ODD = {"M": 77, "N": 323, "K": 517, "Z": 2}  # by pointers: loops with edges of their own
 ORDERS = (
-    {"grouped": 2}, {"programs": 4}, {"programs": 1000}, {"pieces": 2}, {"pieces": 4},
-    {"grouped": 4, "programs": 4, "pieces": 2},
+    {"grouped": 2}, {"resident": 1}, {"resident": 250}, {"pieces": 2}, {"pieces": 4},
+    {"grouped": 4, "resident": 1, "pieces": 2},
 )  # fmt: skip
 
 
@@ -118,25 +118,29 @@ def test_every_tile_is_gone_through_once(m: int, n: int, grouped: int) -> None:
 
 
 def test_options_that_a_kernel_cannot_have_are_left_out() -> None:
-    every = {"grouped": 4, "programs": 3, "pieces": 2}
+    every = {"grouped": 4, "resident": 3, "pieces": 2}
     assert kernel_of(PRODUCT, EVEN, **every).options == Options(4, 2, 0, 4, 3, 2)
     summed = kernel_of(SUMMED, {**EVEN, "N": 128}, **every).options  # takes columns together, has one tiled rank
     assert (summed.grouped, summed.pieces) == (0, 1)
-    assert kernel_of(TRIANGLE, EVEN, **every).options.programs == 0  # its loops are not equally long
+    assert kernel_of(TRIANGLE, EVEN, **every).options.resident == 0  # its loops are not equally long
     assert kernel_of(PRODUCT, EVEN, pieces=8).options.pieces == 1  # pieces of 16 columns
 
 
 def test_a_plan_prints_its_order() -> None:
-    text = render_kernel(kernel_of(PRODUCT, EVEN, grouped=4, programs=3, pieces=2))
-    for line in ("4 tiles of m beside each other", "3 programs for all tiles", "what follows the loop in 2 pieces"):
+    text = render_kernel(kernel_of(PRODUCT, EVEN, grouped=4, resident=3, pieces=2))
+    for line in (
+        "4 tiles of m beside each other",
+        "3 programs of each multiprocessor",
+        "what follows the loop in 2 pieces",
+    ):
         assert line in text
     assert "tiles of" not in render_kernel(kernel_of(PRODUCT, EVEN))
 
 
 def test_a_few_programs_go_through_all_tiles() -> None:
-    launcher = Ordered(final(PRODUCT), changes={"programs": 4})
+    launcher = Ordered(final(PRODUCT), changes={"resident": 1})
     call_of(launcher)(**inputs(PRODUCT, EVEN))
     (plan,) = (plan for plan in launcher.plans.values() if plan is not None)
     (step,) = plan.steps
-    assert step.grid == (4, 1, 1)  # type: ignore[union-attr]
+    assert step.grid == (INTERPRETED, 1, 1)  # type: ignore[union-attr]
     assert math.prod(-(-extent // tile) for extent, tile in ((EVEN["M"], 16), (EVEN["N"], 128))) == 15

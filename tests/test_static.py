@@ -26,6 +26,7 @@ from cascade.backends.triton.plan import Dot, Kernel, Load, every_op
 from cascade.backends.triton.planner import Planner
 from cascade.backends.triton.standalone import contiguous
 from cascade.backends.triton.static import request
+from cascade.backends.triton.tune import candidates
 from cascade.frontend.build import parse_cascade
 from cascade.ir import DType
 from cascade.pipeline import run_pipeline
@@ -120,22 +121,33 @@ def kernels(planner: Planner, name: str) -> Iterator[Built]:
 @functools.cache
 def built(name: str) -> tuple[Built, ...]:
     """The kernels of a shipped program."""
-    shipped = next(item for item in SHIPPED if item.name == name)
+    planner = planner_of(next(item for item in SHIPPED if item.name == name))
+    return tuple(kernels(planner, planner.cascade.name))
+
+
+def planner_of(shipped: Shipped) -> Planner:
+    """The planner of a shipped program on bf16 tensors."""
     cascade = run_pipeline(parse_cascade(shipped.text), check=1).final
     types = trial.param_types(cascade, DType.BF16)
     layouts = {
         param.name: contiguous([s if isinstance(s, int) else shipped.sizes[s] for s in param.shape], types[param.name])
         for param in cascade.params
     }
-    return tuple(kernels(Planner(cascade, dict(shipped.sizes), layouts), cascade.name))
+    return Planner(cascade, dict(shipped.sizes), layouts)
+
+
+def python_of(version: str) -> str:
+    """The interpreter with that Triton."""
+    python = str(TRITON36) if version == "3.6" else sys.executable
+    if not Path(python).exists():
+        pytest.skip("no .venv-triton36; `make test` makes it")
+    return python
 
 
 @functools.cache
 def compiled(version: str) -> dict[str, tuple[StaticFacts | Failure, ...]]:
     """What all kernels show with one Triton: all compiled in one go."""
-    python = str(TRITON36) if version == "3.6" else sys.executable
-    if not Path(python).exists():
-        pytest.skip("no .venv-triton36; `make test` makes it")
+    python = python_of(version)
     wanted = {shipped.name: built(shipped.name) for shipped in SHIPPED}
     found = iter(facts([request(b.kernel, b.source) for many in wanted.values() for b in many], "sm_90", python, 2))
     return {name: tuple(next(found) for _ in many) for name, many in wanted.items()}
@@ -163,6 +175,37 @@ def test_machine_code_is_as_planned(version: str, name: str) -> None:
             assert found.wgmma > 0 and found.waits > 0, f"{one.kernel.name} has no asynchronous product"
         if any(isinstance(op, Load) and op.box is not None for op in every_op(one.kernel.ops)):
             assert found.tma_loads > 0, f"{one.kernel.name} loads no tile by descriptor"
+
+
+@functools.cache
+def going_on() -> tuple[Built, ...]:
+    """Kernels of which a few programs go through all tiles, as the tables of candidates have them."""
+    found = []
+    for name in ("gemm", "gemm, bias, gelu", "batched gemm"):
+        planner = planner_of(next(item for item in SHIPPED if item.name == name))
+        ((group,), groups) = planner.groups(), planner.groups()
+        assert not isinstance(group, Rest)
+        for tiling in candidates(planner, group):
+            if tiling.options.resident:
+                kernel = planner.kernel("c", group, groups, tiling)
+                assert kernel.options == tiling.options
+                found.append(Built(kernel, emit(kernel)))
+    return tuple(found)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_programs_that_go_on_overlap(version: str) -> None:
+    requests = [request(one.kernel, one.source) for one in going_on()]
+    answers = facts(requests, "sm_90", python_of(version), 2)
+    assert len(answers) > 15
+    for one, found in zip(going_on(), answers, strict=True):
+        told = f"{one.kernel.statements} {one.kernel.options}"
+        assert isinstance(found, StaticFacts), told
+        assert (found.serialized, found.waits) == ((), 3), told  # of a round, of a tile, of the last
+        crowded = one.kernel.options.pieces == 1 and len(one.kernel.statements) > 1
+        assert found.spills <= (128 if crowded else 0), told
+        assert found.blocks_per_sm == one.kernel.options.resident, told
+        assert found.tma_stores == one.kernel.options.pieces, told
 
 
 @pytest.mark.parametrize(("version", "name"), sorted(CROWDED))

@@ -150,6 +150,17 @@ def test_first_choice_is_within_five_percent_of_the_best(name: str) -> None:
         assert measured is None or found.time_us / 1e3 == pytest.approx(measured, rel=0.5)
 
 
+def test_many_tiles_are_gone_through_by_few_programs() -> None:
+    plans, group, groups = planner(KINDS["product"])
+    first = ranked(plans, "c", group, groups, H100, candidates(plans, group))[0][0]
+    assert (first.options.resident, first.options.grouped) == (1, 8)
+    plans, group, groups = planner((PRODUCT, {"X": (1024, 4096), "W": (1024, 4096)}))  # at most 64 tiles of 128 x 128
+    considered = candidates(plans, group)
+    assert not any(tiling.options.resident for tiling in considered)
+    first = ranked(plans, "c", group, groups, H100, considered)[0][0]
+    assert (first.options.resident, first.options.pieces) == (0, 1)
+
+
 def test_two_stages_are_too_few_for_a_short_round() -> None:
     plans, group, groups = planner(KINDS["product"])
     base = dict(plans.default_tiling(group).tiles) | {"m": 128, "n": 256, "k": 64}

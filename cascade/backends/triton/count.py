@@ -80,7 +80,11 @@ def work(
     round of a loop.
     """
     count = _Count(kernel, sizes)
-    count.ops(kernel.ops, _Run(float(count.programs)))
+    loops = [place for place, op in enumerate(kernel.ops) if isinstance(op, Loop)] if _ahead(kernel) else []
+    behind = loops[-1] + 1 if loops else len(kernel.ops)
+    count.ops(kernel.ops[:behind], _Run(float(count.programs)))
+    before = count.vector, count.exps
+    count.ops(kernel.ops[behind:], _Run(float(count.programs)))
     wanted = registers if registers is not None else live_registers(kernel)
     spilled = max(0, wanted - MAX_REGISTERS) * 4 * WARP * kernel.options.num_warps * 2.0
     read = sum(min(total, _held(tensor, sizes)) for tensor, total in count.loaded.items())
@@ -104,6 +108,9 @@ def work(
         stages=kernel.options.num_stages if _ahead(kernel) else 1,
         dependent=dependent(kernel.ops),
         flight_bytes=_flight(kernel),
+        tail_vector=count.vector - before[0],
+        tail_exps=count.exps - before[1],
+        goes_on=kernel.options.resident > 0,
     )
 
 
@@ -262,6 +269,40 @@ def _steps(axis: Axis, extent: int) -> int:
 
 def _number(size: Size, sizes: Mapping[str, int]) -> int:
     return size if isinstance(size, int) else sizes[size]
+
+
+def read_in_waves(kernel: Kernel, sizes: Mapping[str, int], at_once: int) -> float:
+    """Bytes that loads bring from DRAM where `at_once` programs run at a time and L2 keeps only what those share."""
+    distinct = _distinct(kernel, sizes, at_once)
+    shares: dict[str, float] = {}
+    for op in every_op(kernel.ops):
+        if isinstance(op, Load):
+            known = {node.name.removesuffix("_first").removesuffix("_last") for part in op.index for node in walk(part)
+                     if isinstance(node, (Rank, Local))}  # fmt: skip
+            share = math.prod(count for rank, count in distinct.items() if rank in known) / at_once
+            shares[op.tensor] = max(share, shares.get(op.tensor, 0.0))
+    count = _Count(kernel, sizes)
+    count.ops(kernel.ops, _Run(float(count.programs)))
+    return sum(
+        min(total, max(_held(tensor, sizes), total * shares[tensor.name])) for tensor, total in count.loaded.items()
+    )
+
+
+def _distinct(kernel: Kernel, sizes: Mapping[str, int], at_once: int) -> dict[str, float]:
+    """How many tiles of each axis of the grid `at_once` neighbouring programs have together."""
+    steps = {axis.rank: float(_steps(axis, _number(axis.extent, sizes))) for axis in kernel.grid if axis.parts == 1}
+    found: dict[str, float] = {}
+    rest, ranks = float(at_once), list(steps)
+    if kernel.options.grouped:
+        first, second = ranks[:2]
+        beside = min(float(kernel.options.grouped), steps[first])
+        columns = min(steps[second], max(1.0, rest / beside))
+        found = {first: min(steps[first], max(beside, rest / columns)), second: columns}
+        rest, ranks = rest / (steps[first] * steps[second]), ranks[2:]
+    for rank in ranks:
+        found[rank] = min(steps[rank], max(1.0, rest))
+        rest /= steps[rank]
+    return found
 
 
 # --- operations and bytes --------------------------------------------------------------------------------------------
@@ -520,8 +561,10 @@ def shared_memory(kernel: Kernel) -> int:
         ahead = max(ahead, buffers * max(1, kernel.options.num_stages) + _computed(kernel, loop.body, operands))
     staying = sum(tile(op) for op in kernel.ops if isinstance(op, Load) and op.name in operands)
     leaving = max((tile(op) for op in every_op(kernel.ops) if isinstance(op, Store) and op.box is not None), default=0)
+    leaving //= kernel.options.pieces
     talking = 4 * kernel.options.num_warps * (16 if operands else 1)
-    return max(ahead + staying, leaving) + talking + (0 if operands else _exchanged(kernel))
+    together = ahead + staying + leaving if kernel.options.resident else max(ahead + staying, leaving)
+    return together + talking + (0 if operands else _exchanged(kernel))
 
 
 def _computed(kernel: Kernel, body: Sequence[Op], operands: set[str]) -> int:

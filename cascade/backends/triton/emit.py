@@ -52,7 +52,7 @@ class Source:
     grid: tuple[tuple[str | int, int], ...]  # per axis: an extent and how many coordinates a program has
     num_warps: int
     num_stages: int
-    programs: int = 0  # that go through the tiles of the grid; 0: a program a tile
+    resident: int = 0  # programs of each multiprocessor that go through the tiles of the grid; 0: a program a tile
 
 
 def emit(kernel: Kernel, portable: bool = False) -> Source:
@@ -94,7 +94,7 @@ class _Emitter:
         options = self.kernel.options
         stores = [op for op in self.kernel.ops if isinstance(op, Store)]
         end = ending(self.kernel) if options.pieces > 1 else None
-        self.depth = 2 if options.programs else 1
+        self.depth = 2 if options.resident else 1
         for op in self.kernel.ops:
             if not (op in stores if self.kernel.careful is not None else end is not None and op in end.ops):
                 self.op(op)
@@ -108,7 +108,7 @@ class _Emitter:
         text = "\n".join([*self.header(), *self.helper_texts(), *self.functions, *self.definition(), *head, *body, ""])
         grid = tuple((axis.extent, axis.advance) for axis in self.kernel.grid)
         used = tuple(sorted(self.arguments.values(), key=_argument_order))
-        return Source(self.kernel.name, text, used, grid, options.num_warps, options.num_stages, options.programs)
+        return Source(self.kernel.name, text, used, grid, options.num_warps, options.num_stages, options.resident)
 
     def carefully(self, careful: Kernel, stores: Sequence[Store]) -> None:
         """Stores the tile, or goes through its coordinates one by one where products are not numbers."""
@@ -219,7 +219,7 @@ class _Emitter:
 
     def turns(self) -> str:
         """The number of a tile of the grid: that of the program, or one after the other in a loop over them."""
-        if not self.kernel.options.programs:
+        if not self.kernel.options.resident:
             return "tl.program_id(0)"
         self.depth = 1
         self.lines.extend(self.assumed)
@@ -667,7 +667,7 @@ class _Emitter:
 
     def assume(self, fact: str) -> None:
         """A fact that the compiler may use: where it is wanted, but outside the loop over tiles."""
-        if self.kernel.options.programs:
+        if self.kernel.options.resident:
             self.assumed.append(f"    tl.assume({fact})")
         else:
             self.line(f"tl.assume({fact})")

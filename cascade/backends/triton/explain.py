@@ -67,7 +67,10 @@ def tiles_text(tiling: Tiling) -> str:
     tiles = " x ".join(f"{tile} {rank}" for rank, tile in tiling.tiles) or "one coordinate"
     parts = f", in {tiling.parts} parts" if tiling.parts > 1 else ""
     options = tiling.options
-    return f"{tiles}{parts}, {plural(options.num_warps, 'warp')}, {plural(options.num_stages, 'stage')}"
+    order = f", {options.grouped} tiles beside each other" if options.grouped else ""
+    order += f", {plural(options.resident, 'program')} of each SM for all" if options.resident else ""
+    order += f", ending in {options.pieces} pieces" if options.pieces > 1 else ""
+    return f"{tiles}{parts}, {plural(options.num_warps, 'warp')}, {plural(options.num_stages, 'stage')}{order}"
 
 
 def plural(count: int, noun: str) -> str:

@@ -1,7 +1,7 @@
 """In which order programs go through the tiles of a grid, and in how many pieces they do what follows their loop.
 
     grouped    tiles of two ranks, g of the first beside each other: what runs at a time reads few rows and few columns
-    programs   as many as the GPU holds at a time, each with tile after tile: loads of the next begin before one ends
+    resident   programs, as many as the GPU holds at a time, each with tile after tile: loads of the next begin early
     pieces     the columns of a tile in halves behind the loop: fewer registers, less shared memory on the way out
 
 Whether a kernel can have them is told by its plan alone; `suited` leaves out what it cannot have.
@@ -35,7 +35,7 @@ def suited(kernel: Kernel) -> Kernel:
     kept = dataclasses.replace(
         options,
         grouped=options.grouped if _two_tiled(kernel) else 0,
-        programs=options.programs if _goes_on(kernel) else 0,
+        resident=options.resident if _goes_on(kernel) else 0,
         pieces=options.pieces if wide else 1,
     )
     return kernel if kept == options else dataclasses.replace(kernel, options=kept)

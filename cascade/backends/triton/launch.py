@@ -43,6 +43,7 @@ from cascade.walk import reads
 Groups: TypeAlias = Sequence[Group | Rest]
 
 
+INTERPRETED = 4  # multiprocessors that the interpreter stands for: fewer than most grids have tiles
 SETTLED = 2  # different values of a shape symbol up to which each may have a kernel that is made for it
 
 
@@ -301,7 +302,7 @@ class KernelStep:
         count = 1
         for extent, tile in self.source.grid:
             count *= -(-self.number(extent) // tile)
-        self.grid = (min(count, self.source.programs or count), 1, 1)
+        self.grid = (count, 1, 1)
 
     def number(self, extent: str | int) -> int:
         return extent if isinstance(extent, int) else self.extents[extent]
@@ -324,6 +325,9 @@ class KernelStep:
                 arguments.append(tensor if argument.kind == "pointer" else descriptor(tensor, argument.box))
             else:
                 arguments.append(self.fixed(argument, tensors))
+        if self.source.resident:
+            device = next(iter(tensors.values())).device
+            self.grid = (min(self.grid[0], self.source.resident * multiprocessors(device)), 1, 1)
         options = {"num_warps": self.source.num_warps, "num_stages": self.source.num_stages}
         compiled = self.function[self.grid](*arguments, **options)
         if not interpreted():
@@ -336,6 +340,13 @@ class KernelStep:
         if argument.kind == "stride":
             return tensors[argument.tensor].stride(argument.position)
         return argument.value
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a device has, or the interpreter stands for."""
+    if device.type != "cuda":
+        return INTERPRETED
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def descriptor(tensor: Tensor, box: Sequence[int]) -> TensorDescriptor:

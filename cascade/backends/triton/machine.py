@@ -13,6 +13,8 @@ mean value analysis gives exactly: one block takes the sum of its parts, many ta
 
 * `dependent` work (every matrix product waits for vector work and the reverse) visits matrix, exp and vector in turn.
   Otherwise the three overlap within the block, as software pipelining makes them, and the slowest is one unit.
+* What stands behind a loop of products is visited after it: the tensor cores of that block wait. A block that goes on
+  with the next tile waits for no latency but its first.
 * A loop with `stages` of two or more fetches ahead: memory then overlaps with everything, limited by the bytes in
   flight. With one stage memory is one more unit that a block visits.
 * The SM with most programs decides: programs come in rounds, and the last one may be small.
@@ -180,7 +182,9 @@ class Work:
     minimum or maximum and a conversion 2 (they run at half rate). `read_bytes` and `write_bytes` pass
     through DRAM, each byte at least once; `l2_bytes` are read again through L2. The tile is that of the main matrix
     product, m x k by k x n, 0 where there is none. `flight_bytes` are the bytes of loads that one program keeps
-    outstanding; 0 lets the tile and the stages tell.
+    outstanding; 0 lets the tile and the stages tell. `tail_vector` and `tail_exps` of the vector operations and special
+    functions stand behind the loop of products, where the tensor cores wait. A program `goes_on` if it loads what the
+    next one would while it ends.
     """
 
     programs: int
@@ -200,6 +204,9 @@ class Work:
     stages: int = 1
     dependent: bool = False
     flight_bytes: float = 0.0
+    tail_vector: float = 0.0
+    tail_exps: float = 0.0
+    goes_on: bool = False
 
     @property
     def in_flight(self) -> float:
@@ -249,20 +256,21 @@ def estimate(machine: Machine, work: Work) -> Estimate:
         launch = (("launch", machine.launch_us),)
         return Estimate(machine.launch_us, "launch", launch, resident, 0.0, "there are no programs to run")
     units = _unit_times(machine, work)
-    latency = _latency(machine, work)
+    latency = 0.0 if work.goes_on else _latency(machine, work)
     memory, l2 = _memory_times(machine, work, resident)
-    visited = _visited(work, units, memory * min(machine.sms, work.programs) / work.programs)
+    visited = _visited(machine, work, units, memory * min(machine.sms, work.programs) / work.programs)
     rounds = -(-work.programs // machine.sms)  # programs of the SM that has most
     busy = _rounds_time(visited, latency, rounds, resident, _spread(work))
     fetched = {"l2": l2} if work.stages < 2 else {"memory": memory, "l2": l2}
     body = _soft_maximum((busy, *fetched.values()))
     together = min(float(resident), float(rounds)) * _spread(work)
     parts = {name: us * work.programs / machine.sms for name, us in units.items()}
-    parts |= {"memory": memory, "l2": l2, "latency": latency * rounds / together, "launch": machine.launch_us}
+    waiting = machine.latency_us if work.goes_on else latency * rounds / together
+    parts |= {"memory": memory, "l2": l2, "latency": waiting, "launch": machine.launch_us}
     # What is fetched ahead bounds a kernel only where it takes longer than the SM does, its waits included.
     bounding = [name for name in parts if name not in fetched or fetched[name] >= busy]
     bound = max(bounding, key=lambda name: parts[name])
-    total = body + machine.launch_us
+    total = body + machine.launch_us + (machine.latency_us if work.goes_on else 0.0)
     waves = work.programs / (machine.sms * resident)
     why = _why(machine, work, limits, bound, parts[bound] / total)
     return Estimate(total, bound, tuple(parts.items()), resident, waves, why)
@@ -318,9 +326,14 @@ def _memory_times(machine: Machine, work: Work, resident: int) -> tuple[float, f
     return memory, (work.read_bytes + work.write_bytes + work.l2_bytes) / ports
 
 
-def _visited(work: Work, units: Mapping[str, float], memory: float) -> tuple[float, ...]:
-    """Microseconds at each unit that one program visits in turn."""
-    computing = tuple(units.values()) if work.dependent else (max(units.values()),)
+def _visited(machine: Machine, work: Work, units: Mapping[str, float], memory: float) -> tuple[float, ...]:
+    """Microseconds at each unit that one program visits in turn; what stands behind a loop is one more."""
+    if work.dependent:
+        computing = tuple(units.values())
+    else:
+        clocks = machine.clock_ghz * 1e3 * work.programs
+        vector, exps = work.tail_vector / machine.lanes / clocks, work.tail_exps / machine.exp_per_clock / clocks
+        computing = (max(units["matrix"], units["exp"] - exps, units["vector"] - vector), max(vector, exps))
     return (*computing, memory) if work.stages < 2 else computing
 
 

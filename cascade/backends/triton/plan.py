@@ -233,7 +233,7 @@ class Options:
     num_stages: int = 2
     edge_tile: int = 0  # coordinates of the stream at a time where tests are needed; 0: as everywhere
     grouped: int = 0  # tiles of the grid's first axis beside which all tiles of its second follow; 0: all of the first
-    programs: int = 0  # that go through the tiles of the grid, one after the other; 0: a program a tile
+    resident: int = 0  # programs of each multiprocessor that go through the tiles of the grid; 0: a program a tile
     pieces: int = 1  # in which a program does what follows its loop: so many times fewer columns at a time
 
 
@@ -304,8 +304,8 @@ def render_kernel(kernel: Kernel) -> str:
     lines.append(f"    warps {options.num_warps}, stages {options.num_stages}")
     if options.grouped:
         lines.append(f"    {options.grouped} tiles of {kernel.grid[0].rank} beside each other")
-    if options.programs:
-        lines.append(f"    {options.programs} programs for all tiles")
+    if options.resident:
+        lines.append(f"    {options.resident} programs of each multiprocessor for all tiles")
     if options.pieces > 1:
         lines.append(f"    what follows the loop in {options.pieces} pieces")
     lines.extend(f"    {line}" for op in kernel.ops for line in render_op(op))

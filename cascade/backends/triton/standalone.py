@@ -39,7 +39,7 @@ FINEST = 1e-4  # the tolerance from float32 on
 TAKEN = (
     "torch", "triton", "tl", "math", "TensorDescriptor", "run", "reference", "main", "accept", "descriptor",
     "largest_error", "sizes", "grid", "device", "tensor", "there", "body", "ordered", "key", "name", "ours", "wanted",
-    "error", "wrong", "zip", "print", "int", "min", "ValueError", "SystemExit",
+    "error", "wrong", "zip", "print", "int", "min", "programs", "ValueError", "SystemExit",
 )  # fmt: skip
 """What a file itself calls things; a tensor, rank or symbol of that name is written with a line behind it."""
 
@@ -453,9 +453,12 @@ class _Writer:
             self.name(extent) if tile == 1 else f"triton.cdiv({self.name(extent)}, {tile})"
             for extent, tile in plan.source.grid
         ]
-        tiles, programs = " * ".join(counts) or "1", plan.source.programs
-        yield f"    grid = (min({programs}, {tiles}),)" if programs else f"    grid = ({tiles},)"
-        where = self.names[stored[0]]
+        where, tiles, resident = self.names[stored[0]], " * ".join(counts) or "1", plan.source.resident
+        if resident:
+            yield "    # as many programs as run at a time go through all tiles; without a GPU a few"
+            found = f"torch.cuda.get_device_properties({where}.device).multi_processor_count"
+            yield f"    programs = {resident} * ({found} if {where}.is_cuda else 4)"
+        yield f"    grid = (min(programs, {tiles}),)" if resident else f"    grid = ({tiles},)"
         yield f"    with torch.cuda.device_of({where}):"
         yield f"        {plan.source.kernel}[grid]("
         line = ""

@@ -21,20 +21,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from cascade.backends.triton.count import rounds, work
+from cascade.backends.triton.count import read_in_waves, rounds, work
 from cascade.backends.triton.emit import emit
+from cascade.backends.triton.grid import suited
 from cascade.backends.triton.machine import Estimate, Machine, Work, estimate
 from cascade.backends.triton.offline import LIMITS, Failure, Request, StaticFacts, facts
 from cascade.backends.triton.partition import Group, Rest, power_of_two
 from cascade.backends.triton.plan import Axis, Kernel, Loop, Options, Role
 from cascade.backends.triton.lower import Trips
-from cascade.backends.triton.planner import Planner, Tiling
+from cascade.backends.triton.planner import FEW_PROGRAMS, Planner, Tiling
+from cascade.backends.triton.products import matrix_product
 from cascade.backends.triton.static import request
 from cascade.errors import UnsupportedError
 from cascade.passes.memo import load, store
 from cascade.text import render, render_stmt
 
-VERSION = "1"  # of entries on disk; another one whenever a choice may change
+VERSION = "2"  # of entries on disk; another one whenever a choice may change
 QUICK = 6  # candidates that are timed with little effort
 SHOWN = 4  # candidates besides the chosen one that a choice remembers
 SMALLEST = 16  # side of a matrix product
@@ -72,6 +74,12 @@ EXACT_SIDES = (
     (64, 64, 32, 4, 2), (64, 64, 16, 4, 2), (128, 128, 16, 8, 2), (64, 128, 16, 8, 2), (128, 64, 16, 8, 2),
     (32, 64, 32, 4, 2), (64, 32, 32, 4, 2), (32, 32, 32, 4, 2), (16, 64, 32, 4, 2), (64, 16, 32, 4, 2),
 )  # fmt: skip
+# The same with the programs of a multiprocessor that go through all tiles, and the pieces in which each tile ends.
+GOING_ON = (
+    (128, 256, 64, 8, 3, 1, 1), (128, 256, 64, 8, 3, 1, 2), (128, 256, 64, 8, 4, 1, 2), (256, 128, 64, 8, 4, 1, 2),
+    (256, 128, 64, 8, 3, 1, 1), (128, 128, 64, 4, 4, 1, 1), (128, 128, 64, 4, 3, 2, 2),
+)  # fmt: skip
+BESIDE = 8  # tiles of one side: what runs at a time reads about as much of either side
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,14 +131,21 @@ def _with_products(planner: Planner, group: Group, base: Tiling) -> Iterator[Til
     one, wide, two = (EXACT_SIDE, EXACT_WIDE, EXACT_SIDES) if exact else (ONE_SIDE, WIDE, TWO_SIDES)
     wider = width > (EXACT_WIDTH if exact else WIDTH)
     table: Sequence[tuple[int, ...]] = {1: wide if wider else one, 2: two}.get(len(sides), ())
-    for *tiles, warps, stages in table:
+    going_on: Sequence[tuple[int, ...]] = GOING_ON if len(sides) == 2 and not exact else ()
+    if any(matrix_product(stmt) is None for stmt in group.statements):  # what follows the loop needs registers
+        going_on = sorted(going_on, key=lambda row: row[-1] == 1)
+    for *tiles, warps, stages, resident, pieces in (*going_on, *((*row, 0, 1) for row in table)):
         named = dict(zip([*sides, *([stream] if stream is not None else [])], tiles, strict=False))
         chosen = dict(base.tiles) | {rank: cut(rank, tile) for rank, tile in named.items()}
         small = any(chosen[rank] < 64 and chosen[rank] < cut(rank, 64) for rank in sides)
         if small and _programs(planner, group, chosen) > MANY:
             continue
+        count = _programs(planner, group, chosen)
+        if resident and count <= resident * FEW_PROGRAMS:
+            continue  # each would have one tile
+        beside = BESIDE if len(sides) == 2 and count > FEW_PROGRAMS else 0
         edge = EDGE_TILE if stream is not None and chosen[stream] > EDGE_TILE else 0
-        yield Tiling(tuple(chosen.items()), Options(warps, stages, edge))
+        yield Tiling(tuple(chosen.items()), Options(warps, stages, edge, beside, resident, pieces))
     for warps, stages in () if table else ((4, 2), (4, 3), (8, 2), (8, 3)):
         options = dataclasses.replace(base.options, num_warps=warps, num_stages=stages)
         yield dataclasses.replace(base, options=options)
@@ -265,7 +280,7 @@ def _retiled(kernel: Kernel, axes: Mapping[str, Axis], tiling: Tiling) -> Kernel
     ops = tuple(dataclasses.replace(op, edge_tile=edge) if isinstance(op, Loop) else op for op in kernel.ops)
     same = tuple(axis if axis.role is Role.WHOLE else axes[axis.rank] for axis in kernel.axes)
     same = tuple(dataclasses.replace(a, parts=tiling.parts) if a.role is Role.STREAM else a for a in same)
-    return dataclasses.replace(kernel, axes=same, ops=ops, options=tiling.options)
+    return suited(dataclasses.replace(kernel, axes=same, ops=ops, options=tiling.options))
 
 
 def predict(
@@ -278,6 +293,11 @@ def predict(
     """What the model says of a kernel; registers and shared memory are guessed where they are not known."""
     asked = work(kernel, sizes, registers, shared_bytes)
     found = estimate(machine, asked)
+    if asked.matrix_flops and found.blocks_per_sm and asked.read_bytes > machine.l2_mb * 1e6:
+        read = read_in_waves(kernel, sizes, min(asked.programs, machine.sms * found.blocks_per_sm))
+        again = max(0.0, read - asked.read_bytes)
+        asked = dataclasses.replace(asked, read_bytes=read, l2_bytes=max(0.0, asked.l2_bytes - again))
+        found = estimate(machine, asked)
     late = _late(machine, asked, found, rounds(kernel, sizes))
     return dataclasses.replace(found, time_us=found.time_us * late) if late > 1.0 else found
 

@@ -126,6 +126,13 @@ def imports(found: dict[str, Any]) -> list[str]:
     return [line for line in lines if line.startswith(("import ", "from "))]
 
 
+def test_file_of_which_few_programs_go_through_many_tiles(written: Any, tmp_path: Path) -> None:
+    file = Path(written(GEMM, *sized(M=2048, N=2304, K=512), "--dtype", "f16")["files"][0])
+    assert "tl.num_programs(0), flatten=True" in file.read_text() and "grid = (min(programs, " in file.read_text()
+    done = started(file, tmp_path)
+    assert done.returncode == 0 and "largest error" in done.stdout, done.stderr
+
+
 def test_self_check_finds_a_wrong_kernel(written: Any, tmp_path: Path) -> None:
     file = Path(written(EXAMPLES / "softmax.cascade", *sized(M=6, N=100), "--dtype", "f16")["files"][0])
     text = file.read_text()

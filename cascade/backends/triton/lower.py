@@ -923,15 +923,16 @@ class _Lowering:
     def cheaper(self, expr: Apply) -> Expr:
         """A division of a tile by what is the same for many of its elements, as a product with one over it.
 
-        Factors are multiplied together first that have few dimensions, numbers among them; coordinates become floats before they meet.
+        Factors are multiplied together first that have few dimensions, numbers among them; coordinates become floats
+        before they meet.
         """
         if expr.op == "mul" and self.type_of(expr) is DType.F32:
             terms = sorted(map(self.floated, factors(expr)), key=lambda term: len(self.shape(term)))
             if len(terms) <= 2:
                 return Apply("mul", tuple(terms) if len(terms) == 2 else expr.args)
-            numbers = [term for term in terms if isinstance(term, Const)]
-            least, *others = [term for term in terms if not isinstance(term, Const)] or [Const(1.0)]
-            return product([product([least, *numbers]), *others])
+            numbers: list[Expr] = [term for term in terms if isinstance(term, Const)]
+            others = [term for term in terms if not isinstance(term, Const)]
+            return product([product([*others[:1], *numbers]), *others[1:]])
         if expr.op in ("add", "sub") and self.type_of(expr) is DType.F32:
             return Apply(expr.op, tuple(map(self.floated, expr.args)))
         if expr.op != "div":

@@ -181,7 +181,9 @@ class Planner:
         changed: frozenset[str] = frozenset()
         plain = tuple(map(render_stmt, statements))
         if self.short(group):
-            statements, fold, changed = in_base_two(statements, fold, self.stored(group, groups))
+            statements, fold, changed = in_base_two(
+                statements, fold, self.stored(group, groups), group.arrangement.stream
+            )
         fixed = dataclasses.replace(group, statements=statements, fold=fold)
         stored = self.stored(group, groups)
         axes = tuple(self.axis(group, rank, role, tiling, static) for rank, role in self.roles(group).items())

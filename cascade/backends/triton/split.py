@@ -78,8 +78,9 @@ def merging(
         if kind == "state":
             assert isinstance(stmt, Einsum)
             body.append(_merged(stmt, group, tensors, part, there))
-        elif kind in ("of state", "after"):
+        elif kind in ("of state", "after", "before"):
             body.append(stmt)
+    body = _needed(body, {result.name for result in results})
     bound = {size for result in results for size in result.shape} | {sizes[rank] for i in partial for rank in i.ranks}
 
     def number(expr: Expr) -> Expr:  # an extent that no tensor of this cascade has
@@ -97,6 +98,17 @@ def merging(
             params.append(Param(read, dtypes[read], shapes[read]))
     typed = tuple(dataclasses.replace(result, dtype=result.dtype or dtypes[result.name]) for result in results)
     return Cascade(name, tuple(params), typed, tuple(body))
+
+
+def _needed(body: Sequence[Stmt], results: Collection[str]) -> list[Stmt]:
+    """The statements that the results are made of: what comes before the stream may be for the states alone."""
+    needed = set(results)
+    found: list[Stmt] = []
+    for stmt in reversed(body):
+        if not needed.isdisjoint(defines(stmt)):
+            needed |= set(reads(stmt))
+            found.append(stmt)
+    return found[::-1]
 
 
 def _seen(item: Partial, part: str) -> Einsum:

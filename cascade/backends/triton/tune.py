@@ -58,7 +58,7 @@ ONE_SIDE = (
 # The same where operands are so wide that those do not fit.
 WIDE = ((64, 32, 8, 2), (64, 32, 8, 1), (64, 16, 8, 2), (32, 32, 4, 2), (32, 16, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1))
 WIDTH = 256  # from which on they are
-# The same in full precision, and where operands are wide.
+# Those of full precision, and where operands are wide.
 EXACT_SIDE = ((32, 32, 8, 2), (64, 16, 8, 2), (16, 32, 8, 2), (32, 16, 8, 2), (32, 16, 4, 2), (16, 16, 4, 2))
 EXACT_WIDE = ((16, 16, 8, 2), (16, 16, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1))
 EXACT_WIDTH = 64
@@ -74,7 +74,7 @@ EXACT_SIDES = (
     (64, 64, 32, 4, 2), (64, 64, 16, 4, 2), (128, 128, 16, 8, 2), (64, 128, 16, 8, 2), (128, 64, 16, 8, 2),
     (32, 64, 32, 4, 2), (64, 32, 32, 4, 2), (32, 32, 32, 4, 2), (16, 64, 32, 4, 2), (64, 16, 32, 4, 2),
 )  # fmt: skip
-# The same with the programs of a multiprocessor that go through all tiles, and the pieces in which each tile ends.
+# Those of tensor cores with the programs of a multiprocessor that go through all tiles, and the pieces of a tile's end.
 GOING_ON = (
     (128, 256, 64, 8, 3, 1, 1), (128, 256, 64, 8, 3, 1, 2), (128, 256, 64, 8, 4, 1, 2), (256, 128, 64, 8, 4, 1, 2),
     (256, 128, 64, 8, 3, 1, 1), (128, 128, 64, 4, 4, 1, 1), (128, 128, 64, 4, 3, 2, 2),

@@ -20,11 +20,11 @@ LOG2E, LN2 = 1.0 / math.log(2.0), math.log(2.0)
 
 
 def in_base_two(
-    statements: Sequence[Stmt], fold: Fold | None, stored: Collection[str] = ()
+    statements: Sequence[Stmt], fold: Fold | None, stored: Collection[str] = (), stream: str | None = None
 ) -> tuple[tuple[Stmt, ...], Fold | None, frozenset[str]]:
     """The statements and their fold with exponentials to base two, and the tensors whose unit has changed.
 
-    What is `stored` keeps its unit: others read it.
+    What is `stored` keeps its unit: others read it. So does a sum along the `stream`: every tile would have a factor.
     """
     own = {name: stmt for stmt in statements if isinstance(stmt, Einsum) for name in defines(stmt)}
     merges = [] if fold is None else [merge.expr for merge in fold.merge]
@@ -38,12 +38,17 @@ def in_base_two(
     ]
     while todo:
         name = todo.pop().rstrip("'")
-        if name in own and name not in changed and name not in stored:
+        if name in own and name not in changed and name not in stored and not sums_along(own[name], stream):
             changed.add(name)
             todo.extend(linear_reads(own[name].expr))
     units = _Units(frozenset(changed))
     after = tuple(units.statement(stmt) for stmt in statements)
     return after, None if fold is None else units.fold(fold), frozenset(changed)
+
+
+def sums_along(stmt: Einsum, rank: str | None) -> bool:
+    """Whether a statement is a sum over a rank."""
+    return isinstance(stmt.expr, Reduce) and stmt.expr.reducer == "sum" and rank in stmt.expr.ranks
 
 
 def linear_reads(expr: Expr) -> Iterator[str]:

@@ -21,6 +21,7 @@ from cascade.ir import Cascade
 from cascade.pipeline import run_pipeline
 from cascade.verify import verify
 from tests.kernel_programs import PROGRAMS, RECIPES, Program
+from tests.planned import Chosen, call_of, final
 from tests.tolerance import Draw, confirmed, filled_with_nan, judge, same_bits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,6 +63,14 @@ def test_every_recipe(name: str, recipe: str) -> None:
     program = PROGRAMS[name]
     for dtype in (torch.float32, torch.float16) if recipe in program.recipes() else ():
         check(program, Draw(program, program.small, recipe, dtype, DEVICE))
+
+
+@pytest.mark.parametrize("name", ["entropy", "kl", "with_entropy"])
+def test_very_negative_scores_cost_no_digits(name: str) -> None:
+    """In f32, in tiles of 16: what is read out of the states does not have the frame in it."""
+    program = PROGRAMS[name]
+    call = call_of(Chosen(final(program.text)))
+    check(program, Draw(program, {**program.small, "M": 5, "N": 40}, "negative", device=DEVICE), call)
 
 
 @pytest.mark.parametrize("name", ["causal", "softmax", "gemm"])

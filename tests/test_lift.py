@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 import subprocess
 import sys
 import time
@@ -352,6 +353,54 @@ def test_moments_far_from_zero_do_not_cancel(name: str) -> None:
     without = run(plain, {k: v.float() for k, v in given.items()}, block=16)["V"].double()
     allowed = 10 * (without - exact).abs().max() + 1e-3 * exact.abs().max()
     assert (found - exact).abs().max() <= allowed
+
+
+LOGARITHMS = ("P[t,d] = logsoftmax[d] X[t,d]", "W[t,d] = logsoftmax[d] Y[t,d]")
+NEGATIVE = {
+    "entropy": cascade(
+        "c(X[T,D]) -> V[T]", "R[t] = max[d] X[t,d]", "Z[t] = sum[d] exp(X[t,d] - R[t])",
+        "V[t] = sum[d] exp(X[t,d] - R[t]) / Z[t] * (log(Z[t]) - (X[t,d] - R[t]))",
+    ),
+    "entropy by a softmax": cascade("c(X[T,D]) -> V[T]", "P[t,d] = softmax[d] X[t,d]", "V[t] = -(sum[d] P[t,d] * log(P[t,d]))"),
+    "entropy by the sum of exponentials": cascade(
+        "c(X[T,D]) -> V[T]", "L[t] = logsumexp[d] X[t,d]", "V[t] = sum[d] exp(X[t,d] - L[t]) * (L[t] - X[t,d])"
+    ),
+    "divergence": cascade("c(X[T,D], Y[T,D]) -> V[T]", *LOGARITHMS, "V[t] = sum[d] exp(P[t,d]) * (P[t,d] - W[t,d])"),
+    "divergence of what is masked": cascade(
+        "c(X[T,D], U[T,D]) -> V[T]", "Y[t,d] = U[t,d] where d > t", *LOGARITHMS,
+        "V[t] = sum[d] exp(P[t,d]) * (P[t,d] - W[t,d])",
+    ),
+    "cross entropy": cascade("c(X[T,D], Y[T,D]) -> V[T]", *LOGARITHMS, "V[t] = sum[d] exp(P[t,d]) * W[t,d]"),
+    "second moment": cascade("c(X[T,D]) -> V[T]", LOGARITHMS[0], "V[t] = sum[d] exp(P[t,d]) * P[t,d] * P[t,d]"),
+}  # fmt: skip
+"""Sums in which a frame is added and subtracted again, unless it is seen that it cancels."""
+
+
+@pytest.mark.parametrize("name", NEGATIVE)
+def test_a_frame_that_cancels_costs_no_digits(name: str) -> None:
+    """In float32, at -1000: one trip, as exact as the statements as written; at any level, the frame is not read out."""
+    generator = torch.Generator().manual_seed(4)
+    plain, found = canonical(NEGATIVE[name]), lifting(NEGATIVE[name])
+    assert not found.blocked and len([item for item in found.cascade.schedule if isinstance(item, Fold)]) == 1
+    given = {p.name: torch.randn((3, 64), generator=generator).sub(1000).double() for p in plain.params}
+    exact = run(plain, given, precision=Precision.REFERENCE)["V"]
+    small = {k: v.float() for k, v in given.items()}
+    lifted, without = (run(c, small, block=16)["V"].double() for c in (found.cascade, plain))
+    allowed = 2 * (without - exact).abs().max() + 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+    assert (lifted - exact).abs().max() <= allowed
+    (item,) = [item for item in found.lifted if item.reduction in ("V", "V_sum")]
+    assert not any(re.search(r"max|\bR\b", line.partition("=")[2]) for line in item.finalize), item.finalize
+
+
+def test_a_sum_that_others_have_counts_the_coordinates_of_its_reader() -> None:
+    """The sum of exponentials is over all d, the divergence over some: it needs one of its own."""
+    text = NEGATIVE["divergence of what is masked"]
+    final = lifting(text).cascade
+    assert "V_sum_1[t] = sum[d] P_sum_exp[t,d] where d > t" in render(final)
+    generator = torch.Generator().manual_seed(5)
+    given = {name: torch.randn((3, 8), generator=generator, dtype=torch.float64) for name in "XU"}
+    wanted, found = (run(c, given, precision=Precision.REFERENCE, block=2)["V"] for c in (canonical(text), final))
+    torch.testing.assert_close(found, wanted)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

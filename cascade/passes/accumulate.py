@@ -16,9 +16,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cascade.ir import Apply, Const, Einsum, Expr, Rank, Read, Reduce, Target, TopK
-from cascade.passes.separate import Family, Terms
-from cascade.walk import fresh, free_ranks
+from cascade.ir import Apply, Const, Einsum, Expr, Local, Rank, Read, Reduce, Target, TopK
+from cascade.passes.separate import STEP, Family, Terms
+from cascade.walk import fresh, free_ranks, substitute
 
 ONE = Const(1)
 
@@ -31,7 +31,8 @@ def _outside(families: Sequence[Family]) -> Iterator[Expr]:
     """What stands outside of the sums: factors of the state, frames, and what an average is taken of."""
     for family in families:
         yield from (factor for part in family.terms for factor in part.factors if factor is not None)
-        frames = (family.rho, family.sigma, None if family.exponential else family.a, family.b)
+        own = (frame for _, frame in family.frames)
+        frames = (family.rho, family.sigma, None if family.exponential else family.a, family.b, *own)
         yield from (expr for expr in frames if expr is not None)
 
 
@@ -62,6 +63,18 @@ def added(terms: Sequence[Expr]) -> Expr:
             Apply("sub", (result, term.args[0])) if minus and isinstance(term, Apply) else Apply("add", (result, term))
         )
     return result
+
+
+def undivided(term: Expr, terms: Sequence[Expr]) -> Expr:
+    """x * (a / x) as a, where another term is divided by x as well: where x is absent or 0, the sum shows it still."""
+    match term:
+        case Apply(op="neg"):
+            return Apply("neg", (undivided(term.args[0], terms),))
+        case Apply(op="mul", args=(x, Apply(op="div", args=(a, under)))) if x == under:
+            bare = (t.args[0] if isinstance(t, Apply) and t.op == "neg" else t for t in terms)
+            if any(isinstance(t, Apply) and t.op == "div" and t.args[1] == x for t in bare):
+                return a
+    return term
 
 
 def powered(base: Expr, times: int) -> Expr:
@@ -143,7 +156,7 @@ class Maker:
                 terms += job.centred(family, steady)
             else:
                 terms += [term for part in family.terms for term in job.plain(part)]
-        value = added(terms)
+        value = added([undivided(term, terms) for term in terms])
         made.value = Reduce("sum", kept, value) if kept else value
         return made
 
@@ -173,9 +186,7 @@ class _Job:
         """Sums of exp(u), u = a - rho, times powers of u."""
         assert family.a is not None and family.rho is not None
         a, rho = self.atoms(family.a), self.atoms(family.rho)
-        guarded = Apply("select", (Apply("eq", (rho, Const(-math.inf))), Const(0.0), rho))
-        base = f"{rho.tensor}_frame" if isinstance(rho, Read) else f"{self.stmt.target.name}_frame"
-        frame = read(self.maker.shared(base, free_ranks(rho), guarded, None, self.made))
+        frame = self.guarded(rho)
         u = Apply("sub", (a, frame))
         weight_map = Apply("exp", (u,))
         plain = Apply("exp", (Apply("sub", (a, rho)),))
@@ -186,16 +197,35 @@ class _Job:
         self.made.weights.append(weight.name)
         correction = Apply("exp", (step,))
         self.made.corrections.append(correction)
+        shifted: dict[str, Expr] = {STEP.name: u}
+        steps: dict[str, Expr] = {STEP.name: step}
+        for name, sigma in family.frames:
+            own = self.guarded(self.atoms(sigma))
+            shifted[name] = Apply("sub", (self.atoms(Local(name)), own))
+            steps[name] = Apply("sub", (self.maker.partial(self.atoms(sigma)), own))
         result: list[Expr] = []
         for part in family.terms:
             factors = tuple(None if f is None else self.atoms(f) for f in part.factors)
             element = mul(read(weight), self.atoms(part.weight))
+            if part.linear is not None:
+                total, target = (self.state(mul(element, e)) for e in (ONE, substitute(part.linear, {}, shifted)))
+                moved = mul(read(total, "'"), substitute(part.linear, {}, steps))
+                self.made.merges[total.name] = mul(read(total, "'"), correction)
+                self.made.merges[target.name] = mul(Apply("add", (read(target, "'"), moved)), correction)
+                result += self.read_out(factors, [read(target)])
+                continue
             moments = [self.state(mul(element, powered(u, j))) for j in range(len(factors))]
             for j, moment in enumerate(moments):
                 older = binomial(j, step, lambda i, m=moments: read(m[i], "'"))  # type: ignore[misc]
                 self.made.merges[moment.name] = mul(older, correction)
             result += self.read_out(factors, [read(moment) for moment in moments])
         return result
+
+    def guarded(self, rho: Expr) -> Expr:
+        """A frame that is a number also where nothing was seen yet."""
+        number = Apply("select", (Apply("eq", (rho, Const(-math.inf))), Const(0.0), rho))
+        base = f"{rho.tensor}_frame" if isinstance(rho, Read) else f"{self.stmt.target.name}_frame"
+        return read(self.maker.shared(base, free_ranks(rho), number, None, self.made))
 
     def centred(self, family: Family, steady: Callable[[Expr], bool]) -> list[Expr]:
         """Sums of powers of a - rho, carried against the running average of a."""

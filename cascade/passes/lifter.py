@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from cascade.passes.legality import Domains, named, outside_frame
 from cascade.passes.lifts import Blocked, Lifted, Lifting
 from cascade.passes.memo import remembered
 from cascade.passes.monotone import peel, sign_of
-from cascade.passes.separate import Atoms, Separation, separate
+from cascade.passes.separate import FINE, Atoms, Separation, separate
 from cascade.passes.telling import renamed_reads, short, told, with_names
 from cascade.passes.trips import Trips, conjunction, folded, is_map, mentions, operand, own_reads
 from cascade.passes.virtual import with_virtual
@@ -120,7 +121,7 @@ class Lifter:
             trip, producers = alone, ()
         if producers:
             try:
-                self.lift(stmt, expr, conjunction((*filters, stmt.where)), trip, frames, producers)
+                self.lift(stmt, expr, conjunction((*filters, stmt.where)), trip, producers)
             except Refused as no:
                 edge = (producers[-1], name)
                 self.blocked.append(named(no.item, name, self.rank, edge, no.reason, no.evidence))
@@ -130,15 +131,7 @@ class Lifter:
             self.add(stmt)
         self.levels.settle(stmt, trip)
 
-    def lift(
-        self,
-        stmt: Einsum | TopK,
-        expr: Expr,
-        where: Expr | None,
-        trip: int,
-        frames: Sequence[str],
-        producers: Sequence[str],
-    ) -> None:
+    def lift(self, stmt: Einsum | TopK, expr: Expr, where: Expr | None, trip: int, producers: Sequence[str]) -> None:
         """The accumulators of one reduction; raises `Refused` where there are none."""
         name = defines(stmt)[0]
         if name in self.refused:
@@ -148,17 +141,17 @@ class Lifter:
             raise Refused("order", "lifting reassociates a floating-point sum, and the order was to be kept")
         if self.rank in [rank for target in targets(stmt) for rank in target.ranks]:
             raise Refused("pointwise", f"'{name}' keeps {self.rank} and reduces it")
-        made = self.replaced(stmt, expr, where, trip, frames, reducer)
+        made = self.replaced(stmt, expr, where, trip, reducer)
         self.place(stmt, made, trip)
         self.record(stmt, made, trip, tuple(producers), reducer)
 
-    def side(self, frames: Sequence[str]) -> _Side:
-        return _Side(self.rank, frozenset(frames))
+    def side(self, trip: int) -> _Side:
+        """Which side an expression is of, for a reduction of a trip."""
+        known = (name for name, level in self.levels.level.items() if level == trip and not self.levels.carries(name))
+        return _Side(self.rank, frozenset(known))
 
-    def replaced(
-        self, stmt: Einsum | TopK, expr: Expr, where: Expr | None, trip: int, frames: Sequence[str], reducer: str
-    ) -> Made:
-        atoms = Atoms(self.side(frames))
+    def replaced(self, stmt: Einsum | TopK, expr: Expr, where: Expr | None, trip: int, reducer: str) -> Made:
+        atoms = Atoms(self.side(trip))
         abstract = atoms.abstract(expr)
         gathered = next((node for node in walk(abstract) if isinstance(node, Read)), None)
         if gathered is not None:
@@ -183,14 +176,11 @@ class Lifter:
         self, stmt: Einsum, expr: Expr, where: Expr | None, trip: int, abstract: Expr, atoms: Atoms, concrete: _Put
     ) -> Made:
         """A sum: finite rank, no more and no less."""
-        key = ("sum", self.types, str(where), render_expr(abstract), repr(sorted(atoms.shifts.items())))
-        found: Separation = remembered("separation", key, lambda: separate(abstract, atoms.shifts))
+        found = self.separation(expr, where, trip, abstract, atoms, concrete)
         if not found.families:
             raise Refused(found.item, found.reason, found.ranks)
-        frame = next((f for f in found.families if f.exponential and f.rho is not None), None)
-        if frame is not None and frame.rho is not None:
-            for item, reason in outside_frame(expr, where, self.states_of(concrete(frame.rho)), self.domains):
-                raise Refused(item, reason)
+        for item, reason in self.unbounded(found, expr, where, concrete):
+            raise Refused(item, reason)
         filters = sorted((f for f in self.domains.of(expr) if not isinstance(f, Read)), key=render_expr)
         for chosen in (where, conjunction((where, *filters))):
             made = self.accumulated(found, stmt, expr, chosen, trip, atoms, concrete)
@@ -198,6 +188,54 @@ class Lifter:
                 made.terms = max(found.ranks[-1] if found.ranks else 0, 1)
                 return made
         raise Refused("domain", "its terms have a value at other coordinates than their product")
+
+    def separation(
+        self, expr: Expr, where: Expr | None, trip: int, abstract: Expr, atoms: Atoms, concrete: _Put
+    ) -> Separation:
+        """The terms of a map; where the frames of its exponentials cancel, those without."""
+        finer = atoms.finer(abstract, functools.partial(self.taken_in, trip=trip))
+        maxima = self.maxima(atoms, trip) if finer else {}
+        plain = ("sum", self.types, str(where), render_expr(abstract), repr(sorted(atoms.shifts.items())))
+        if finer:
+            taken = [f"{name} = {render_expr(part)}" for name, part in finer.items()]
+            key = (*plain, repr(taken), repr(sorted(maxima.items())))
+            fine: Separation = remembered("separation", key, lambda: separate(abstract, atoms.shifts, finer, maxima))
+            if not any(self.unbounded(fine, expr, where, concrete)):
+                return fine
+        found: Separation = remembered("separation", plain, lambda: separate(abstract, atoms.shifts))
+        return found
+
+    def taken_in(self, expr: Expr, trip: int) -> Expr:
+        """An expression of the state with sums of states, such as r + log(d), taken in: a frame may be hidden there."""
+        if isinstance(expr, Read):
+            stmt = self.current.get(expr.tensor)
+            if stmt is None or self.levels.level.get(expr.tensor) != trip or self.levels.carries(expr.tensor):
+                return expr
+            if not isinstance(stmt, Einsum) or not is_map(stmt) or stmt.where is not None or not _is_sum(stmt.expr):
+                return expr
+            return self.taken_in(substitute(stmt.expr, dict(zip(stmt.target.ranks, expr.index, strict=True))), trip)
+        return with_children(expr, tuple(self.taken_in(child, trip) for child in children(expr)))
+
+    def unbounded(self, found: Separation, expr: Expr, where: Expr | None, concrete: _Put) -> Iterator[tuple[str, str]]:
+        """Condition `domain` for everything that the terms are carried against."""
+        for family in found.families:
+            if family.exponential and family.rho is not None:
+                for rho in (family.rho, *(frame for _, frame in family.frames)):
+                    yield from outside_frame(expr, where, self.states_of(concrete(rho)), self.domains)
+
+    def maxima(self, atoms: Atoms, trip: int) -> dict[str, str]:
+        """The parts of the element whose largest value is a part of the state, and that part."""
+        found = {}
+        for name, part in atoms.parts.items():
+            stmt = self.current.get(part.tensor) if isinstance(part, Read) and name.startswith("r") else None
+            if not isinstance(stmt, Einsum) or not isinstance(part, Read) or not isinstance(stmt.expr, Reduce):
+                continue
+            if stmt.expr.reducer == "max" and stmt.expr.ranks == (self.rank,):
+                body, _ = self.levels.inlined(stmt.expr.body, trip)
+                element = substitute(body, dict(zip(stmt.target.ranks, part.index, strict=True)))
+                if element in atoms.names:
+                    found[atoms.names[element]] = name
+        return found
 
     def accumulated(
         self, found: Separation, stmt: Einsum, expr: Expr, where: Expr | None, trip: int, atoms: Atoms, concrete: _Put
@@ -211,12 +249,10 @@ class Lifter:
         except NoAccumulator:
             raise Refused("form", "a term lacks a reduced rank beside the trip's") from None
         filters = {where, *_conjuncts(where)}
-        for new in made.statements:
-            body = operand(new)
-            if (
-                body is not None
-                and self.domains.of(self.levels_inlined(body)) | filters != self.domains.of(expr) | filters
-            ):
+        for (total, _), target in maker.known.items():  # those that others have made as well
+            if not isinstance(total, Reduce) or target.name not in made.states:
+                continue
+            if self.domains.of(self.levels_inlined(total.body)) | filters != self.domains.of(expr) | filters:
                 maker.known = before
                 return None
         return made
@@ -532,6 +568,14 @@ class _Side:
             elif isinstance(node, Rank) and node.name == self.rank:
                 element = True
         return "m" if state and element else "r" if state else "x" if element else ""
+
+
+def _is_sum(expr: Expr) -> bool:
+    """Whether an expression is a sum or difference of what is made of tensors by plain arithmetic."""
+    if not isinstance(expr, Apply) or expr.op not in ("add", "sub"):
+        return False
+    inside = (node for node in walk(expr) if isinstance(node, Apply))
+    return all(node.op in FINE for node in inside)
 
 
 def _conjuncts(where: Expr | None) -> tuple[Expr, ...]:

@@ -6,7 +6,8 @@ A sum over elements of such a map is computed in one trip, whatever the state wi
 number of terms, no finite additive state. `Family` holds the terms that share a frame: sums of `weight * u**j`, with
 u = a - rho, and times exp(u) where `exponential`. Three forms:
 
-* exponential: carried against rho, so that nothing overflows; an older sum is worth exp(rho' - rho) of its value;
+* exponential: carried against rho, so that nothing overflows; an older sum is worth exp(rho' - rho) of its value, and
+  what stands beside exp(u) linearly is carried against its own largest value;
 * centred (j of 2 and more): carried against a running average of a, because raw moments cancel; a product of two such,
   (a - rho) * (b - sigma), against two averages;
 * plain: no frame (a and rho are None).
@@ -14,6 +15,11 @@ u = a - rho, and times exp(u) where `exponential`. Three forms:
 Two oracles decide. The terms come from SymPy: expand, split exponents, collect by factors. Their smallest number is the
 rank of the matrix of values of the map at sampled states and elements, in 80 digits, at 8, 16 and 32 samples: a rank
 that goes on growing is infinite. Piecewise maps look low at few samples.
+
+Where a frame cancels from what is read out, it is not in there. exp(x - r) / d * (log(d) + r - x) is -exp(u) * u / d +
+exp(u) * log(d) / d: whatever r is, no digits are lost to it. To see that, atoms are taken apart into finer ones, log(d)
++ r into d and r, and exp(x - (r + log(d))) becomes exp(x - r) / d. Such a form is taken if rho is in none of its
+factors, and if it is the same map on samples.
 
 Atoms are `Local`s: x0, x1, ... for parts that depend on the element, r0, r1, ... for parts that depend on the state,
 c0, c1, ... for what depends on neither, such as a temperature.
@@ -23,15 +29,16 @@ from __future__ import annotations
 
 import importlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cascade.ir import Apply, Cast, Const, Expr, Local
 from cascade.passes.scalars import HIGH, Scalar, evaluate
-from cascade.walk import children, walk, with_children
+from cascade.walk import children, substitute, walk, with_children
 
 SAMPLES = (8, 16, 32)
 ROUNDING = ("round", "floor", "sign")
+STEP = Local("u")  # in the linear part of a term, u = a - rho
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,7 @@ class Terms:
 
     weight: Expr
     factors: tuple[Expr | None, ...]
+    linear: Expr | None = None  # times a combination of u and of elements in frames of their own; one factor then
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +60,7 @@ class Family:
     terms: tuple[Terms, ...]
     b: Expr | None = None  # of a product (a - rho) * (b - sigma), the second factor
     sigma: Expr | None = None
+    frames: tuple[tuple[str, Expr], ...] = ()  # of elements that `linear` mentions: each is carried less its frame
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +127,46 @@ class Atoms:
         done.sort(key=lambda term: term[1])  # what is subtracted behind what is added
         return _chain(done, plus, minus)
 
+    def finer(self, abstract: Expr, inlined: Callable[[Expr], Expr]) -> dict[str, Expr]:
+        """The atoms of a map that are made of finer ones, by name; `inlined` takes in the maps of a state.
 
+        What is exponentiated stays whole: it is what the frame is taken of.
+        """
+        powers = {n.name for e in walk(abstract) if _is(e, "exp", "exp2") for n in walk(e) if isinstance(n, Local)}
+        whole = [expr for name, expr in self.parts.items() if name in powers and self.side(expr) == "x"]
+        found: dict[str, Expr] = {}
+        for name, expr in list(self.parts.items()) if powers else ():
+            side = self.side(expr)
+            fine = self._arithmetic(inlined(expr)) if side == "r" else Local(name)
+            if side == "x" and expr not in whole:
+                fine = self._sum(expr, whole)
+            if fine != Local(name):
+                found[name] = fine
+        return found
+
+    def _arithmetic(self, expr: Expr) -> Expr:
+        """A part of the state over the tensors that it is made of."""
+        if isinstance(expr, Apply) and expr.op in FINE:
+            return Apply(expr.op, tuple(self._arithmetic(arg) for arg in expr.args))
+        return self.local(expr)
+
+    def _sum(self, expr: Expr, whole: Sequence[Expr]) -> Expr:
+        """A part of the element over the terms that it is the sum of; those that make up one of `whole` are one."""
+        terms = list(_flat(expr, "add", "sub"))
+        if any(self.side(term) != "x" for term, _ in terms):
+            return self.local(expr)
+        done: list[tuple[Expr, bool]] = []
+        for one in whole:
+            for flip in (False, True):
+                own = [(term, negative != flip) for term, negative in _flat(one, "add", "sub")]
+                if all(term in terms for term in own):
+                    terms = [term for term in terms if term not in own]
+                    done.append((self.local(one), flip))
+        done += [(self.local(term), negative) for term, negative in terms]
+        return _chain(sorted(done, key=lambda term: term[1]), "add", "sub")
+
+
+FINE = ("add", "sub", "mul", "div", "neg", "log", "log2")
 SIDES = (("x", ("x", "")), ("r", ("r",)), ("m", ("m",)))
 
 
@@ -202,8 +250,17 @@ def _rank(matrix: list[list[Scalar]]) -> int:
 # --- the decision ---------------------------------------------------------------------------------------------------
 
 
-def separate(expr: Expr, shifts: dict[tuple[str, str], int]) -> Separation:
-    """The map over atoms as a sum of families, or why it is none."""
+def separate(
+    expr: Expr,
+    shifts: Mapping[tuple[str, str], int],
+    finer: Mapping[str, Expr] | None = None,
+    maxima: Mapping[str, str] | None = None,
+) -> Separation:
+    """The map over atoms as a sum of families, or why it is none.
+
+    `finer` are the atoms that are made of finer ones, over those; `maxima` says which atom of the state is the largest
+    value of which of the element.
+    """
     if rounded := next((n for n in walk(expr) if isinstance(n, Cast) or _is(n, *ROUNDING)), None):
         what = f"a cast to {rounded.dtype.value}" if isinstance(rounded, Cast) else rounded.op  # type: ignore[union-attr]
         reason = f"{what} of what depends on the state is opaque: rounding does not commute with a change of the state"
@@ -218,7 +275,41 @@ def separate(expr: Expr, shifts: dict[tuple[str, str], int]) -> Separation:
             return Separation((), ranks, "separable", "no finite state: its rank goes on growing with the samples")
         reason = f"its rank is {ranks[-1]}, but no form with so many terms was found"
         return Separation((), ranks, "form", reason)
-    return Separation(families, numeric_ranks(expr, SAMPLES[:2]))
+    ranks = numeric_ranks(expr, SAMPLES[:2])
+    if finer and any(family.exponential for family in families):
+        fine = substitute(expr, {}, finer)
+        free: tuple[Family, ...] = symbolic.frame_free(fine, maxima or {})
+        if free and _same(fine, free):
+            return Separation(free, ranks)
+    return Separation(families, ranks)
+
+
+def _same(expr: Expr, families: Sequence[Family]) -> bool:
+    """Whether exponential families add up to the map, on samples."""
+    names = sorted({node.name for node in walk(expr) if isinstance(node, Local)})
+    rng = random.Random(5)
+    for _ in range(4):
+        point = {name: HIGH.mpf(rng.uniform(0.1, 3.0)) for name in names}
+        wanted = _at(expr, point)
+        found = sum((_at(term, point) for family in families for term in _written(family)), HIGH.mpf(0))
+        if not HIGH.isfinite(wanted) or abs(found - wanted) > HIGH.mpf(10) ** -12 * (1 + abs(wanted)):
+            return False
+    return True
+
+
+def _written(family: Family) -> Iterator[Expr]:
+    """The terms of an exponential family, each as the expression that it stands for."""
+    assert family.a is not None and family.rho is not None
+    u = Apply("sub", (family.a, family.rho))
+    moved: dict[str, Expr] = {name: Apply("sub", (Local(name), frame)) for name, frame in family.frames}
+    for part in family.terms:
+        value: Expr = Apply("mul", (Apply("exp", (u,)), part.weight))
+        if part.linear is not None:
+            value = Apply("mul", (value, substitute(part.linear, {}, {**moved, STEP.name: u})))
+        for factor in part.factors:
+            if factor is not None:
+                yield Apply("mul", (value, factor))
+            value = Apply("mul", (value, u))
 
 
 def _is(node: Expr, *ops: str) -> bool:

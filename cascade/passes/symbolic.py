@@ -6,7 +6,7 @@ Loaded only where a map was never decided before. Symbols are those of the atoms
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,22 +21,34 @@ MAX_TERMS = 24
 def families(expr: Expr, shifts: Mapping[tuple[str, str], int]) -> tuple[Family, ...] | str | None:
     """The families of a map over atoms; None where it has no such form, the reason where its form would cancel."""
     try:
-        terms = _expanded(_symbolic(expr))
-    except _NoForm:
-        return None
-    grouped: dict[tuple[Any, Any], list[_Term]] = {}
-    for term in terms:
-        framed = term.x_power != 0 and term.r_power != 0
-        key = (term.x_power, term.r_power) if framed else (sympy.S.Zero, sympy.S.Zero)
-        grouped.setdefault(key, []).append(term if framed else term.unframed())
-    if sum(len(group) for group in grouped.values()) > MAX_TERMS:
-        return None
-    try:
-        return tuple(_family(key, group, shifts) for key, group in grouped.items())
+        return tuple(_family(key, group, shifts) for key, group in _grouped(expr).items())
     except _Cancels as no:
         return str(no)
     except _NoForm:
         return None
+
+
+def frame_free(expr: Expr, maxima: Mapping[str, str]) -> tuple[Family, ...]:
+    """Exponential families in whose factors no frame of an exponent is left; empty where there are none.
+
+    `maxima` says which atom of the state is the largest value of which of the element.
+    """
+    try:
+        return tuple(_frame_free(key, group, maxima) for key, group in _grouped(expr).items())
+    except _NoForm:
+        return ()
+
+
+def _grouped(expr: Expr) -> dict[tuple[Any, Any], list[_Term]]:
+    """The terms of a map by their exponents, those of the element and those of the state."""
+    grouped: dict[tuple[Any, Any], list[_Term]] = {}
+    for term in _expanded(_symbolic(expr)):
+        framed = term.x_power != 0 and term.r_power != 0
+        key = (term.x_power, term.r_power) if framed else (sympy.S.Zero, sympy.S.Zero)
+        grouped.setdefault(key, []).append(term if framed else term.unframed())
+    if sum(len(group) for group in grouped.values()) > MAX_TERMS:
+        raise _NoForm
+    return grouped
 
 
 class _NoForm(Exception):
@@ -177,6 +189,61 @@ def _collected(total: Any) -> tuple[Terms, ...]:
         Terms(to_expr(x), tuple(to_expr(p[j]) if p.get(j, 0) != 0 else None for j in range(max(p) + 1)))
         for x, p in found.items()
     )
+
+
+def _frame_free(key: tuple[Any, Any], group: list[_Term], maxima: Mapping[str, str]) -> Family:
+    """The family in a frame that cancels, elements beside the exponential in frames of their own."""
+    a, rho = key[0], -key[1]
+    total = sympy.expand(_in_frame(sympy.Add(*[term.x * term.r for term in group]), a, rho))
+    frames: dict[str, Expr] = {}
+    for name, maximum in sorted(maxima.items()):
+        x, r = _symbol(name), _symbol(maximum)
+        about = sympy.expand(total.subs(x, _carried(name) + r))
+        if total.has(x) and total.has(r) and not about.has(r):
+            total, frames[name] = about, Local(maximum)
+    if a == 0 or any(_has_state(symbol) for symbol in rho.free_symbols & total.free_symbols):
+        raise _NoForm
+    carried = {U, *map(_carried, frames)}
+    parts: dict[Any, dict[Any, Any]] = {}  # by the weight, by the powers of what is carried: the factor of the state
+    for term in sympy.Add.make_args(total):
+        x = r = power = sympy.S.One
+        for factor in sympy.Mul.make_args(term):
+            if factor.free_symbols & carried:
+                power *= factor
+            elif factor.is_number or _side(factor) == "r":
+                r *= factor
+            else:
+                x *= factor
+        found = parts.setdefault(x, {})
+        found[power] = found.get(power, 0) + r
+    terms = (term for x, found in parts.items() for term in _moments(x, found, frames))
+    return Family(True, to_expr(a), to_expr(rho), tuple(terms), frames=tuple(frames.items()))
+
+
+def _carried(name: str) -> Any:
+    """An atom of the element less its frame."""
+    return sympy.Symbol(f"w_{name}", real=True)
+
+
+def _moments(x: Any, found: Mapping[Any, Any], frames: Mapping[str, Expr]) -> Iterator[Terms]:
+    """The terms of one weight: powers of u, and combinations of what is linear that have one factor of the state."""
+    powers = {int(sympy.degree(p, U)): f for p, f in found.items() if p == 1 or p.as_base_exp()[0] == U}
+    linear = {_carried(name): name for name in frames if _carried(name) in found}
+    if len(powers) + len(linear) < len(found):
+        raise _NoForm
+    left = {w: found[w] for w in linear}
+    if left and max(powers, default=0) == 1:
+        left = {U: powers.pop(1), **left}
+    if powers:
+        factors = (powers.get(j) for j in range(max(powers) + 1))
+        yield Terms(to_expr(x), tuple(None if f is None else to_expr(sympy.together(f)) for f in factors))
+    while left:
+        first = next(iter(left.values()))
+        shares = {w: sympy.simplify(f / first) for w, f in left.items()}
+        shares = {w: share for w, share in shares.items() if share.is_number}
+        left = {w: f for w, f in left.items() if w not in shares}
+        combined = sympy.Add(*[share * (U if w == U else _symbol(linear[w])) for w, share in shares.items()])
+        yield Terms(to_expr(x), (to_expr(sympy.together(first)),), to_expr(combined))
 
 
 def _merged(terms: tuple[Terms, ...]) -> tuple[Terms, ...]:

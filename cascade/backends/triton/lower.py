@@ -10,6 +10,7 @@ reductions need no test of their own.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import keyword
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -1380,7 +1381,8 @@ def owner(group: Group, name: str) -> Stmt:
 def guarded_merge(merge: FoldMerge, group: Group) -> Expr:
     """What an older state counts for; nothing where it has seen nothing, also if its merge would not say so.
 
-    exp(R' - R) is 0 where R' is -inf; (R' - R) * D' is not a number, so R' is asked first.
+    exp(R' - R) is 0 where R' is -inf; (R' - R) * D' is not a number, so R' is asked first. Of several maxima all are
+    asked: elements may have been seen of which one of them is -inf.
     """
 
     def empty(sample: float) -> Callable[[Expr], float]:
@@ -1394,11 +1396,12 @@ def guarded_merge(merge: FoldMerge, group: Group) -> Expr:
     wanted = float(identity(reducer_of(owner(group, merge.target.name)), DType.F32))
     if all(_same(evaluate(merge.expr, empty(sample)), wanted) for sample in SAMPLES):
         return merge.expr
-    for node in walk(merge.expr):
-        old = isinstance(node, Read) and node.tensor.endswith("'")
-        if isinstance(node, Read) and old and reducer_of(owner(group, node.tensor[:-1])) == "max":
-            return Apply("select", (Apply("eq", (node, Const(-math.inf))), Const(wanted), merge.expr))
-    raise unsupported(f"the merge of {merge.target.name} with a state that has seen nothing")
+    old = [node for node in walk(merge.expr) if isinstance(node, Read) and node.tensor.endswith("'")]
+    maxima = dict.fromkeys(node for node in old if reducer_of(owner(group, node.tensor[:-1])) == "max")
+    if not maxima:
+        raise unsupported(f"the merge of {merge.target.name} with a state that has seen nothing")
+    tests: list[Expr] = [Apply("eq", (node, Const(-math.inf))) for node in maxima]
+    return Apply("select", (functools.reduce(lambda a, b: Apply("and", (a, b)), tests), Const(wanted), merge.expr))
 
 
 def join(reducer: str, old: Expr, new: Expr) -> Expr:

@@ -70,17 +70,21 @@ def strewn(tensor: Tensor, seed: int) -> Tensor:
     return found
 
 
-def test_a_part_of_which_one_frame_is_infinite_was_seen() -> None:
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_part_of_which_one_frame_is_infinite_was_seen(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tile without weight in the second distribution: the cross entropy is infinite, not that of the other tiles."""
     text = """cascade c(X[M,N], U[M,N]) -> A[M] {
     P[m,n] = softmax[n] X[m,n]
     W[m,n] = logsoftmax[n] U[m,n]
     A[m] = -(sum[n] P[m,n] * W[m,n])
 }"""
+    monkeypatch.setattr(planner, "LONG_ROW", 16)
     generator = torch.Generator().manual_seed(0)
     inputs = {name: torch.randn((3, 40), generator=generator).to(DEVICE) for name in "XU"}
     inputs["U"][1, :16] = -math.inf
-    (found,) = call_of(Chosen(final(text)))(**inputs)
+    launcher = Chosen(final(text), parts=parts)
+    (found,) = call_of(launcher)(**inputs)
+    assert bool(launcher.shared) == (parts > 1)
     wanted = run(parse_cascade(text), inputs, precision=Precision.REFERENCE)["A"]
     assert wanted[1] == math.inf and wanted[0].isfinite()
     torch.testing.assert_close(found, wanted.float())

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import cascade
 from cascade import trial
+from cascade.backends.triton import planner
 from cascade.frontend.build import parse_cascade
 from cascade.interp import Precision, run
 from cascade.ir import Cascade
@@ -66,10 +67,12 @@ def test_every_recipe(name: str, recipe: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["entropy", "kl", "with_entropy"])
-def test_very_negative_scores_cost_no_digits(name: str) -> None:
+@pytest.mark.parametrize("parts", [1, 2])
+def test_very_negative_scores_cost_no_digits(name: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In f32, in tiles of 16: what is read out of the states does not have the frame in it."""
+    monkeypatch.setattr(planner, "LONG_ROW", 16)
     program = PROGRAMS[name]
-    call = call_of(Chosen(final(program.text)))
+    call = call_of(Chosen(final(program.text), parts=parts))
     check(program, Draw(program, {**program.small, "M": 5, "N": 40}, "negative", device=DEVICE), call)
 
 

@@ -101,6 +101,7 @@ class _Lowering:
     streaming: bool = False  # inside a loop
     edges: list[tuple[Expr, ...]] = field(default_factory=list)  # the tests of each reduction and store of the loop
     presence: dict[tuple[Expr, ...], str] = field(default_factory=dict)  # a state that counts who was there
+    by_lane: set[str] = field(default_factory=set)  # sums that every coordinate of the tile carries on its own
 
     # --- the whole ---------------------------------------------------------------------------------------------------
 
@@ -235,6 +236,7 @@ class _Lowering:
         stream = self.group.arrangement.stream
         assert stream is not None
         states = [stmt for stmt in statements if trips.kind[defines(stmt)[0]] == "state"]
+        self.by_lane = self.lanes(statements, states)
         for stmt in states:
             self.begin(stmt)
         self.outer.append(self.ops)
@@ -258,6 +260,33 @@ class _Lowering:
         self.masks, self.loaded, self.shifts = kept_masks, self.outside(kept_loads), {}
         self.ops.append(self.loop(stream, body, states))
         self.leave(trips, statements, states)
+
+    def lanes(self, statements: Sequence[Stmt], states: Sequence[Stmt]) -> set[str]:
+        """The sums that are carried coordinate by coordinate of the tile, and added up once, behind the loop.
+
+        Nothing may need them before. Fewer roundings are as large as the whole sum, and no trip waits for a tree of
+        additions. A third would take the registers that loads in flight need; products are accumulated as they are.
+        """
+        if any(matrix_product(stmt) for stmt in self.group.statements):
+            return set()
+        needed = {name for stmt in statements for name in reads(stmt)}
+        needed |= {node.tensor.rstrip("'") for stmt in statements for node in self.merge_reads(stmt)
+                   if node.tensor.rstrip("'") not in defines(stmt)}  # fmt: skip
+        found = [name for stmt in states for name in defines(stmt) if self.is_plain_sum(stmt) and name not in needed]
+        return set(found) if len(found) < 3 else set()
+
+    def is_plain_sum(self, stmt: Stmt) -> bool:
+        """Whether a state is a floating-point sum of tiles of the stream, none of which is moved or begins it."""
+        if not isinstance(stmt, Einsum) or not isinstance(stmt.expr, Reduce) or stmt.expr.reducer != "sum":
+            return False
+        name = stmt.target.name
+        merge = self.merge(name)
+        moved = merge is not None and merge.expr != Read(f"{name}'", tuple(map(Rank, stmt.target.ranks)))
+        begun = any(
+            i.target.name == name and i.expr is not None for i in (self.group.fold.init if self.group.fold else ())
+        )
+        tiled = self.group.arrangement.stream in self.spread(stmt.expr.ranks)
+        return tiled and not moved and not begun and self.accumulator(name, "sum") is DType.F32
 
     def outside(self, kept: dict[tuple[object, ...], Local]) -> dict[tuple[object, ...], Local]:
         """The loads that are still known behind a loop: those before it and those it made to be done before it."""
@@ -357,16 +386,21 @@ class _Lowering:
         if isinstance(stmt, TopK):
             raise unsupported("a topk over a rank that is streamed", stmt)
         assert isinstance(stmt, Einsum)
-        name, axes = stmt.target.name, self.spread(stmt.target.ranks)
+        name, axes = stmt.target.name, self.state_axes(stmt)
         reducer = reducer_of(stmt)
         dtype = self.accumulator(name, reducer)
         value: Expr = Const(identity(reducer, dtype))
         for init in self.group.fold.init if self.group.fold else ():
             if init.target.name == name and init.expr is not None:
                 value = self.expression(init.expr).expr
-        variable = self.variable(name, axes, dtype)
+        variable = self.variable(f"{name}_lanes" if name in self.by_lane else name, axes, dtype)
         self.ops.append(Start(variable, axes, value, dtype))
         self.values[f"{name}'"] = Value(Local(variable))
+
+    def state_axes(self, stmt: Einsum) -> tuple[str, ...]:
+        """The dimensions of a state: those of its tensor, and of the tile where it is carried by coordinate."""
+        summed = stmt.expr.ranks if stmt.target.name in self.by_lane and isinstance(stmt.expr, Reduce) else ()
+        return self.spread({*stmt.target.ranks, *summed})
 
     def accumulator(self, name: str, reducer: str) -> DType:
         """The type in which a reduction accumulates."""
@@ -385,6 +419,11 @@ class _Lowering:
         name, axes = stmt.target.name, self.spread(stmt.target.ranks)
         old = self.values[f"{name}'"].expr
         assert isinstance(old, Local)
+        if name in self.by_lane:
+            expr, _, live = self.elements(stmt)
+            self.ops.append(Let(old.name, self.state_axes(stmt), join("sum", old, expr)))
+            self.values[name] = Value(old, live)
+            return []
         needed = {node.tensor for s in later for node in self.merge_reads(s)}
         reducer = reducer_of(stmt)
         moved = self.moved(name)
@@ -453,7 +492,14 @@ class _Lowering:
         """Behind a loop: states have their last value, what depends on the tile alone is gone."""
         for stmt in states:
             name = defines(stmt)[0]
-            self.values[name] = dataclasses.replace(self.values[name], expr=self.values[f"{name}'"].expr)
+            last = self.values[f"{name}'"].expr
+            if isinstance(stmt, Einsum) and name in self.by_lane:
+                axes = self.spread(stmt.target.ranks)
+                over = tuple(rank for rank in self.state_axes(stmt) if rank not in axes)
+                variable = self.variable(name, axes, DType.F32)
+                self.ops.append(Fold(variable, axes, "sum", over, last))
+                last = Local(variable)
+            self.values[name] = dataclasses.replace(self.values[name], expr=last)
         for stmt in statements:
             name = defines(stmt)[0]
             if trips.kind[name] in ("block", "inner"):
@@ -504,34 +550,45 @@ class _Lowering:
     def reduction(self, stmt: Einsum) -> Value:
         """A reduction of the tile at hand, over those of its ranks that are dimensions of it."""
         assert isinstance(stmt.expr, Reduce)
-        reducer, ranks = stmt.expr.reducer, stmt.expr.ranks
+        reducer = stmt.expr.reducer
         axes = self.spread(stmt.target.ranks)
-        own = self.tests(conjuncts(stmt.where))
-        inside = tuple(test for test in own if ranks_of(test) & set(ranks))
-        outside = tuple(test for test in own if test not in inside)
+        inside, outside = self.filters(stmt)
         if reducer == "count":
             return self.count(stmt, inside, outside)
         if reducer == "sum":
             found = self.dot(stmt, axes)
             if found is not None:
                 return dataclasses.replace(found, live=merged(found.live, outside))
+        expr, over, live_after = self.elements(stmt)
+        if not over:
+            return Value(expr, live_after)
+        if is_scaled(expr) and reducer in ("max", "min", "sum"):
+            raw, factor = split_scale(expr)
+            variable = self.variable(stmt.target.name, axes, self.type_of(raw))
+            self.ops.append(Fold(variable, axes, reducer, over, raw, self.nan_matters(stmt)))
+            return Value(product([Local(variable), factor]), live_after)
+        dtype = DType.I32 if reducer in ("argmax", "argmin") else self.type_of(expr)
+        variable = self.variable(stmt.target.name, axes, dtype)
+        self.ops.append(Fold(variable, axes, reducer, over, expr, self.nan_matters(stmt)))
+        return Value(Local(variable), live_after)
+
+    def filters(self, stmt: Einsum) -> tuple[tuple[Expr, ...], tuple[Expr, ...]]:
+        """The filters of a reduction that tell its elements apart, and the others."""
+        own = self.tests(conjuncts(stmt.where))
+        inside = tuple(test for test in own if ranks_of(test) & set(reduced_ranks(stmt)))
+        return inside, tuple(test for test in own if test not in inside)
+
+    def elements(self, stmt: Einsum) -> tuple[Expr, tuple[str, ...], tuple[Expr, ...]]:
+        """What a reduction folds of a tile, along which dimensions, and the tests under which it is present then."""
+        assert isinstance(stmt.expr, Reduce)
+        reducer, ranks = stmt.expr.reducer, stmt.expr.ranks
+        inside, outside = self.filters(stmt)
         body = self.expression(stmt.expr.body)
         live = merged(body.live, inside)
         over = self.spread(ranks)
         self.small_enough(stmt, {*self.shape(body.expr), *over})
         expr = self.tested(stmt, body, live, over, identity(reducer, self.type_of(body.expr)))
-        live_after = self.present_after(live, ranks, stmt)
-        if not over:
-            return Value(expr, merged(live_after, outside))
-        if is_scaled(expr) and reducer in ("max", "min", "sum"):
-            raw, factor = split_scale(expr)
-            variable = self.variable(stmt.target.name, axes, self.type_of(raw))
-            self.ops.append(Fold(variable, axes, reducer, over, raw, self.nan_matters(stmt)))
-            return Value(product([Local(variable), factor]), merged(live_after, outside))
-        dtype = DType.I32 if reducer in ("argmax", "argmin") else self.type_of(expr)
-        variable = self.variable(stmt.target.name, axes, dtype)
-        self.ops.append(Fold(variable, axes, reducer, over, expr, self.nan_matters(stmt)))
-        return Value(Local(variable), merged(live_after, outside))
+        return expr, over, merged(self.present_after(live, ranks, stmt), outside)
 
     def nan_matters(self, stmt: Einsum) -> bool:
         """Whether a NaN must come through an extreme: unless sums of the same elements bring it to every result."""

@@ -76,6 +76,18 @@ def test_very_negative_scores_cost_no_digits(name: str, parts: int, monkeypatch:
     check(program, Draw(program, {**program.small, "M": 5, "N": 40}, "negative", device=DEVICE), call)
 
 
+@pytest.mark.parametrize("recipe", ["rising", "falling"])
+@pytest.mark.parametrize(("name", "rows"), [("total", 40), ("row_sum", 5), ("variance", 5)])
+def test_partial_sums_far_from_the_whole_cost_no_digits(
+    name: str, rows: int, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In f32, in tiles: the elements cancel along the stream, and what was added up half-way is a thousand times as large."""
+    monkeypatch.setattr(planner, "LONG_ROW", 16)
+    program = PROGRAMS[name]
+    call = call_of(Chosen(final(program.text), tile=64))
+    check(program, Draw(program, {"M": rows, "N": 8000}, recipe, device=DEVICE), call)
+
+
 @pytest.mark.parametrize("name", ["causal", "softmax", "gemm"])
 def test_lengths(name: str) -> None:
     program = PROGRAMS[name]

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cascade.backends.triton.partition import Group, Rest
-from cascade.backends.triton.plan import Kernel, Role, render_kernel
+from cascade.backends.triton.plan import Fold, Kernel, Loop, Role, render_kernel
 from cascade.backends.triton.planner import powers
 from cascade.walk import reads
 from tests.kernel_programs import PROGRAMS
@@ -46,6 +46,25 @@ def texts() -> str:
         for kernel in kernels(name)
         for part in (render_kernel(kernel), emitted(kernel))
     )
+
+
+# --- sums along a stream ---------------------------------------------------------------------------------------------
+
+
+def folds_in_loops(name: str, **sizes: int) -> list[str]:
+    """The tensors that the loops of a program's kernels add up."""
+    ops = [op for kernel in kernels(name, **sizes) for loop in kernel.ops if isinstance(loop, Loop) for op in loop.body]
+    return [op.name for op in ops if isinstance(op, Fold) and op.reducer == "sum"]
+
+
+def test_a_sum_is_added_up_behind_the_loop_where_nothing_needs_it_before() -> None:
+    assert folds_in_loops("row_sum", N=40_000) == []
+    assert "A_sum_1" not in folds_in_loops("variance", N=40_000)
+    assert "W_sum_sum_1" in folds_in_loops("variance", N=40_000)  # the average of every tile needs it
+
+
+def test_a_row_that_is_gone_through_again_has_no_registers_for_that() -> None:
+    assert folds_in_loops("layernorm", N=40_000)
 
 
 # --- the same every time ---------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import importlib
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from cascade.ir import Apply, Cast, Const, Expr, Local
@@ -202,7 +202,7 @@ def numeric_ranks(expr: Expr, samples: Sequence[int] = SAMPLES) -> tuple[int, ..
 
     Samples are real; where the map has no value there, positive. Empty where it has none there either.
     """
-    names = sorted({node.name for node in walk(expr) if isinstance(node, Local)})
+    names = sorted(_locals(expr))
     for low, high in ((-3.0, 3.0), (0.1, 3.0)):
         rng = random.Random(7)
         count = max(samples)
@@ -276,7 +276,7 @@ def separate(
         reason = f"its rank is {ranks[-1]}, but no form with so many terms was found"
         return Separation((), ranks, "form", reason)
     ranks = numeric_ranks(expr, SAMPLES[:2])
-    if finer and any(family.exponential for family in families):
+    if finer and _reads_out(families, finer, set((maxima or {}).values())):
         fine = substitute(expr, {}, finer)
         free: tuple[Family, ...] = symbolic.frame_free(fine, maxima or {})
         if free and _same(fine, free):
@@ -284,9 +284,25 @@ def separate(
     return Separation(families, ranks)
 
 
+def _reads_out(families: Sequence[Family], finer: Mapping[str, Expr], maxima: Set[str]) -> bool:
+    """Whether a frame of an exponential, or a largest value, is among what its factors are made of; or is a sum."""
+    for family in families:
+        if family.exponential and family.rho is not None:
+            rho = substitute(family.rho, {}, finer)
+            frames = maxima | {name for name in _locals(rho) if name.startswith("r")}
+            factors = [factor for part in family.terms for factor in part.factors if factor is not None]
+            if rho != family.rho or any(frames & _locals(substitute(factor, {}, finer)) for factor in factors):
+                return True
+    return False
+
+
+def _locals(expr: Expr) -> set[str]:
+    return {node.name for node in walk(expr) if isinstance(node, Local)}
+
+
 def _same(expr: Expr, families: Sequence[Family]) -> bool:
     """Whether exponential families add up to the map, on samples."""
-    names = sorted({node.name for node in walk(expr) if isinstance(node, Local)})
+    names = sorted(_locals(expr))
     rng = random.Random(5)
     for _ in range(4):
         point = {name: HIGH.mpf(rng.uniform(0.1, 3.0)) for name in names}

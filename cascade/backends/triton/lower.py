@@ -2,7 +2,8 @@
 
 Statements run in trips over the streamed rank: a reduction over it is a state that a loop carries, what reads a
 finished state runs behind the loop or in the next one. Within a trip the merges of the fold move the old state into
-the new one before the tile is folded in. A coordinate that is absent takes no part in any reduction: every value knows
+the new one before the tile is folded in; a plain sum is carried by coordinate of the tile instead, where there is room,
+and added up behind the loop. A coordinate that is absent takes no part in any reduction: every value knows
 the tests under which it is present and, where it can be told, the number that it is otherwise, so that most
 reductions need no test of their own.
 """
@@ -236,7 +237,7 @@ class _Lowering:
         stream = self.group.arrangement.stream
         assert stream is not None
         states = [stmt for stmt in statements if trips.kind[defines(stmt)[0]] == "state"]
-        self.by_lane = self.lanes(statements, states)
+        self.by_lane = self.lanes(trips, statements, states)
         for stmt in states:
             self.begin(stmt)
         self.outer.append(self.ops)
@@ -261,13 +262,14 @@ class _Lowering:
         self.ops.append(self.loop(stream, body, states))
         self.leave(trips, statements, states)
 
-    def lanes(self, statements: Sequence[Stmt], states: Sequence[Stmt]) -> set[str]:
+    def lanes(self, trips: Trips, statements: Sequence[Stmt], states: Sequence[Stmt]) -> set[str]:
         """The sums that are carried coordinate by coordinate of the tile, and added up once, behind the loop.
 
         Nothing may need them before. Fewer roundings are as large as the whole sum, and no trip waits for a tree of
-        additions. A third would take the registers that loads in flight need; products are accumulated as they are.
+        additions. A third would take the registers that loads in flight need, and so would one where a stream is gone
+        through again, in tiles as large as a program can hold; products are accumulated as they are.
         """
-        if any(matrix_product(stmt) for stmt in self.group.statements):
+        if trips.count > 1 or any(matrix_product(stmt) for stmt in self.group.statements):
             return set()
         needed = {name for stmt in statements for name in reads(stmt)}
         needed |= {node.tensor.rstrip("'") for stmt in statements for node in self.merge_reads(stmt)

@@ -943,7 +943,10 @@ AFFINE = {
     "linear attention": ("S[t-1,d] + K[t,d] * V[t]", "1", "K[t,d] * V[t]"),
     "decay": ("V[t] * S[t-1,d] + K[t,d]", "V[t]", "K[t,d]"),
     "a gate": ("sigmoid(V[t]) * S[t-1,d] + (1 - sigmoid(V[t])) * K[t,d]", "sigmoid(V[t])", None),
-    "a step towards": ("S[t-1,d] + 0.5 * (K[t,d] - S[t-1,d])", None, None),
+    "a step towards": ("S[t-1,d] + V[t] * (K[t,d] - S[t-1,d])", "1 - V[t]", None),
+    "a step back": ("-(S[t-1,d] - K[t,d]) / 2", None, None),
+    "a logarithm": ("S[t-1,d] * log(V[t])", "log(V[t])", None),
+    "a reset": ("select(V[t] > 0, K[t,d], S[t-1,d])", "select(V[t] > 0, 0, 1)", None),
 }
 NOT_AFFINE = ("tanh(S[t-1,d] + K[t,d])", "max(S[t-1,d], K[t,d])", "S[t-1,d] * S[t-1,d] + K[t,d]", "K[t,d] / S[t-1,d]")
 

@@ -4,26 +4,27 @@
                                              two parts in order give (A'' * A', A'' * b' + b'')
 
 Linear attention, decay and state-space layers are such. The monoid is not commutative: parts are merged in the order of
-the rank. (Blelloch 1990, "Prefix sums and their applications".) This is told, not scheduled: a recurrence stays in one
-trip as it is.
+the rank. (Blelloch 1990, "Prefix sums and their applications".) Linear algebra over the expression finds A and b; they
+are tried on samples before they are used. A pass tells of it; a backend composes the elements of a tile by it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from cascade.ir import Apply, Cascade, Const, Einsum, Expr, Local, Rank, Read
+from cascade.ir import Apply, Cascade, Const, Einsum, Expr, Local, Read
 from cascade.order import units
-from cascade.passes.accumulate import added, mul
+from cascade.passes.accumulate import mul
 from cascade.passes.lifts import Lifted
-from cascade.passes.memo import remembered
 from cascade.passes.scalars import Scalar, evaluate
-from cascade.passes.separate import Atoms, Separation, separate
 from cascade.text import render_expr, render_stmt
-from cascade.walk import substitute, walk
+from cascade.walk import children, substitute, walk, with_children
+
+ZERO, ONE = Const(0), Const(1)
 
 
 def affine_scans(cascade: Cascade) -> Iterator[Lifted]:
@@ -31,40 +32,14 @@ def affine_scans(cascade: Cascade) -> Iterator[Lifted]:
     for unit in units(cascade.body, ()):
         stmt = unit.statements[0]
         if unit.cyclic and len(unit.statements) == 1 and isinstance(stmt, Einsum) and len(stmt.inits) == 1:
-            found = _affine(stmt)
+            found = affine(stmt)
             if found is not None:
-                yield found
+                yield _told(stmt, *found)
 
 
-def _affine(stmt: Einsum) -> Lifted | None:
-    """The factor and the term of an affine recurrence."""
+def _told(stmt: Einsum, factor: Expr, term: Expr) -> Lifted:
+    """An affine recurrence as it is reported."""
     name = stmt.target.name
-    atoms = Atoms(_side(name))
-    abstract = atoms.abstract(stmt.expr)
-    own = {letter for letter, part in atoms.parts.items() if letter.startswith("r")}
-    if own != {"r0"} or not isinstance(atoms.parts["r0"], Read) or any(isinstance(n, Read) for n in walk(abstract)):
-        return None
-    key = ("affine", render_expr(abstract))
-    found: Separation = remembered("separation", key, lambda: separate(abstract, atoms.shifts))
-    if len(found.families) != 1 or found.families[0].a is not None:
-        return None
-    factors: list[Expr] = []
-    others: list[Expr] = []
-    for part in found.families[0].terms:
-        value = substitute(part.weight, {}, atoms.parts)
-        state = part.factors[0] if len(part.factors) == 1 else None
-        scale: Expr = Const(1)
-        if isinstance(state, Apply) and state.op == "mul" and isinstance(state.args[0], Const):
-            scale, state = state.args
-        if state == Local("r0"):
-            factors.append(mul(value, scale))
-        elif isinstance(state, Const):
-            others.append(mul(value, state))
-        else:
-            return None
-    factor, term = (added(terms) if terms else Const(0) for terms in (factors, others))
-    if not _holds(stmt, factor, term):
-        return None
     return Lifted(
         reduction=name,
         rank=stmt.inits[0].rank,
@@ -78,6 +53,80 @@ def _affine(stmt: Einsum) -> Lifted | None:
         merge=("A = A'' * A'", "b = A'' * b' + b''"),
         finalize=(f"{name} = A * {render_expr(stmt.inits[0].expr)} + b",),
     )
+
+
+@functools.lru_cache(1024)  # asked again for every choice of tiles
+def affine(stmt: Einsum) -> tuple[Expr, Expr] | None:
+    """The factor A and the term b of a recurrence S -> A * S + b; None where it is of another form.
+
+    For numbers that are finite the two mean the same; where one is not, A * S + b may be NaN and the recurrence not.
+    """
+    atoms: dict[Expr, str] = {}
+    abstract = dataclasses.replace(stmt, expr=_abstract(stmt.expr, stmt.target.name, atoms))
+    found = _parts(abstract.expr, stmt.target.name)
+    if found is None or not _holds(abstract, *found):
+        return None
+    known = {name: expr for expr, name in atoms.items()}
+    return substitute(found[0], {}, known), substitute(found[1], {}, known)
+
+
+def _abstract(expr: Expr, name: str, atoms: dict[Expr, str]) -> Expr:
+    """An expression with a letter for each part that does not have what is carried; numbers stay."""
+    if isinstance(expr, Const) or (isinstance(expr, Read) and expr.tensor == name):
+        return expr
+    if any(isinstance(node, Read) and node.tensor == name for node in walk(expr)):
+        return with_children(expr, tuple(_abstract(child, name, atoms) for child in children(expr)))
+    return Local(atoms.setdefault(expr, f"x{len(atoms)}"))
+
+
+def _parts(expr: Expr, name: str) -> tuple[Expr, Expr] | None:
+    """An expression as a factor of what is carried, and a term."""
+    if not any(isinstance(node, Read) and node.tensor == name for node in walk(expr)):
+        return ZERO, expr
+    if isinstance(expr, Read) and expr.tensor == name:
+        return ONE, ZERO
+    parts = [_parts(arg, name) for arg in expr.args] if isinstance(expr, Apply) else []
+    known = [part for part in parts if part is not None]
+    if not isinstance(expr, Apply) or len(known) < len(parts):
+        return None
+    free = [part[0] == ZERO for part in known]
+    match expr.op:
+        case "add" | "sub":
+            (a, b), (c, d) = known
+            return _joined(expr.op, a, c), _joined(expr.op, b, d)
+        case "neg":
+            (a, b) = known[0]
+            return _joined("sub", ZERO, a), _joined("sub", ZERO, b)
+        case "mul" if any(free):
+            scale, (a, b) = (expr.args[0], known[1]) if free[0] else (expr.args[1], known[0])
+            return _scaled(a, scale), _scaled(b, scale)
+        case "div" if free[1]:
+            (a, b), by = known[0], expr.args[1]
+            return Apply("div", (a, by)), ZERO if b == ZERO else Apply("div", (b, by))
+        case "select" if free[0]:
+            (a, b), (c, d) = known[1:]
+            term = ZERO if b == d == ZERO else Apply("select", (expr.args[0], b, d))
+            return Apply("select", (expr.args[0], a, c)), term
+        case _:
+            return None
+
+
+def _joined(op: str, a: Expr, b: Expr) -> Expr:
+    """A sum or a difference, without zeros."""
+    if b == ZERO:
+        return a
+    if a == ZERO:
+        return b if op == "add" else Const(-1) if b == ONE else Apply("neg", (b,))
+    if op == "add" and isinstance(b, Apply) and b.op == "neg":
+        return Apply("sub", (a, b.args[0]))
+    return Apply(op, (a, b))
+
+
+def _scaled(value: Expr, scale: Expr) -> Expr:
+    """A product, without zeros and ones."""
+    if value == Const(-1):
+        return Apply("neg", (scale,))
+    return ZERO if value == ZERO else mul(value, scale)
 
 
 def _holds(stmt: Einsum, factor: Expr, term: Expr) -> bool:
@@ -107,20 +156,3 @@ def _drawn(step: dict[str, float], rng: random.Random, name: str, carried: Scala
     if isinstance(node, Read) and node.tensor == name:
         return carried
     return step.setdefault(repr(node), rng.uniform(-1.5, 1.5))
-
-
-def _side(name: str) -> Callable[[Expr], str]:
-    def side(expr: Expr) -> str:
-        own = [isinstance(n, Read) and n.tensor == name for n in walk(expr) if isinstance(n, (Read, Rank))]
-        if isinstance(expr, Read) and expr.tensor == name:
-            return "r"
-        others = any(isinstance(n, Read) and n.tensor != name for n in walk(expr))
-        return "m" if any(own) and (others or _steps(expr, name)) else "r" if any(own) else "x" if others else ""
-
-    return side
-
-
-def _steps(expr: Expr, name: str) -> bool:
-    """Whether an expression around the carried value computes with coordinates of its own."""
-    inside = {id(n) for node in walk(expr) if isinstance(node, Read) and node.tensor == name for n in walk(node)}
-    return any(isinstance(n, Rank) and id(n) not in inside for n in walk(expr))

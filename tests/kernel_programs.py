@@ -753,6 +753,11 @@ ROWS: tuple[Program, ...] = (
         rows="",
     ),
     rowwise(
+        "a_part_and_the_whole",
+        "cascade c(X[M,N]) -> C[M,N], R[M], Q[M] {\n"
+        " C[m,n] = sigmoid(X[m,n])\n R[m] = sum[n] C[m,n] where n >= 3\n Q[m] = sum[n] C[m,n]\n}",
+    ),
+    rowwise(
         "rows_by_their_largest",
         "cascade c(X[M,N]) -> Y[M,N] {\n A[m] = max[n] abs(X[m,n])\n Y[m,n] = X[m,n] / A[m]\n}",
     ),

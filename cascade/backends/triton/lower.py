@@ -645,13 +645,18 @@ class _Lowering:
         return self.kept(stmt, body.expr, tests, wanted)
 
     def kept(self, stmt: Stmt, expr: Expr, tests: tuple[Expr, ...], wanted: float | int | bool) -> Expr:
-        """An expression as a variable that is `wanted` where a test fails; later readers see it so as well."""
+        """An expression as a variable that is `wanted` where a test fails; later readers see it so as well.
+
+        A value that is present beyond the tests stays as it is for its other readers: the variable is another one.
+        """
         raw, factor = split_scale(expr) if is_scaled(expr) else (expr, Const(1.0))
         fill = wanted
         if factor != Const(1.0) and isinstance(wanted, float) and math.isinf(wanted) and float(factor.value) < 0:
             fill = -wanted
         local = raw if isinstance(raw, Local) and raw.name in self.variables else None
         shared = [name for name, value in self.values.items() if value.expr == expr and local is not None]
+        if any(not set(tests) <= set(self.values[name].live) for name in shared):
+            shared = []
         spread = self.spread({rank for part in (raw, *tests) for rank in self.shape(part)} | self.read_axes(tests))
         if local is None or not shared or set(spread) != set(self.variables[local.name][0]):
             local, shared = self.let(f"{defines(stmt)[0]}_kept", raw, spread), []

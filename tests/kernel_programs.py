@@ -713,14 +713,6 @@ ROWS: tuple[Program, ...] = (
         rows="",
     ),
     rowwise(
-        "cumulative_sum",
-        "cascade c(X[M,N]) -> C[M,N] {\n C[m,n] = C[m,n-1] + X[m,n]  init C[m,-1] = 0\n}",
-        reach=1.0,
-        level=3.0,
-        large=({"M": 301, "N": 100}, {"M": 64, "N": 1000}),
-        long=None,
-    ),
-    rowwise(
         "cumulative_sum_by_filter",
         "cascade c(X[M,N]) -> C[M,N] {\n C[m,n] = sum[s] X[m,s] where s <= n\n}",
         reach=1.0,
@@ -885,4 +877,81 @@ PRODUCTS: tuple[Program, ...] = (
     ),
 )  # fmt: skip
 
-PROGRAMS: dict[str, Program] = {p.name: p for p in (*ATTENTION, *ROWS, *REDUCTIONS, *PRODUCTS)}
+# --- recurrences -----------------------------------------------------------------------------------------------------
+
+STEPS_LARGE: tuple[Sizes, ...] = ({"M": 301, "N": 100}, {"M": 64, "N": 1000}, {"M": 3, "N": 20_001})
+
+
+def stepping(name: str, text: str, more: Mapping[str, Input] | None = None, **options: object) -> Program:
+    """A recurrence along the rows of X[M,N]: the reference takes a step at a time, so rows are shorter."""
+    fields: dict[str, object] = {"reach": 1.0, "level": 3.0, "large": STEPS_LARGE, "long": None}
+    return rowwise(name, text, more, **{**fields, **options})
+
+
+def behind_the_sequence(inputs: Tensors, sizes: Sizes) -> Tensors:
+    """Positions behind the length of their sequence."""
+    dead = torch.arange(sizes["N"]) >= inputs["len"].cpu()[:, None]
+    return {"X": dead[:, :, None], "G": dead[:, :, None]}
+
+
+RECURRENCES: tuple[Program, ...] = (
+    stepping(
+        "cumulative_sum",
+        "cascade c(X[M,N]) -> C[M,N] {\n C[m,n] = C[m,n-1] + X[m,n]  init C[m,-1] = 0\n}",
+        exact=True,
+    ),
+    stepping(
+        "cumulative_maximum",
+        "cascade c(X[M,N]) -> C[M,N] {\n C[m,n] = max(C[m,n-1], X[m,n])  init C[m,-1] = -inf\n}",
+        exact=True,
+    ),
+    stepping(
+        "decayed_state",
+        "cascade c(X[M,N], G[M,N]) -> H[M,N] {\n H[m,n] = sigmoid(G[m,n]) * H[m,n-1] + X[m,n]  init H[m,-1] = 0\n}",
+        {"G": Input("M N")},
+    ),
+    stepping(
+        "moving_average",
+        "cascade c(X[M,N], a[], h[M]) -> H[M,N] {\n"
+        " H[m,n] = H[m,n-1] + a * (X[m,n] - H[m,n-1])  init H[m,-1] = h[m]\n}",
+        {"a": Input("", make=number(0.1)), "h": Input("M")},
+    ),
+    stepping(
+        "scan_between_maps",
+        "cascade c(X[M,N]) -> C[M,N], Y[M,N], T[M], E[M] {\n"
+        " V[m,n] = sigmoid(X[m,n])\n C[m,n] = C[m,n-1] + V[m,n]  init C[m,-1] = 1\n"
+        " Y[m,n] = log(C[m,n]) * X[m,n]\n T[m] = sum[n] Y[m,n] where n >= 3\n E[m] = 1 / C[m,N-1]\n}",
+    ),
+    stepping(
+        "scan_by_its_largest",
+        "cascade c(X[M,N]) -> Y[M,N] {\n C[m,n] = C[m,n-1] / 2 + X[m,n]  init C[m,-1] = 0\n"
+        " A[m] = max[n] abs(C[m,n])\n Y[m,n] = C[m,n] / A[m]\n}",
+    ),
+    stepping(
+        "scan_that_starts_anew",
+        "cascade c(X[M,N]) -> C[M,N] {\n C[m,n] = select(X[m,n] > 1, 0, C[m,n-1]) + X[m,n]  init C[m,-1] = 0\n}",
+    ),
+    stepping(
+        "steps_that_do_not_compose",
+        "cascade c(X[M,N], G[M,N]) -> H[M,N] {\n H[m,n] = tanh(G[m,n] * H[m,n-1] + X[m,n])  init H[m,-1] = 0\n}",
+        {"G": Input("M N")},
+    ),
+    Program(
+        "states_by_length",
+        "cascade c(X[B,N,D], G[B,N,D], len: i32[B], h[B,D]) -> H[B,N,D], S[B,D] {\n"
+        " H[b,n,d] = sigmoid(G[b,n,d]) * H[b,n-1,d] + X[b,n,d]  where n < len[b]  init H[b,-1,d] = h[b,d]\n"
+        " S[b,d] = sum[n] H[b,n,d]\n}",
+        {"X": Input("B N D", drives="N", weighs="N"), "G": Input("B N D"), "len": Input("B", make=lengths),
+         "h": Input("B D")},
+        small={"B": 3, "N": 19, "D": 5},
+        large=({"B": 5, "N": 333, "D": 65}, {"B": 4, "N": 1000, "D": 128}),
+        lengths=("N",),
+        batch="B",
+        rows="B",
+        padding=behind_the_sequence,
+        reach=1.0,
+        level=3.0,
+    ),
+)  # fmt: skip
+
+PROGRAMS: dict[str, Program] = {p.name: p for p in (*ATTENTION, *ROWS, *REDUCTIONS, *PRODUCTS, *RECURRENCES)}

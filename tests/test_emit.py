@@ -46,7 +46,7 @@ cascade loss(Z[T,N], y: i64[T]) -> L[] {
     L = mean[t] P[t]
 }
 """
-SCAN = "cascade ema(X[B,T]) -> Y[B,T] { Y[b,t] = 0.5 * Y[b,t-1] + X[b,t]  init Y[b,-1] = 0.0 }\n"
+LAGS = "cascade lags(X[B,T]) -> Y[B,T] { Y[b,t] = 0.5 * Y[b,t-2] + X[b,t]  init Y[b,-1] = 0.0, Y[b,-2] = 0.0 }\n"
 WORDS = """
 cascade pid(tl[L,Run], run[Run]) -> sizes[L,Run], torch[L] {
     sizes[lambda,pid_] = tl[lambda,pid_] * run[pid_]
@@ -359,7 +359,7 @@ def test_what_triton_cannot_compile_is_said_and_written(
 @pytest.mark.parametrize(
     ("program", "options", "exit_code", "code", "message"),
     [
-        (SCAN, [], 1, "C531", "Y would run outside kernels: "),
+        (LAGS, [], 1, "C531", "Y would run outside kernels: "),
         (GEMM, ["-s", "Q=3"], 2, "C613", "no shape symbol 'Q'"),
         (GEMM, ["-s", "M=0"], 2, "C604", "M is 0"),
         (GEMM, ["-s", "M=1048576", "-s", "N=1048576"], 2, "C614", "elements"),

@@ -14,7 +14,8 @@ import tokenize
 import pytest
 import torch
 
-from cascade.backends.triton.partition import Group, Rest
+from cascade.backends.triton.explain import Launch, describe
+from cascade.backends.triton.partition import Arrangement, Group, Rest
 from cascade.backends.triton.plan import Fold, Kernel, Loop, Role, render_kernel
 from cascade.backends.triton.planner import powers
 from cascade.walk import reads
@@ -173,9 +174,42 @@ def test_a_total_of_rows_is_a_group_of_its_own() -> None:
 
 
 def test_what_no_kernel_computes_says_why() -> None:
-    (rest,) = groups(PROGRAMS["cumulative_sum"].text, X=(5, 37))
-    assert isinstance(rest, Rest) and rest.names == ("C",)
+    text = "cascade c(X[N]) -> A[N], B[N] {\n A[n] = B[n-1] + X[n] init A[-1] = 0\n B[n] = A[n-1] init B[-1] = 0\n}"
+    (rest,) = groups(text, X=(37,))
+    assert isinstance(rest, Rest) and rest.names == ("A", "B")
     assert rest.reason == "its statements need each other's earlier coordinates"
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        ("C[m,n-1] + C[m,n-2]  init C[m,-1] = 0, C[m,-2] = 0", "elsewhere than one step back along n"),
+        ("sum[k] X[m,k] * C[k,n-1]  init C[m,-1] = 0", "elsewhere than one step back along n"),
+        ("sum[k] X[m,k] * C[m,n-1]  init C[m,-1] = 0", "reduces at each step along n"),
+        ("(C[m,n-1] ?? 0) + X[m,n]  init C[m,-1] = 0", "asks whether what it carries is present"),
+        ("C[m,n-1] + X[m,n]  where n >= 3  init C[m,-1] = 0", "its filter does not say where along n it ends"),
+    ],
+)
+def test_a_recurrence_that_no_kernel_holds_says_why(step: str, reason: str) -> None:
+    rest = groups(f"cascade c(X[M,M]) -> C[M,M] {{\n C[m,n] = {step}\n}}", X=(5, 5))[-1]
+    assert isinstance(rest, Rest) and rest.names[-1:] == ("C",) and reason in rest.reason, rest
+
+
+def test_a_recurrence_shares_a_kernel_with_what_is_around_it() -> None:
+    (group,) = groups(PROGRAMS["scan_between_maps"].text, X=(64, 1000))
+    assert isinstance(group, Group) and group.names == ("V", "C", "Y", "T", "E")
+    assert group.arrangement == Arrangement(("m",), None, ("n",))
+    (group,) = groups(PROGRAMS["scan_between_maps"].text, X=(64, 100_000))
+    assert isinstance(group, Group) and group.arrangement == Arrangement(("m",), "n", ())
+
+
+def test_what_nothing_composes_is_streamed_one_by_one() -> None:
+    text = PROGRAMS["steps_that_do_not_compose"].text
+    planner = planner_for(final(text), {name: torch.empty(64, 100) for name in "XG"})
+    group = only_group(planner)
+    assert group.arrangement == Arrangement(("m",), "n", ()) and planner.default_tiling(group).of("n") == 1
+    kernel = planner.kernel("c", group, planner.groups(), planner.default_tiling(group))
+    assert kernel.singly == ("H",) and "one coordinate of n at a time" in describe(Launch(kernel, planner.extents))
 
 
 def test_groups_stand_in_an_order_in_which_they_can_run() -> None:

@@ -35,7 +35,9 @@ from cascade.backends.triton.plan import (
     Loop,
     Mask,
     Op,
+    Redo,
     Role,
+    Scan,
     Seen,
     Start,
     Store,
@@ -383,6 +385,10 @@ class _Count:
             case Fold():
                 each = EXTREME if op.reducer not in ("sum", "prod", "count") else 1.0
                 self.fold(op, 2 * each if op.nan else each, run)
+            case Scan():
+                self.scan(op, run)
+            case Redo():
+                self.lanes(op.axes, EXTREME, run)  # whether all is finite: the steps themselves are not foreseen
             case TopKept():
                 self.lanes(self.variables[op.source][0], 3 * EXTREME * op.count, run)
             case Start() | Carry():
@@ -448,6 +454,13 @@ class _Count:
         sharing = QUAD if self.quads else WARP
         rows = self.elements(op.axes, run) * QUAD if self.quads else WARP * self.kernel.options.num_warps * run.times
         self.vector += rows * math.log2(sharing) * (SHUFFLE + each)
+
+    def scan(self, op: Scan, run: _Run) -> None:
+        """A scan: within each thread and once more with what stands before it, by exchanges between threads."""
+        each = {"sum": 1.0, "affine": 2.0}.get(op.kind, EXTREME)
+        self.lanes(op.axes, 2 * each, run)
+        rows = WARP * self.kernel.options.num_warps * run.times
+        self.vector += rows * math.log2(WARP) * (SHUFFLE * len(op.names) + each)
 
     def dot(self, op: Dot, run: _Run) -> None:
         rows, columns, over = (self.kernel.axis(rank).tile for rank in (*op.axes, op.over))
@@ -641,7 +654,7 @@ def _lifetimes(ops: Sequence[Op]) -> tuple[dict[str, tuple[int, int]], list[int]
                 for name in (before & inside) | set(op.carried):
                     touch(name, after + 1)
                 continue
-            if isinstance(op, (Fold, TopKept)):
+            if isinstance(op, (Fold, Scan, TopKept)):
                 folds.append(position)
             keeps = isinstance(op, Let) and op.dtype is not None
             for name in uses(op):
@@ -659,6 +672,10 @@ def _made(op: Op) -> tuple[str, ...]:
     match op:
         case Load() | Let() | Mask() | Keep() | Dot() | Fold() | Seen() | Start():
             return (op.name,)
+        case Scan():
+            return op.names
+        case Redo():
+            return (op.name, op.after)
         case TopKept():
             return (op.values, op.coords)
         case Carry():

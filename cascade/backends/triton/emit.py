@@ -14,8 +14,8 @@ from cascade.backends.triton import spell
 from cascade.backends.triton.grid import Ending, ending
 from cascade.backends.triton.lower import RESERVED
 from cascade.backends.triton.plan import (
-    Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Role, Seen, Start, Store, Tensor, TopKept,
-    every_op, extent_expr,
+    Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Redo, Role, Scan, Seen, Start, Store, Tensor,
+    TopKept, every_op, extent_expr,
 )  # fmt: skip
 from cascade.backends.triton.spell import ATOM, COMPARE, PRODUCT, SPELLINGS, SUM, TYPES, UNARY
 from cascade.inference import FLOATS
@@ -442,6 +442,10 @@ class _Emitter:
                 self.dot(op)
             case Fold():
                 self.line(f"{op.name} = {self.fold(op)}")
+            case Scan():
+                self.scan(op)
+            case Redo():
+                self.redo(op)
             case Seen():
                 self.seen(op)
             case TopKept():
@@ -544,6 +548,10 @@ class _Emitter:
         text = self.aligned(piece, inner).text
         if missing & set(op.over) or len(inner) > len(piece.axes):
             text = f"tl.broadcast_to({text}, {self.dims(inner)})"
+        if op.reducer == "last":
+            block = self.block(op.over[0])
+            at_end = self.aligned(_Piece(f"tl.arange(0, {block}) == {block} - 1", op.over, COMPARE), inner).text
+            text = f"tl.where({at_end}, {text}, 0)"
         axes = list(inner)
         for rank in sorted(op.over, key=axes.index, reverse=True):
             text = self.along(op, text, axes.index(rank))
@@ -551,6 +559,45 @@ class _Emitter:
         if op.reducer in ("any", "all"):
             text = f"{text} > 0"
         return text if tuple(axes) == op.axes else self.aligned(_Piece(text, tuple(axes)), op.axes).text
+
+    def scan(self, op: Scan) -> None:
+        """Steps composed along a dimension, in order."""
+        place = op.axes.index(op.over)
+        if op.kind == "sum":
+            self.line(f"{op.names[0]} = tl.cumsum({op.elements[0]}, {place})")
+            return
+        helper = {"max": "larger", "min": "smaller", "affine": "composed"}[op.kind]
+        self.helpers.setdefault(helper)
+        elements = op.elements[0] if len(op.elements) == 1 else f"({', '.join(op.elements)})"
+        self.line(f"{', '.join(op.names)} = tl.associative_scan({elements}, {place}, {helper})")
+
+    def redo(self, op: Redo) -> None:
+        """The steps of a tile one by one, where not all that was composed is finite."""
+        finite = f'(tl.abs({op.name}) < float("inf")).to(tl.int32)'
+        for position in reversed(range(len(op.axes))):
+            finite = f"tl.min({finite}, {position})"
+        rank, block, axis = self.rank(op.over), self.block(op.over), self.kernel.axis(op.over)
+        left = self.size(axis.extent) if axis.role is Role.WHOLE else f"{self.size(axis.extent)} - {rank}_first"
+        count = block if axis.exact else f"tl.minimum({block}, {left})"
+        self.line(f"if {finite} == 0:  # data, or a product of factors that no step has: one by one")
+        self.depth += 1
+        self.line(f"{op.after} = {op.before}")
+        self.line(f"for {rank}_next in range({count}):")
+        self.depth += 1
+        self.line(f"{rank}_here = tl.arange(0, {block}) == {rank}_next")
+        here = _Piece(f"{rank}_here", (op.over,), ATOM, False)
+        for one, tile in op.picks:
+            known = self.variable(tile)
+            assert known is not None
+            chosen, place = self.aligned(here, known[0]).text, known[0].index(op.over)
+            truth = known[1] is DType.BOOL
+            found = f"tl.sum(tl.where({chosen}, {tile}{'.to(tl.int32)' if truth else ''}, 0), {place})"
+            self.line(f"{one} = {found}{' > 0' if truth else ''}")
+        rows = tuple(other for other in op.axes if other != op.over)
+        self.line(f"{op.after} = {self.text(op.expr, rows)}")
+        step = self.aligned(self.piece(Local(op.after)), op.axes).text
+        self.line(f"{op.name} = tl.where({self.aligned(here, op.axes).text}, {step}, {op.name})")
+        self.depth -= 2
 
     def seen(self, op: Seen) -> None:
         """Whether anything was present so far; in a whole tile everything is."""
@@ -570,7 +617,7 @@ class _Emitter:
 
     def along(self, op: Fold, text: str, axis: int) -> str:
         match op.reducer:
-            case "sum":
+            case "sum" | "last":
                 return f"tl.sum({text}, {axis})"
             case "max" | "min" if op.nan:
                 helper = {"max": "larger", "min": "smaller"}[op.reducer]
@@ -794,6 +841,8 @@ class _Emitter:
         if re.search(rf"\b{rank}\b", "\n".join(body)):
             body.insert(0, "        " + self.whereabouts(self.kernel.axis(op.rank)))
         made = {inner.name for inner in op.body if isinstance(inner, (Load, Let, Mask, Dot, Fold))} - set(op.carried)
+        made |= {name for inner in op.body if isinstance(inner, Scan) for name in inner.names}
+        made |= {one for inner in op.body if isinstance(inner, Redo) for one, _ in inner.picks}
         outer = self.taken(body, made | {rank, f"{rank}_first"}, op.carried)
         constants = list(dict.fromkeys([*self.constants(body), block]))
         number_ = 1 + sum(line.startswith("def ") for line in "\n".join(self.functions).split("\n"))

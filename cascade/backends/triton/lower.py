@@ -5,7 +5,7 @@ finished state runs behind the loop or in the next one. Within a trip the merges
 the new one before the tile is folded in; a plain sum is carried by coordinate of the tile instead, where there is room,
 and added up behind the loop. A coordinate that is absent takes no part in any reduction: every value knows
 the tests under which it is present and, where it can be told, the number that it is otherwise, so that most
-reductions need no test of their own.
+reductions need no test of their own. The steps of a recurrence are composed within a tile; what it carries is a state.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from cascade.backends.triton.bounds import always, conjuncts, loop_bounds, never
 from cascade.backends.triton.index import Entry, widest
 from cascade.backends.triton.partition import Group, reduced_ranks
 from cascade.backends.triton.plan import (
-    BYTES, Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Options, Partial, Role, Seen, Start, Store,
-    Tensor, TopKept, every_op, extent_expr,
+    BYTES, Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Options, Partial, Redo, Role, Scan, Seen,
+    Start, Store, Tensor, TopKept, every_op, extent_expr,
 )  # fmt: skip
 from cascade.backends.triton.products import factors, folded, matrix_product, product, ranks_of
+from cascade.backends.triton.recurrence import carried, composition, ends, is_last, stepped
 from cascade.errors import Diagnostic, UnsupportedError
 from cascade.inference import FLOATS
 from cascade.ir import (
@@ -136,6 +137,7 @@ class _Lowering:
             tuple((name, axes, dtype) for name, (axes, dtype) in self.variables.items()),
             self.setting.options,
             watched=tuple(self.watched),
+            singly=tuple(stmt.target.name for stmt in stepped(self.group.statements) if composition(stmt) is None),
             partial=tuple(self.partial),
             live=tuple((name, self.values[name].live) for name in self.setting.results if name in self.values),
         )
@@ -147,7 +149,7 @@ class _Lowering:
             found |= {f"{name}_{position}" for position in range(len(tensor.shape))}
             found |= {f"{name}_{what}" for what in ("ptr", "desc", "desc_2", "desc_3", "desc_4", "place")}
         for axis in self.setting.axes:
-            places = ("first", "last", "tile", "tiles", "part", "from", "to", "next", "back", "beside")
+            places = ("first", "last", "tile", "tiles", "part", "from", "to", "next", "back", "beside", "here")
             found |= {f"{axis.rank}_{what}" for what in places}
             found |= {f"{axis.rank}_{other.rank}" for other in self.setting.axes}
         for stmt in self.group.statements if self.setting.split is not None else ():
@@ -238,8 +240,11 @@ class _Lowering:
         assert stream is not None
         states = [stmt for stmt in statements if trips.kind[defines(stmt)[0]] == "state"]
         self.by_lane = self.lanes(trips, statements, states)
+        recurrences = stepped(statements)
         for stmt in states:
             self.begin(stmt)
+        for recurrence in recurrences:
+            self.begin_steps(recurrence)
         self.outer.append(self.ops)
         self.ops, self.streaming, self.edges = [], True, []
         kept_masks, kept_loads = dict(self.masks), dict(self.loaded)
@@ -248,6 +253,8 @@ class _Lowering:
             name = defines(stmt)[0]
             if trips.kind[name] == "state":
                 pairs.extend(self.advance(stmt, statements[index + 1 :]))
+            elif stmt in recurrences:
+                pairs.append(self.steps(stmt))
             else:
                 self.statement(stmt)
             if trips.kind[name] == "block" and trips.number[name] == number:
@@ -259,7 +266,7 @@ class _Lowering:
             body.append(Carry(tuple(pairs)))
         self.ops, self.streaming = self.outer.pop(), False
         self.masks, self.loaded, self.shifts = kept_masks, self.outside(kept_loads), {}
-        self.ops.append(self.loop(stream, body, states))
+        self.ops.append(self.loop(stream, body, [*states, *recurrences]))
         self.leave(trips, statements, states)
 
     def lanes(self, trips: Trips, statements: Sequence[Stmt], states: Sequence[Stmt]) -> set[str]:
@@ -335,7 +342,7 @@ class _Lowering:
             carried,
             tuple(body),
             self.setting.options.edge_tile,
-            backwards=self.at % 2 == 1,
+            backwards=self.at % 2 == 1 and not any(isinstance(stmt, Einsum) and stmt.inits for stmt in states),
         )
 
     def of_tile(self, bound: Expr | None) -> Expr | None:
@@ -519,6 +526,11 @@ class _Lowering:
             return
         assert isinstance(stmt, Einsum)
         name = stmt.target.name
+        if stmt.inits:
+            self.begin_steps(stmt)
+            _, after = self.steps(stmt)
+            self.values[f"{name}'"] = dataclasses.replace(self.values[f"{name}'"], expr=Local(after))
+            return
         if isinstance(stmt.expr, Reduce):
             self.values[name] = self.reduction(stmt)
             return
@@ -795,6 +807,115 @@ class _Lowering:
         extent = self.setting.extents[rank]
         return extent if isinstance(extent, int) else None
 
+    # --- recurrences -------------------------------------------------------------------------------------------------
+
+    def begin_steps(self, stmt: Einsum) -> None:
+        """What a recurrence carries before its first coordinate."""
+        init, name = stmt.inits[0], stmt.target.name
+        axes = self.spread([rank for rank in stmt.target.ranks if rank != init.rank])
+        dtype = computed(self.setting.dtypes[name])
+        found = self.expression(init.expr)
+        variable = self.variable(f"{name}_before", axes, dtype)
+        self.ops.append(Start(variable, axes, self.typed(found.expr, dtype), dtype))
+        self.values[f"{name}'"] = Value(Local(variable), found.live)
+
+    def typed(self, expr: Expr, dtype: DType) -> Expr:
+        """An expression in a type."""
+        if isinstance(expr, Const):
+            return Const(float(expr.value)) if dtype in FLOATS else expr
+        return expr if self.type_of(expr) is dtype else Cast(dtype, expr)
+
+    def steps(self, stmt: Einsum) -> tuple[str, str]:
+        """The steps of a recurrence at the tile at hand; what it carries, and what that is after the tile."""
+        name, rank = stmt.target.name, stmt.inits[0].rank
+        before = self.values[f"{name}'"]
+        assert isinstance(before.expr, Local)
+        free = rewrite(stmt.expr, lambda node: Const(0) if node == carried(stmt) else node)
+        live = merged(self.peek(free), self.tests(conjuncts(stmt.where)), before.live)
+        if not self.axis(rank).exact:
+            live = merged(live, (self.tail(rank),))
+        along = tuple(test for test in live if rank in ranks_of(test) | self.test_ranks(test))
+        if any(not ends(test, rank) for test in along):
+            raise unsupported(f"a recurrence along {rank} that reads what may be absent where it does not end", stmt)
+        if self.axis(rank).single:
+            after = self.one_step(stmt)
+            here = after
+        else:
+            here, after = self.composed(stmt, before.expr, along)
+        self.values[name] = Value(Local(here), live)
+        if self.streaming:
+            self.edges.append(tuple(test for test in live if self.is_edge(test)))
+        size = self.setting.extents[rank]
+        end = Const(size - 1) if isinstance(size, int) else Apply("sub", (Extent(size), Const(1)))
+        at_end = tuple(substitute(test, {rank: end}) for test in live)
+        self.values[f"{name}'"] = Value(before.expr, tuple(test for test in at_end if not self.proved(test)))
+        return before.expr.name, after
+
+    def one_step(self, stmt: Einsum) -> str:
+        """One coordinate after what is carried."""
+        name, axes = stmt.target.name, self.spread(stmt.target.ranks)
+        old = Read(f"{name}'", ())
+        found = self.expression(rewrite(stmt.expr, lambda node: old if node == carried(stmt) else node))
+        return self.let(name, self.typed(found.expr, computed(self.setting.dtypes[name])), axes).name
+
+    def composed(self, stmt: Einsum, before: Local, along: tuple[Expr, ...]) -> tuple[str, str]:
+        """A tile of steps as one: composed from its beginning on, then applied to what is carried."""
+        found, name, rank = composition(stmt), stmt.target.name, stmt.inits[0].rank
+        axes = self.spread(stmt.target.ranks)
+        rows = tuple(axis for axis in axes if axis != rank)
+        dtype = computed(self.setting.dtypes[name])
+        if found is None or dtype is DType.BOOL:
+            raise unsupported(f"a recurrence along {rank} whose steps nothing composes, many at a time", stmt)
+        fills = (1, 0) if found.kind == "affine" else (identity(found.kind, dtype),)
+        elements = []
+        for element, fill in zip(found.elements, fills, strict=True):
+            local = self.let(f"{name}_step", self.typed(self.expression(element).expr, dtype), axes)
+            filled = float(fill) if dtype in FLOATS else fill
+            for edge in (False, True):
+                chosen = tuple(test for test in along if self.is_edge(test) == edge)
+                if chosen:
+                    self.ops.append(Keep(local.name, axes, self.mask(chosen, edge).name, filled, edge))
+            elements.append(local.name)
+        names = tuple(self.variable(f"{name}_scan", axes, dtype) for _ in elements)
+        self.ops.append(Scan(names, axes, found.kind, rank, tuple(elements)))
+        totals = tuple(self.variable(f"{name}_tile", rows, dtype) for _ in names)
+        for total, scanned in zip(totals, names, strict=True):
+            self.ops.append(Fold(total, rows, "last", (rank,), Local(scanned)))
+
+        def onto(parts: Sequence[str]) -> Expr:
+            first = Local(parts[0])
+            if found.kind == "affine":
+                return Apply("add", (Apply("mul", (first, before)), Local(parts[1])))
+            return join(found.kind, before, first)
+
+        here = self.let(name, onto(names), axes).name
+        after = self.let(f"{name}_after", onto(totals), rows).name
+        if found.kind == "affine" and dtype in FLOATS:
+            self.ops.append(self.redo(stmt, here, before.name, after))
+        return here, after
+
+    def redo(self, stmt: Einsum, here: str, before: str, after: str) -> Redo:
+        """The steps as they are written, one by one."""
+        name, rank, own = stmt.target.name, stmt.inits[0].rank, carried(stmt)
+        picks: dict[str, str] = {}
+
+        def picked(expr: Expr) -> Expr:
+            if expr == own:
+                return Local(after)
+            if own in walk(expr):
+                return with_children(expr, tuple(map(picked, children(expr))))
+            value = self.expression(expr).expr
+            if rank not in self.shape(value):
+                return value
+            tile = value if isinstance(value, Local) else self.let(f"{name}_of", value)
+            axes, dtype = self.variables[tile.name]
+            one = self.variable(f"{name}_one", tuple(axis for axis in axes if axis != rank), dtype)
+            picks[one] = tile.name
+            return Local(one)
+
+        expr = self.typed(self.expression(picked(stmt.expr)).expr, self.variables[here][1])
+        return Redo(here, self.variables[here][0], rank, before, after, tuple(picks.items()), expr)
+
     # --- matrix products ---------------------------------------------------------------------------------------------
 
     def dot(self, stmt: Einsum, axes: tuple[str, ...], into: tuple[Local, Expr] | None = None) -> Value | None:
@@ -967,7 +1088,9 @@ class _Lowering:
             case Extent():
                 return Value(extent_expr(expr.name))
             case Read() if expr.tensor in self.values:
-                return self.values[expr.tensor]
+                return self.values[self.place_of(expr)]
+            case Read() if expr.tensor in self.group.names:  # where a recurrence ends, behind its loop
+                return self.values[f"{expr.tensor}'"]
             case Read():
                 return self.load(expr)
             case Cast():
@@ -984,6 +1107,12 @@ class _Lowering:
                 return self.extreme(expr)
             case _:
                 raise unsupported(f"{type(expr).__name__} inside an expression")
+
+    def place_of(self, read: Read) -> str:
+        """The value that a read of the kernel's own means: the tensor at hand, or what a recurrence has in the end."""
+        stmt = next((s for s in stepped(self.group.statements) if s.target.name == read.tensor), None)
+        last = stmt is not None and is_last(read, stmt, self.setting.extents[stmt.inits[0].rank])
+        return f"{read.tensor}'" if last else read.tensor
 
     def cheaper(self, expr: Apply) -> Expr:
         """A division of a tile by what is the same for many of its elements, as a product with one over it.
@@ -1327,11 +1456,13 @@ def live_ops(ops: Sequence[Op]) -> list[Op]:
         found = kept
 
 
-def _is_dead(op: Op, used: Collection[str]) -> bool:
+def _is_dead(op: Op, used: set[str]) -> bool:
+    if isinstance(op, Scan):
+        return used.isdisjoint(op.names)
     return isinstance(op, (Load, Let, Mask, Fold, Keep, Start)) and op.name not in used
 
 
-def _pruned(op: Op, used: Collection[str]) -> Op:
+def _pruned(op: Op, used: set[str]) -> Op:
     if not isinstance(op, Loop):
         return op
     return dataclasses.replace(op, body=tuple(inner for inner in op.body if not _is_dead(inner, used)))
@@ -1371,6 +1502,11 @@ def uses(op: Op) -> Iterator[str]:
         case Dot():
             yield from (op.left, op.right, *((op.live,) if op.live else ()))
         case Fold():
+            exprs = [op.expr]
+        case Scan():
+            yield from op.elements
+        case Redo():
+            yield from (op.before, op.after, *(tile for _, tile in op.picks))
             exprs = [op.expr]
         case Seen():
             yield op.mask

@@ -2,7 +2,8 @@
 
 A kernel spreads the ranks that all its statements have over the programs of its grid. Of the other ranks one may be
 streamed, in tiles and in as many trips as its statements need; the rest must fit into a tile whole. Statements join
-the kernel of what they read as long as such an arrangement exists: nothing is asked about what they compute.
+the kernel of what they read as long as such an arrangement exists: nothing is asked about what they compute. A rank
+that a recurrence steps along is streamed, in order, or whole.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cascade.backends.triton.products import matrix_product
+from cascade.backends.triton.recurrence import composition, is_last, refusal, stepped
+from cascade.inference import infer_shapes
 from cascade.ir import Call, Cascade, Einsum, Fold, Fuse, Rank, Read, Reduce, Stmt, TopK
 from cascade.order import members, units
 from cascade.walk import defines, expressions, free_ranks, reads, targets, walk
 
 ROW_LIMIT = 32768  # elements of a row that a program may hold at once
+STEPS_LIMIT = 8192  # the same where they are stepped through: a scan has them several times
 PRODUCT_LIMIT = 1024  # extent of a rank that a tile of a matrix product may have whole
 MANY = 128  # programs that keep a GPU busy
 SHORT = 128  # a reduced rank of a matrix product up to this extent needs no loop
@@ -62,7 +66,7 @@ def partition(cascade: Cascade, extents: Mapping[str, int]) -> tuple[Group | Res
     """The statements of a canonical cascade in groups, in an order in which they can run."""
     found: list[list[Stmt] | Rest] = []
     for unit in units(cascade.body, ()):
-        if unit.cyclic:
+        if unit.cyclic and len(unit.statements) > 1:
             found.append(Rest(unit.statements, "its statements need each other's earlier coordinates"))
             continue
         for stmt in unit.statements:
@@ -118,9 +122,7 @@ def refused(stmt: Stmt) -> str | None:
     """Why a statement cannot stand in a kernel at all; None where it can."""
     if isinstance(stmt, Call):
         return "it calls another cascade"
-    if isinstance(stmt, Einsum) and stmt.inits:
-        return "it steps along a rank"
-    return None
+    return refusal(stmt) if isinstance(stmt, Einsum) and stmt.inits else None
 
 
 def _finished(statements: Sequence[Stmt], cascade: Cascade, extents: Mapping[str, int]) -> Group | Rest:
@@ -161,11 +163,14 @@ def _restricted(fold: Fold, names: set[str]) -> Fold:
 def arrange(statements: Sequence[Stmt], cascade: Cascade, extents: Mapping[str, int]) -> Arrangement | None:
     """How the ranks of some statements can lie in one kernel; None where they cannot."""
     own = {target.name: target.ranks for stmt in statements for target in targets(stmt)}
-    if any(not _plain(stmt, own) for stmt in statements):
+    if any(not _plain(stmt, own, statements, cascade) for stmt in statements):
+        return None
+    steps = {stmt.inits[0].rank for stmt in stepped(statements)}
+    if len(steps) > 1:
         return None
     kept = [set(ranks) for ranks in own.values()]
     reduced = {rank for stmt in statements for rank in reduced_ranks(stmt)}
-    common = set.intersection(*kept) - reduced
+    common = set.intersection(*kept) - reduced - steps
     if not common and len(statements) > 1 and any(kept):
         return None
     ranks = list(dict.fromkeys(rank for stmt in statements for rank in all_ranks(stmt)))
@@ -173,8 +178,8 @@ def arrange(statements: Sequence[Stmt], cascade: Cascade, extents: Mapping[str, 
     others = [rank for rank in ranks if rank not in common]
     products = [found for stmt in statements if (found := matrix_product(stmt)) is not None]
     if products:
-        return _with_products(shared, others, statements, cascade, extents)
-    return _rows(shared, others, statements, extents)
+        return None if steps else _with_products(shared, others, statements, cascade, extents)
+    return _rows(shared, others, statements, extents, next(iter(steps), None))
 
 
 def _with_products(
@@ -202,17 +207,30 @@ def _with_products(
 
 
 def _rows(
-    shared: tuple[str, ...], others: list[str], statements: Sequence[Stmt], extents: Mapping[str, int]
+    shared: tuple[str, ...],
+    others: list[str],
+    statements: Sequence[Stmt],
+    extents: Mapping[str, int],
+    along: str | None,
 ) -> Arrangement | None:
-    """Without matrix products: everything is whole while it fits, else the longest rank is streamed."""
-    if max((held(stmt, set(others), extents) for stmt in statements), default=1) <= ROW_LIMIT:
+    """Without matrix products: everything is whole while it fits, else the longest rank is streamed.
+
+    That is the rank `along` which recurrences step, if any; where nothing composes their steps it is streamed anyway.
+    """
+    limit = ROW_LIMIT if along is None else 0 if steps_singly(statements) else STEPS_LIMIT
+    if max((held(stmt, set(others), extents) for stmt in statements), default=1) <= limit:
         return Arrangement(shared, None, tuple(others))
-    stream = max(others, key=lambda rank: extents[rank])
+    stream = max(others, key=lambda rank: extents[rank]) if along is None else along
     whole = tuple(rank for rank in others if rank != stream)
     if any(isinstance(stmt, TopK) and stmt.rank == stream for stmt in statements):
         return None
     fits = max(held(stmt, set(whole), extents) for stmt in statements) <= ROW_LIMIT // 16
     return Arrangement(shared, stream, whole) if fits else None
+
+
+def steps_singly(statements: Sequence[Stmt]) -> bool:
+    """Whether a recurrence among statements goes one coordinate at a time: nothing composes its steps."""
+    return any(composition(stmt) is None for stmt in stepped(statements))
 
 
 def held(stmt: Stmt, whole: set[str], extents: Mapping[str, int]) -> int:
@@ -238,13 +256,20 @@ def power_of_two(extent: int) -> int:
     return 1 << max(0, extent - 1).bit_length()
 
 
-def _plain(stmt: Stmt, own: Mapping[str, tuple[str, ...]]) -> bool:
-    """Whether what a statement reads of the same kernel stands at its own coordinates."""
+def _plain(stmt: Stmt, own: Mapping[str, tuple[str, ...]], statements: Sequence[Stmt], cascade: Cascade) -> bool:
+    """Whether what a statement reads of the same kernel stands at its own coordinates.
+
+    A statement that has not the rank which a recurrence steps along may read where it ends.
+    """
     made = defines(stmt)
+    ends = {s.target.name: s for s in stepped(statements) if s.inits[0].rank not in all_ranks(stmt)}
     for expr in expressions(stmt):
         for node in walk(expr):
             inside = isinstance(node, Read) and node.tensor in own and node.tensor not in made
-            if isinstance(node, Read) and inside and node.index != tuple(map(Rank, own[node.tensor])):
+            if not isinstance(node, Read) or not inside or node.index == tuple(map(Rank, own[node.tensor])):
+                continue
+            ended = ends.get(node.tensor)
+            if ended is None or not is_last(node, ended, infer_shapes(cascade).ranks[ended.inits[0].rank]):
                 return False
     return True
 

@@ -2,7 +2,7 @@
 
     Kernel  = name, Axis*, Tensor*, Op*, Options
     Axis    = rank, role, extent, tile           point: one coordinate a program; tile; stream: looped over; whole
-    Op      = Load | Let | Mask | Keep | Dot | Fold | Seen | TopKept | Start | Loop | Carry | Store
+    Op      = Load | Let | Mask | Keep | Dot | Fold | Scan | Redo | Seen | TopKept | Start | Loop | Carry | Store
 
 A program of the grid holds tiles: arrays over the axes that are no points. Expressions are those of the language, over
 `Local` variables of the kernel, coordinates (`Rank`) and sizes (`Extent`). An op with `edge` set runs only in the part
@@ -140,7 +140,7 @@ class Dot:
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """`name` := an expression over more axes, folded along some of them."""
+    """`name` := an expression over more axes, folded along some of them; by `last`, the end of the tile is taken."""
 
     name: str
     axes: tuple[str, ...]
@@ -148,6 +148,37 @@ class Fold:
     over: tuple[str, ...]
     expr: Expr
     nan: bool = False  # a NaN among the elements must come through
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """`names` := the steps of a recurrence from the beginning of the tile to each coordinate of it, composed.
+
+    A step is one element, composed by `sum`, `max` or `min`, or a factor and a term, composed as `affine` maps.
+    """
+
+    names: tuple[str, ...]
+    axes: tuple[str, ...]
+    kind: str
+    over: str
+    elements: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Redo:
+    """`name` and `after` := what steps one by one give, where what was composed has a value that is not finite.
+
+    A product of factors may overflow where no step does. A step takes `after` from `before`, or from the step before
+    it, to the expression; `picks` are what it reads of the coordinate at hand, each with the tile that it is from.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    over: str
+    before: str
+    after: str
+    picks: tuple[tuple[str, str], ...]
+    expr: Expr
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +253,7 @@ class Store:
     box: tuple[int, ...] | None
 
 
-Op: TypeAlias = Load | Let | Mask | Keep | Dot | Fold | Seen | TopKept | Carry | Start | Loop | Store
+Op: TypeAlias = Load | Let | Mask | Keep | Dot | Fold | Scan | Redo | Seen | TopKept | Carry | Start | Loop | Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +293,7 @@ class Kernel:
     partial: tuple[Partial, ...] = ()  # the states of a part of the stream, where several programs share it
     base_two: tuple[str, ...] = ()  # tensors that are exponents and lie to base two
     live: tuple[tuple[str, tuple[Expr, ...]], ...] = ()  # what is stored, and the tests under which it is present
+    singly: tuple[str, ...] = ()  # recurrences that go one coordinate at a time, as nothing composes their steps
     index: Index | None = None  # what must be computed before: bounds that depend on data
     careful: Kernel | None = None  # the same for one coordinate of each tiled axis, without products: where they are
 
@@ -309,6 +341,8 @@ def render_kernel(kernel: Kernel) -> str:
     if options.pieces > 1:
         lines.append(f"    what follows the loop in {options.pieces} pieces")
     lines.extend(f"    {line}" for op in kernel.ops for line in render_op(op))
+    if kernel.singly:
+        lines.append(f"    one step at a time: {', '.join(kernel.singly)}")
     if kernel.careful is not None:
         lines.append(f"    where {', '.join(kernel.watched)} is not a number, one by one: {kernel.careful.name}")
     return "\n".join([*lines, "}", ""])
@@ -336,6 +370,11 @@ def render_op(op: Op) -> list[str]:
             return [f"{_over(op.name, op.axes)} {'+=' if op.into else '='} {op.left} @[{op.over}] {op.right}"]
         case Fold():
             return [f"{_over(op.name, op.axes)} = {op.reducer}[{','.join(op.over)}] {render_expr(op.expr)}"]
+        case Scan():
+            return [f"{', '.join(_over(name, op.axes) for name in op.names)} = scan[{op.over}] {_step(op)}"]
+        case Redo():
+            taken = "".join(f", {one} of {tile}" for one, tile in op.picks)
+            return [f"{op.name} not finite: one by one along {op.over} {op.after} = {render_expr(op.expr)}{taken}"]
         case Seen():
             return [f"{_over(op.name, op.axes)} = {op.name} or any[{','.join(op.over)}] {op.mask}"]
         case TopKept():
@@ -363,6 +402,10 @@ def _render_loop(op: Loop) -> list[str]:
         inner = op.inner
         head += ", tested" if inner is None else f", whole from {end(inner[0], '0')} to {end(inner[1], 'the end')}"
     return [f"{head} {{", *(f"    {line}" for inner_op in op.body for line in render_op(inner_op)), "}"]
+
+
+def _step(op: Scan) -> str:
+    return f"{op.kind} {', '.join(op.elements)}"
 
 
 def _over(name: str, axes: tuple[str, ...]) -> str:

@@ -16,10 +16,11 @@ from cascade.backends.triton.grid import suited
 from cascade.backends.triton.index import Index, index_of
 from cascade.backends.triton.lower import Setting, Trips, lower, unsupported
 from cascade.backends.triton.partition import (
-    Group, Rest, fold_along, held, partition, power_of_two, reduced_ranks,
+    Group, Rest, fold_along, held, partition, power_of_two, reduced_ranks, steps_singly,
 )  # fmt: skip
 from cascade.backends.triton.plan import BYTES, Axis, Kernel, Options, Role, Tensor
 from cascade.backends.triton.products import matrix_product
+from cascade.backends.triton.recurrence import in_pairs, stepped
 from cascade.backends.triton.split import divisible, merging
 from cascade.backends.triton.units import in_base_two
 from cascade.inference import FLOATS, infer_dtypes, infer_shapes
@@ -111,7 +112,10 @@ class Planner:
         rank = max(whole, key=lambda rank: self.ranks[rank], default=None)
         if group.arrangement.stream is not None or rank is None or self.products(group):
             return group
-        if self.held(group, {rank: power_of_two(self.ranks[rank]) for rank in whole}) <= LONG_ROW:
+        rank = next((stmt.inits[0].rank for stmt in stepped(group.statements)), rank)
+        long = LONG_ROW // 2 if in_pairs(group.statements) else LONG_ROW
+        short = self.held(group, {rank: power_of_two(self.ranks[rank]) for rank in whole}) <= long
+        if short and not self.beside(group, rank):
             return group
         if any(isinstance(stmt, TopK) for stmt in group.statements):
             return group
@@ -121,6 +125,10 @@ class Planner:
             group, arrangement=arrangement, fold=fold_along(group.statements, rank, self.cascade)
         )
         return found if Trips.of(found).count == 1 else group
+
+    def beside(self, group: Group, rank: str) -> bool:
+        """Whether recurrences step along a rank with others side by side in memory: those make a tile together."""
+        return bool(stepped(group.statements)) and self.memory_order(group)[-1:] != [rank]
 
     def held(self, group: Group, tiles: Mapping[str, int]) -> int:
         """The elements of the largest tile of a group, `tiles` having the coordinates of each rank at a time."""
@@ -181,9 +189,8 @@ class Planner:
         changed: frozenset[str] = frozenset()
         plain = tuple(map(render_stmt, statements))
         if self.short(group):
-            statements, fold, changed = in_base_two(
-                statements, fold, self.stored(group, groups), group.arrangement.stream
-            )
+            kept = (*self.stored(group, groups), *(stmt.target.name for stmt in stepped(statements)))
+            statements, fold, changed = in_base_two(statements, fold, kept, group.arrangement.stream)
         fixed = dataclasses.replace(group, statements=statements, fold=fold)
         stored = self.stored(group, groups)
         axes = tuple(self.axis(group, rank, role, tiling, static) for rank, role in self.roles(group).items())
@@ -451,8 +458,10 @@ class Planner:
         memory = [rank for rank in self.memory_order(group) if rank in shared or rank in inner]
         if not memory:
             return set()
+        singly = self.steps_singly(group)
+        inner = [rank for rank in inner if not singly or rank != group.arrangement.stream]
         size = max(held(stmt, set(inner), self.ranks) for stmt in group.statements)
-        if memory[-1] in shared or group.arrangement.stream is not None:
+        if memory[-1] in shared or (group.arrangement.stream is not None and not singly):
             chosen = {memory[-1]} & shared
             if not inner and len(memory) > 1 and self.ranks[memory[-1]] < 512:
                 chosen.add(memory[-2])
@@ -532,17 +541,22 @@ class Planner:
             return Tiling(tuple(tiles.items()), options, self.default_parts(group, tiles))
         size = max(held(stmt, set(whole), self.ranks) for stmt in group.statements)
         if stream is not None:
-            again = Trips.of(group).count > 1  # then few rows at a time, so that they are still in the cache
+            again = self.goes_again(group)  # then few rows at a time, so that they are still in the cache
             tiles[stream] = min(power_of_two(self.ranks[stream]), max(16, (32768 if again else 4096) // size))
             if tiled:
                 tiles[stream] = min(tiles[stream], 64)
+            tiles[stream] = 1 if self.steps_singly(group) else tiles[stream]
             size *= tiles[stream]
         for rank in tiled:
-            room = max(1, 2048 // size)
+            room = max(1, (64 if self.steps_singly(group) else 2048) // size)
             tiles[rank] = min(power_of_two(self.ranks[rank]), room)
             size *= tiles[rank]
-        warps = max(1, min(32, size // 1024))
+        warps = max(1, min(32, size // (512 if in_pairs(group.statements) else 1024)))
         return Tiling(tuple(tiles.items()), Options(warps, 2), self.default_parts(group, tiles))
+
+    def goes_again(self, group: Group) -> bool:
+        """Whether rows are gone through more than once in tiles that may be as long as a program can hold."""
+        return Trips.of(group).count > 1 and not stepped(group.statements)
 
     def default_parts(self, group: Group, tiles: Mapping[str, int]) -> int:
         """How many programs share the stream of a group: more than one where there are too few to fill a GPU."""
@@ -557,9 +571,12 @@ class Planner:
         return max(1, min(FEW_PROGRAMS // programs, steps // 4)) if programs < FEW_PROGRAMS else 1
 
     def steps_singly(self, group: Group) -> bool:
-        """Whether the stream goes one coordinate at a time: products sum over another rank beside it, a page of it."""
+        """Whether the stream goes one coordinate at a time.
+
+        Where products sum over another rank beside it, a page of it; where nothing composes the steps of a recurrence.
+        """
         stream = group.arrangement.stream
-        return any(
+        return steps_singly(group.statements) or any(
             stream in reduced_ranks(stmt) and product.over != stream and self.ranks[product.over] >= 16
             for stmt in group.statements
             if (product := matrix_product(stmt)) is not None

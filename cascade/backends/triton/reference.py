@@ -14,9 +14,10 @@ kernel shares no step with what made it, but the frontend. Pure text: torch is n
 from __future__ import annotations
 
 import keyword
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from cascade.backends.triton.recurrence import carried, refusal
 from cascade.backends.triton.spell import AND, ATOM, COMPARE, OR, PRODUCT, SUM, UNARY
 from cascade.errors import Diagnostic, UnsupportedError
 from cascade.inference import FLOATS, infer_dtypes, infer_shapes
@@ -93,7 +94,7 @@ def reference_lines(
 
     `types` are those of the parameters; `extents` numbers for the shape symbols, by which it is decided whether an
     index can lie outside; `names` the Python names of tensors, ranks and symbols. Raises `UnsupportedError` for a
-    statement that steps along a rank and for one with more ranks than torch has letters for.
+    call, a recurrence that no kernel holds, and a statement with more ranks than torch has letters for.
     """
     shapes = infer_shapes(cascade)
     speller = _Speller(names, shapes.ranks, shapes.tensors, infer_dtypes(cascade, types), extents)
@@ -174,6 +175,7 @@ class _Speller:
     ranges: dict[str, None] = field(default_factory=dict)  # the ranks whose coordinates are used
     sizes: set[str] = field(default_factory=set)
     masks: dict[str, str] = field(default_factory=dict)  # the name of the mask, for tensors that have one
+    held: dict[Expr, _Piece] = field(default_factory=dict)  # of the step of a recurrence at hand
 
     # --- statements --------------------------------------------------------------------------------------------------
 
@@ -184,8 +186,10 @@ class _Speller:
                 self.top_k(stmt)
             case Einsum(inits=()):
                 self.einsum(stmt)
+            case Einsum() if refusal(stmt) is None:
+                self.recurrence(stmt)
             case _:
-                message = "a statement that steps along a rank, or a call, is not written as plain torch"
+                message = "a call, or a recurrence that no kernel holds, is not written as plain torch"
                 raise UnsupportedError(Diagnostic("C531", message, stmt.span, "run it with the interpreter"))
 
     def einsum(self, stmt: Einsum) -> None:
@@ -196,6 +200,38 @@ class _Speller:
         where = None if at_target else where
         piece = self.reduced(stmt.expr, where) if isinstance(stmt.expr, Reduce) else self.piece(stmt.expr)
         self.define(stmt.target, replace(piece, live=self.both(piece.live, outside), zeroed=False))
+
+    def recurrence(self, stmt: Einsum) -> None:
+        """One coordinate after the other, from the initial value; what is absent ends it."""
+        init, name, own = stmt.inits[0], self.names[stmt.target.name], carried(stmt)
+        rows = tuple(rank for rank in stmt.target.ranks if rank != init.rank)
+        ends = [f"{name}_before", f"{name}_all", f"{self.names[init.rank]}_at"]
+        parts = list(dict.fromkeys(_without(stmt.expr, own)))
+        words = python_names([*ends, *(f"{name}_{k}" for k in range(len(parts)))], (*self.names.values(), *self.masks))
+        before, every, at = (words[word] for word in ends)
+        first = self.piece(init.expr)
+        self.lines.append(f"{before} = {self.covering(replace(first, live=None), rows).text}")
+        live = self.both(first.live, None if stmt.where is None else self.mask(stmt.where))
+        real = self.dtypes[stmt.target.name] in FLOATS
+        held: dict[Expr, _Piece] = {own: _Piece(before, rows, ATOM, real)}
+        for k, part in enumerate(parts):
+            piece = self.piece(part)
+            live = self.both(live, piece.live)
+            held[part] = replace(piece, live=None)
+            if init.rank in piece.axes:
+                here = tuple(rank for rank in piece.axes if rank != init.rank)
+                self.lines.append(f"{words[f'{name}_{k}']} = {self.aligned(piece, (*here, init.rank)).text}")
+                held[part] = _Piece(f"{words[f'{name}_{k}']}[..., {at}]", here, ATOM, piece.real)
+        self.held = held
+        step = self.covering(self.as_real(self.piece(stmt.expr), real), rows)
+        self.held = {}
+        self.lines.append(f"{every} = []")
+        self.lines.append(f"for {at} in range({self.size(self.ranks[init.rank])}):")
+        self.lines += [f"    {before} = {step.text}", f"    {every}.append({before})"]
+        along = (*rows, init.rank)
+        if live is not None and init.rank in live.axes:
+            live = _Piece(f"{_atom(self.full(live, along))}.cumprod(-1) > 0", along, COMPARE)
+        self.define(stmt.target, _Piece(f"torch.stack({every}, -1)", along, ATOM, real, live=live))
 
     def define(self, target: Target, piece: _Piece) -> None:
         """The lines that give a name to a value, 0 where it is absent."""
@@ -353,6 +389,8 @@ class _Speller:
 
     def piece(self, expr: Expr) -> _Piece:
         """An expression with the dimensions that it has."""
+        if expr in self.held:
+            return self.held[expr]
         match expr:
             case Const():
                 return self.number(expr)
@@ -587,6 +625,15 @@ def _product(expr: Expr) -> tuple[list[Expr], list[Expr]]:
         over, under = _product(expr.args[0])
         return over, [*under, expr.args[1]]
     return [expr], []
+
+
+def _without(expr: Expr, own: Expr) -> Iterator[Expr]:
+    """The largest parts of an expression that do not have what a recurrence carries."""
+    if own not in walk(expr):
+        yield expr
+    elif expr != own:
+        for child in children(expr):
+            yield from _without(child, own)
 
 
 def _letters(ranks: Mapping[str, None]) -> dict[str, str]:

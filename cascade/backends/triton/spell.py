@@ -183,6 +183,11 @@ def halves(x):
     # the columns left and right of the middle
     return x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute(0, 2, 1).split()
 """,
+    "composed": """@triton.jit
+def composed(a, b, later_a, later_b):
+    # two steps as one: s becomes a * s + b, then later_a * (a * s + b) + later_b
+    return later_a * a, later_a * b + later_b
+""",
     "times": """@triton.jit
 def times(a, b):
     return a * b

@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from cascade.backends.triton.lower import Trips, guarded_merge, reducer_of
 from cascade.backends.triton.partition import Group
 from cascade.backends.triton.plan import Partial
+from cascade.backends.triton.recurrence import stepped
 from cascade.ir import (
     Apply,
     Cascade,
@@ -39,9 +40,10 @@ from cascade.walk import defines, map_expressions, reads, rewrite
 def divisible(group: Group, stored: Collection[str]) -> bool:
     """Whether the stream of a group can be shared: one trip, and behind it only states are needed.
 
-    A state that begins with elements of its own would have them once a part.
+    A state that begins with elements of its own would have them once a part; a recurrence goes on where the part
+    before has ended.
     """
-    if group.arrangement.stream is None or not group.arrangement.shared:
+    if group.arrangement.stream is None or not group.arrangement.shared or stepped(group.statements):
         return False
     trips = Trips.of(group)
     states = [stmt for stmt in group.statements if trips.kind[defines(stmt)[0]] == "state"]

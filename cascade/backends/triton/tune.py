@@ -26,11 +26,11 @@ from cascade.backends.triton.emit import emit
 from cascade.backends.triton.grid import suited
 from cascade.backends.triton.machine import Estimate, Machine, Work, estimate
 from cascade.backends.triton.offline import LIMITS, Failure, Request, StaticFacts, facts
-from cascade.backends.triton.partition import Group, Rest, power_of_two
+from cascade.backends.triton.partition import STEPS_LIMIT, Group, Rest, power_of_two
 from cascade.backends.triton.plan import Axis, Kernel, Loop, Options, Role
-from cascade.backends.triton.lower import Trips
 from cascade.backends.triton.planner import FEW_PROGRAMS, Planner, Tiling
 from cascade.backends.triton.products import matrix_product
+from cascade.backends.triton.recurrence import in_pairs, stepped
 from cascade.backends.triton.static import request
 from cascade.errors import UnsupportedError
 from cascade.passes.memo import load, store
@@ -42,6 +42,7 @@ SHOWN = 4  # candidates besides the chosen one that a choice remembers
 SMALLEST = 16  # side of a matrix product
 EDGE_TILE = 32  # of a stream where tests stand: with more a thread runs out of registers
 THREAD = (8, 64)  # elements of a row that one thread should have, at least and at most
+SINGLY = (1, 4)  # the same where each step is of one coordinate
 MANY = 1024  # programs: where there are more, tiles smaller than they must be are not worth a try
 ALIKE = 0.01  # a difference below which the model does not tell plans apart: then the earlier candidate is taken
 FETCH_US = 0.45  # from a request to the first byte of an operand that is in L2
@@ -177,25 +178,31 @@ def _all_rows(planner: Planner, group: Group, base: Tiling) -> Iterator[Tiling]:
     stream = group.arrangement.stream
     tiled = [rank for rank, role in roles.items() if role is Role.TILE]
     whole = {rank: base.of(rank) for rank, role in roles.items() if role is Role.WHOLE}
-    again = stream is not None and Trips.of(group).count > 1
-    streams = [1] if stream is None else _stream_tiles(planner.ranks[stream], bool(tiled), again)
+    singly, steps = planner.steps_singly(group), bool(stepped(group.statements))
+    least, most = SINGLY if singly else (THREAD[0], THREAD[1] // 2) if in_pairs(group.statements) else THREAD
+    streams = (
+        [1]
+        if stream is None or singly
+        else _stream_tiles(planner.ranks[stream], bool(tiled), planner.goes_again(group), steps)
+    )
     for tile in streams:
         for lengths in _lengths([planner.ranks[rank] for rank in tiled]):
             tiles = whole | ({stream: tile} if stream is not None else {}) | dict(zip(tiled, lengths, strict=True))
             held = planner.held(group, tiles)
             for warps in (1, 2, 4, 8, 16, 32):
-                if THREAD[0] <= held // (32 * warps) <= THREAD[1]:
+                if least <= held // (32 * warps) <= most:
                     yield Tiling(tuple(tiles.items()), Options(warps, 2))
 
 
-def _stream_tiles(extent: int, beside: bool, again: bool) -> list[int]:
+def _stream_tiles(extent: int, beside: bool, again: bool, steps: bool) -> list[int]:
     """Tiles of a stream without products: short beside a tile of rows, else a good part of a row.
 
-    Where rows are gone through again, large ones: of fewer rows at a time more is still in the cache.
+    Where rows are gone through again, large ones: of fewer rows at a time more is still in the cache. A scan has its
+    elements several times: no more of them than registers hold.
     """
     most = power_of_two(extent)
     lengths = (16, 32, 64) if beside else (16384, 32768) if again else (1024, 2048, 4096, 8192, 16384)
-    return sorted({min(tile, most) for tile in lengths})
+    return sorted({min(tile, most) for tile in lengths if not steps or tile <= STEPS_LIMIT})
 
 
 def _lengths(extents: Sequence[int]) -> Iterator[tuple[int, ...]]:

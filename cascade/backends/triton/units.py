@@ -81,7 +81,8 @@ class _Units:
         if not isinstance(stmt, Einsum):
             return stmt
         expr = self.scaled(stmt.expr) if self.has(stmt.target.name) else self.natural(stmt.expr)
-        return dataclasses.replace(stmt, expr=expr)
+        inits = tuple(dataclasses.replace(init, expr=self.natural(init.expr)) for init in stmt.inits)
+        return dataclasses.replace(stmt, expr=expr, inits=inits)
 
     def fold(self, fold: Fold) -> Fold:
         """The inits and merges in the new units."""

@@ -101,6 +101,12 @@ cascade variance(X[M,N]) -> W[M] {
 }
 """
 
+CUMULATIVE_SUM = """
+cascade cumulative_sum(X[M,N]) -> C[M,N] {
+    C[m,n] = C[m,n-1] + X[m,n]   init C[m,-1] = 0
+}
+"""
+
 ROUTE = """
 cascade route(X[T,N]) -> G[T,8], I[T,8] {
     P[t,n] = softmax[n] X[t,n]

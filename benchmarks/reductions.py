@@ -96,6 +96,12 @@ def variance(inputs: Inputs) -> Tensor:
     return x.to(like(inputs)).var(-1, correction=0).to(x.dtype)
 
 
+def cumulative_sum(inputs: Inputs) -> Tensor:
+    """The sums of a row up to each of its elements."""
+    x: Tensor = inputs["X"]
+    return torch.cumsum(x, -1, dtype=like(inputs)).to(x.dtype)
+
+
 def route(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """The eight most likely of each row, scaled to add up to 1."""
     weights, chosen = torch.topk(torch.softmax(inputs["X"].to(like(inputs)), -1), 8)
@@ -168,7 +174,7 @@ def norms(device: torch.device, tiny: bool) -> Iterator[Workload]:
 
 
 def statistics(device: torch.device, tiny: bool) -> Iterator[Workload]:
-    """One number or a few for each row."""
+    """One number or a few for each row, and running sums."""
     wide = (8192, 32768)
     for name, text, maths, of_copy, ms, names in (
         ("entropy", programs.ENTROPY, entropy, 0.845, 0.148, "X"),
@@ -177,6 +183,8 @@ def statistics(device: torch.device, tiny: bool) -> Iterator[Workload]:
     ):
         bars = (Bar(of_copy, copy=True), Bar(ms=ms, goal=True))
         yield matrix(name, text, maths, wide, bars, plain(maths, device), tiny, names, results=1 / wide[1])
+    bars, peers = (COMPILED, Bar(0.85, copy=True, goal=True)), plain(cumulative_sum, device)
+    yield matrix("cumulative sum", programs.CUMULATIVE_SUM, cumulative_sum, (16384, 8192), bars, peers, tiny)
     tokens, experts = (24, 64) if tiny else (65536, 256)
     yield Workload(
         "softmax top-8 65536 256", programs.ROUTE, lambda generator: {"X": normal(generator, tokens, experts)},

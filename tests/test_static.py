@@ -30,6 +30,7 @@ from cascade.backends.triton.tune import candidates
 from cascade.frontend.build import parse_cascade
 from cascade.ir import DType
 from cascade.pipeline import run_pipeline
+from tests.kernel_programs import PROGRAMS
 
 ROOT = Path(__file__).parent.parent
 TRITON36 = ROOT / ".venv-triton36" / "bin" / "python"
@@ -49,7 +50,7 @@ ROWS = {"M": 16384, "N": 8192}
 
 @dataclass(frozen=True)
 class Shipped:
-    """A program of the benchmarks at one of their sizes."""
+    """A program of the benchmarks, or a recurrence of the tests, at one of the sizes that are timed."""
 
     name: str
     text: str
@@ -81,6 +82,10 @@ SHIPPED = (
     Shipped("entropy", programs.ENTROPY, ROWS),
     Shipped("kl", programs.KL, ROWS),
     Shipped("variance", programs.VARIANCE, ROWS),
+    Shipped("cumulative sum", programs.CUMULATIVE_SUM, ROWS),
+    Shipped("decayed state", PROGRAMS["decayed_state"].text, ROWS),
+    Shipped("scan between maps", PROGRAMS["scan_between_maps"].text, ROWS),
+    Shipped("states by length", PROGRAMS["states_by_length"].text, {"B": 8, "N": 4096, "D": 2048}),
     Shipped("routing", programs.ROUTE, {"T": 65536, "N": 256}),
     Shipped("gemm", programs.MATMUL, {"M": 8192, "N": 4096, "K": 4096}),
     Shipped("gemm, bias, gelu", programs.MATMUL_GELU, {"M": 8192, "N": 4096, "K": 4096}),

@@ -13,7 +13,7 @@ from cascade.backends.triton import partition, planner
 from cascade.frontend.build import parse_cascade
 from cascade.interp import Precision, run
 from cascade.ir import Cascade
-from tests.kernel_programs import PRODUCTS, PROGRAMS, REDUCTIONS, ROWS, Program, Tensors
+from tests.kernel_programs import PRODUCTS, PROGRAMS, RECURRENCES, REDUCTIONS, ROWS, Program, Tensors
 from tests.planned import Chosen, all_kernels, call_of, final, planner_for
 from tests.tolerance import Draw, judge_all, standard
 
@@ -22,6 +22,7 @@ STRANGE = (math.nan, math.inf, -math.inf)
 MASKED = ("causal", "window", "prefix", "document", "ragged")
 MORE = ("sink", "softcap", "grouped_query")
 ROWWISE = tuple(program.name for program in (*ROWS, *REDUCTIONS) if "nan" not in program.without)
+STEPPING = tuple(program.name for program in RECURRENCES)
 SIDEWAYS = tuple(program.name for program in PRODUCTS)
 
 
@@ -205,13 +206,14 @@ def every_argument(name: str, dtype: torch.dtype = torch.float32) -> None:
             check(name, inputs, draw.given())
 
 
-@pytest.mark.parametrize("name", (*ROWWISE, *SIDEWAYS))
+@pytest.mark.parametrize("name", (*ROWWISE, *STEPPING, *SIDEWAYS))
 def test_every_argument_in_turn(name: str) -> None:
     every_argument(name)
 
 
 @pytest.mark.parametrize(
-    "name", ["logsumexp", "entropy", "kl", "extremes", "row_sum", "column_max", "masked_logsumexp", "products"]
+    "name",
+    ["logsumexp", "entropy", "kl", "extremes", "row_sum", "column_max", "masked_logsumexp", "products", *STEPPING],
 )
 def test_every_argument_of_rows_that_are_streamed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "LONG_ROW", 16)
@@ -224,6 +226,23 @@ def test_every_argument_of_rows_that_are_streamed(name: str, monkeypatch: pytest
 def test_every_argument_of_rows_that_take_several_trips(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partition, "ROW_LIMIT", 32)
     every_argument(name)
+
+
+@pytest.mark.parametrize("long_row", [8192, 16])
+def test_factors_whose_product_overflows(long_row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "LONG_ROW", long_row)
+    text = """cascade c(X[M,N], A[M,N], L: i32[M]) -> H[M,N], E[M] fill 7 {
+        H[m,n] = A[m,n] * H[m,n-1] + X[m,n]   where n < L[m]   init H[m,-1] = 0
+        E[m] = H[m,N-1]
+    }"""
+    x = torch.zeros(3, 50, device=DEVICE)
+    x[0, 30], x[1, 48], x[2, 5] = 1.0, 2.0, 3.0
+    a = torch.full((3, 50), 1e20, device=DEVICE)
+    a[0, 31:], a[2, 6:] = 1.0, 0.5
+    inputs = {"X": x, "A": a, "L": torch.tensor([50, 50, 20], dtype=torch.int32, device=DEVICE)}
+    last, end = call_of(Chosen(final(text), tile=16))(**inputs)
+    assert last[0].tolist() == [0.0] * 30 + [1.0] * 20 and last[1, 49] == 2e20
+    assert last[2, 20:].eq(0).all() and end.tolist() == [1.0, last[1, 49].item(), 7.0]
 
 
 @pytest.mark.parametrize("name", ["alibi", "softcap", "sink", "sigmoid", "latent_shared", "decode", "decode_grouped"])

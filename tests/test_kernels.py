@@ -21,12 +21,20 @@ from cascade.interp import Precision, run
 from cascade.ir import Cascade
 from cascade.pipeline import run_pipeline
 from cascade.verify import verify
-from tests.kernel_programs import PROGRAMS, RECIPES, Program
+from tests.kernel_programs import PROGRAMS, RECIPES, RECURRENCES, Program
 from tests.planned import Chosen, call_of, final
 from tests.tolerance import Draw, confirmed, filled_with_nan, judge, same_bits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ALL_RECIPES = ("causal", "ragged", "masked_softmax", "layernorm", "gemm")  # the others see one recipe a type
+ALL_RECIPES = (
+    "causal",
+    "ragged",
+    "masked_softmax",
+    "layernorm",
+    "gemm",
+    "decayed_state",
+    "states_by_length",
+)  # the others see one recipe a type
 LENGTHS = range(1, 34, 2)
 
 
@@ -102,6 +110,15 @@ def test_every_rank_in_turn_empty(name: str) -> None:
     program = PROGRAMS[name]
     for symbol in program.small:
         check(program, Draw(program, {**program.small, symbol: 0}, device=DEVICE))
+
+
+@pytest.mark.parametrize("name", [program.name for program in RECURRENCES])
+def test_a_recurrence_and_what_is_around_it_are_one_kernel(name: str) -> None:
+    program = PROGRAMS[name]
+    kernels(name)(**Draw(program, program.small, device=DEVICE).inputs(0))
+    text = kernels(name).explain()  # type: ignore[attr-defined]
+    assert "kernel c: 1 of 1" in text and "no kernel" not in text
+    assert ("one coordinate of n at a time" in text) == (name == "steps_that_do_not_compose")
 
 
 def test_the_same_call_gives_the_same_bits() -> None:

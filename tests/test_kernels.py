@@ -23,7 +23,7 @@ from cascade.pipeline import run_pipeline
 from cascade.verify import verify
 from tests.kernel_programs import PROGRAMS, RECIPES, RECURRENCES, Program
 from tests.planned import Chosen, call_of, final
-from tests.tolerance import Draw, confirmed, filled_with_nan, judge, same_bits
+from tests.tolerance import Draw, confirmed, filled_with_nan, judge, judge_all, same_bits, standard
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALL_RECIPES = (
@@ -96,7 +96,7 @@ def test_partial_sums_far_from_the_whole_cost_no_digits(
     check(program, Draw(program, {"M": rows, "N": 8000}, recipe, device=DEVICE), call)
 
 
-@pytest.mark.parametrize("name", ["causal", "softmax", "gemm"])
+@pytest.mark.parametrize("name", ["causal", "softmax", "gemm", "decayed_state"])
 def test_lengths(name: str) -> None:
     program = PROGRAMS[name]
     for length in LENGTHS:
@@ -105,7 +105,9 @@ def test_lengths(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["causal", "ragged", "softmax", "masked_logsumexp", "gemm", "row_sum"])
+@pytest.mark.parametrize(
+    "name", ["causal", "ragged", "softmax", "masked_logsumexp", "gemm", "row_sum", "cumulative_sum"]
+)
 def test_every_rank_in_turn_empty(name: str) -> None:
     program = PROGRAMS[name]
     for symbol in program.small:
@@ -119,6 +121,36 @@ def test_a_recurrence_and_what_is_around_it_are_one_kernel(name: str) -> None:
     text = kernels(name).explain()  # type: ignore[attr-defined]
     assert "kernel c: 1 of 1" in text and "no kernel" not in text
     assert ("one coordinate of n at a time" in text) == (name == "steps_that_do_not_compose")
+
+
+STEPS = {
+    "integers": "C[m,n-1] * 2 - I[m,n] init C[m,-1] = 1",
+    "largest integer": "max(C[m,n-1], I[m,n]) init C[m,-1] = -5",
+    "truth values": "C[m,n-1] or X[m,n] > 1.9 init C[m,-1] = false",
+    "backwards": "C[m,n-1] * 0.9 + X[m,N-1-n] init C[m,-1] = 0",
+    "a filter of rows": "C[m,n-1] + X[m,n] where m >= 2 init C[m,-1] = 0",
+    "reads that end": "C[m,n-1] + X[m,n+2] init C[m,-1] = 0",
+    "coordinates": "C[m,n-1] / 2 + n * m init C[m,-1] = 0",
+}
+OUTSIDE = {
+    "reads that begin": "C[m,n-1] + X[m,n-2] init C[m,-1] = 0",
+    "a filter that begins": "C[m,n-1] + X[m,n] where n >= 3 init C[m,-1] = 0",
+    "a default": "(C[m,n-1] ?? 1) + X[m,n] where n >= 3 init C[m,-1] = 0",
+}
+
+
+@pytest.mark.parametrize("name", (*STEPS, *OUTSIDE))
+def test_steps_of_all_kinds(name: str) -> None:
+    step = {**STEPS, **OUTSIDE}[name]
+    fill = "" if name == "truth values" else " fill 7"
+    text = f"cascade c(X[M,N], I: i32[M,N]) -> C[M,N]{fill} {{ C[m,n] = {step} }}"
+    generator = torch.Generator().manual_seed(0)
+    inputs = {"X": torch.randn(6, 25, generator=generator), "I": torch.randint(-2, 3, (6, 25), generator=generator)}
+    inputs = {"X": inputs["X"].to(DEVICE), "I": inputs["I"].int().to(DEVICE)}
+    call = cascade.compile(text, backend="triton")
+    by = standard(parse_cascade(text), inputs, {})
+    assert judge_all(call(**inputs), by).ok
+    assert ("no kernel" in call.explain()) == (name in OUTSIDE)
 
 
 def test_the_same_call_gives_the_same_bits() -> None:

@@ -688,7 +688,7 @@ class _Emitter:
         start = f"tl.maximum({self.text(op.first, ())}, 0) // {block} * {block}" if op.first is not None else "0"
         size = self.size(axis.extent)
         stop = size if op.stop is None else f"tl.minimum({self.text(op.stop, ())}, {size})"
-        if not op.edges or op.inner is None:
+        if not op.edges or op.inner is None or not self.tells_edges(op):
             if op.stop is None and op.first is None and not isinstance(axis.extent, int):
                 self.assume(f"{size} > 0")
             self.one_loop(op, start, stop)
@@ -777,6 +777,10 @@ class _Emitter:
         """The constants that the lines of a function mention."""
         words = dict.fromkeys(re.findall(r"(?<![.\w])[A-Za-z_]\w*", "\n".join(body)))
         return [word for word in words if self.is_constant(word)]
+
+    def tells_edges(self, op: Loop) -> bool:
+        """Whether the body tests anything at the edges: what comes by descriptor is 0 beyond the extent as it is."""
+        return any(re.search(r"\bEDGE\b", line) for line in self.captured(op))
 
     def edge_words(self, op: Loop, words: Sequence[str]) -> list[str]:
         """The arguments of the loop's function where it goes in smaller steps: other boxes, another tile."""

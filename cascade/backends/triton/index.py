@@ -20,6 +20,7 @@ from cascade.ir import (
     DType,
     Einsum,
     Expr,
+    Extent,
     Fuse,
     Given,
     Param,
@@ -60,6 +61,7 @@ class Index:
     cascade: Cascade
     entries: Mapping[Expr, Entry]
     sizes: Mapping[str, int]  # of the symbols that the cascade adds
+    counts: Mapping[str, tuple[Size, int]]  # of what they count the tiles: an extent, and the coordinates of a tile
     shapes: Mapping[str, tuple[Size, ...]]  # of its results
 
 
@@ -89,7 +91,7 @@ def index_of(
     body: list[Stmt] = []
     entries: dict[Expr, Entry] = {}
     results: list[Result] = []
-    added: dict[str, int] = {}
+    added: dict[str, tuple[str, int]] = {}
     given: list[Given] = []
     pairs: list[Fuse] = []
     taken = set(sizes) | set(shapes) | set(numbers)
@@ -97,7 +99,7 @@ def index_of(
         sides = _sides(test, stream, rows, dtypes)
         if sides is None:
             continue
-        maker = _Maker(stream, tiles, sizes, numbers, taken, added, given, pairs)
+        maker = _Maker(stream, tiles, sizes, taken, added, given, pairs)
         entry, made, bounds = maker.bounds(sides)
         entries[test] = entry
         body.extend(made)
@@ -107,7 +109,9 @@ def index_of(
     read = dict.fromkeys(n.tensor for test in entries for n in walk(test) if isinstance(n, Read))
     params = tuple(Param(name, dtypes[name], shapes[name]) for name in read)
     cascade = Cascade("bounds", params, tuple(results), tuple(body), tuple(pairs), given=tuple(given))
-    return Index(cascade, entries, added, {result.name: result.shape for result in results})
+    counted = {symbol: -(-numbers[rank] // tile) for symbol, (rank, tile) in added.items()}
+    counts = {symbol: (sizes[rank], tile) for symbol, (rank, tile) in added.items()}
+    return Index(cascade, entries, counted, counts, {result.name: result.shape for result in results})
 
 
 def _sides(test: Expr, stream: str, rows: Collection[str], dtypes: Mapping[str, DType]) -> _Sides | None:
@@ -134,9 +138,8 @@ class _Maker:
     stream: str
     tiles: Mapping[str, int]
     sizes: Mapping[str, Size]
-    numbers: Mapping[str, int]
     taken: set[str]
-    added: dict[str, int]
+    added: dict[str, tuple[str, int]]
     given: list[Given]
     pairs: list[Fuse]
 
@@ -149,15 +152,15 @@ class _Maker:
         row_low, row_high, more = self.ends(sides.row, tiled[0] if tiled else None, row, "row")
         possible, sure = _conditions(sides.op, low, high, row_low, row_high)
         ranks = (*points, *((row,) if row else ()))
-        count = self.numbers[self.stream] // self.tiles[self.stream] + 1
+        count = Extent(self.symbol(column))
         names = [fresh(f"{self.stream}_{what}", self.taken) for what in ("first", "stop", "whole", "until", "wholes")]
         first, stop, whole, until, wholes = names
         at = tuple(map(Rank, ranks))
         statements: list[Stmt] = [*made, *more]
         for name, reducer, test, there, other in (
-            (first, "min", possible, Rank(column), Const(count)),
+            (first, "min", possible, Rank(column), count),
             (stop, "max", possible, Apply("add", (Rank(column), Const(1))), Const(0)),
-            (whole, "min", sure, Rank(column), Const(count)),
+            (whole, "min", sure, Rank(column), count),
             (until, "max", sure, Apply("add", (Rank(column), Const(1))), Const(0)),
             (wholes, "sum", sure, Const(1), Const(0)),
         ):
@@ -177,7 +180,7 @@ class _Maker:
     def tile_rank(self, rank: str) -> str:
         """The rank that counts the tiles of another."""
         name = fresh(f"{rank}_tile", self.taken)
-        self.added[self.symbol(name)] = -(-self.numbers[rank] // self.tiles[rank])
+        self.added[self.symbol(name)] = (rank, self.tiles[rank])
         self.given.append(Given(name, self.symbol(name)))
         return name
 

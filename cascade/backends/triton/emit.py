@@ -431,8 +431,7 @@ class _Emitter:
                 self.line(f"{op.name} = {text}")
             case Mask():
                 with_edge = op.edge and not self.always_edge
-                texts = [self.enclosed(test, op.axes) for test in op.live]
-                self.guarded(with_edge, f"{op.name} = {' & '.join(texts)}")
+                self.guarded(with_edge, f"{op.name} = {self.all_of(op.live, op.axes)}")
             case Keep():
                 mask = self.text(Local(op.mask), op.axes)
                 self.guarded(
@@ -475,6 +474,10 @@ class _Emitter:
     def enclosed(self, expr: Expr, axes: Sequence[str]) -> str:
         piece = self.aligned(self.piece(expr), tuple(axes))
         return piece.text if piece.level == ATOM else f"({piece.text})"
+
+    def all_of(self, tests: Sequence[Expr], axes: Sequence[str]) -> str:
+        """That all tests hold; one alone needs no brackets."""
+        return self.text(tests[0], axes) if len(tests) == 1 else " & ".join(self.enclosed(t, axes) for t in tests)
 
     def raw(self, expr: Expr, axes: Sequence[str]) -> str:
         """An expression that is about to be converted: data is not widened first."""
@@ -601,7 +604,7 @@ class _Emitter:
 
     def seen(self, op: Seen) -> None:
         """Whether anything was present so far; in a whole tile everything is."""
-        found = f"({op.mask}).to(tl.int32)"
+        found = f"{op.mask}.to(tl.int32)"
         known = self.variable(op.mask)
         assert known is not None
         axes = list(known[0])
@@ -906,7 +909,7 @@ class _Emitter:
         if not tests:
             return f"{op.name} = tl.load({place}{policy})"
         other = "False" if tensor.dtype is DType.BOOL else "0.0" if tensor.dtype in FLOATS else "0"
-        mask = " & ".join(self.enclosed(test, op.axes) for test in tests)
+        mask = self.all_of(tests, op.axes)
         return f"{op.name} = tl.load({place}, mask={mask}, other={other}{policy})"
 
     def descriptor(self, tensor: Tensor, box: tuple[int, ...]) -> str:
@@ -975,7 +978,7 @@ class _Emitter:
         tensor = self.tensor(op.tensor)
         expr = self.enclosed(op.expr, op.axes)
         if op.live:
-            live = " & ".join(self.enclosed(test, op.axes) for test in op.live)
+            live = self.all_of(op.live, op.axes)
             expr = f"tl.where({live}, {self.text(op.expr, op.axes)}, {number(op.fill)})"
         piece = self.piece(op.expr)
         if piece.axes != op.axes and set(piece.axes) != set(op.axes) and op.axes:
@@ -987,8 +990,8 @@ class _Emitter:
                 f"{self.descriptor(tensor, op.box)}.store([{', '.join(self.corner(op.index, op.box))}], {value}{shape})"
             )
             return
-        tests = [self.enclosed(test, op.axes) for rank in op.axes for test in self.own(rank)]
-        mask = f", mask={' & '.join(tests)}" if tests else ""
+        tests = [test for rank in op.axes for test in self.own(rank)]
+        mask = f", mask={self.all_of(tests, op.axes)}" if tests else ""
         place = self.address(tensor, op.index, op.axes)
         if op.axes:
             self.line(f"{op.tensor}_place = {place}")
@@ -1000,7 +1003,7 @@ class _Emitter:
         axis = self.kernel.axis(rank)
         if axis.step:
             yield Apply("lt", (Rank(rank), Apply("add", (Local(f"{rank}_first"), Const(axis.step)))))
-        elif not axis.exact:
+        if not axis.exact:
             yield Apply("lt", (Rank(rank), extent_expr(axis.extent)))
 
     def box_dims(self, op: Store) -> list[str]:

@@ -462,10 +462,11 @@ def check_levels(cascade: Cascade, levels: dict[str, tuple[str, ...]]) -> None:
 def emit_kernels(options: Options, backend: str, arch: str, folder: str) -> None:
     """Write the kernels as Python files that need torch and Triton only.
 
-    Each has the kernel, run() that launches it and, started as a program, a check against plain torch. Sizes that -s
-    does not give are 128 for a rank that a tile of a matrix product holds whole, 2 or 4 for batches and heads, else
-    4096; the files run for others too and say what is compiled in. Untyped parameters are bf16, or i64 where they are
-    used as integers. The kernels are compiled for the GPU, which need not be there, and what shows is reported.
+    Each has the kernels of a group, run() that launches them and, started as a program, a check against plain torch;
+    with --bench also the time. What is in no kernel is plain torch. Sizes that -s does not give are 128 for a rank that
+    a tile of a matrix product holds whole, 2 or 4 for batches and heads, else 4096; the files run for others too and
+    say what is compiled in. Untyped parameters are bf16, or i64 where they are used as integers. The kernels are
+    compiled for the GPU, which need not be there, and what shows is reported.
 
     \b
     Examples:
@@ -501,27 +502,26 @@ def subject_of(options: Options, writer: Any) -> Any:
     final = steps[-1].after
     sizes = writer.default_sizes(final, types, options.sizes)
     check_elements(cascade, sizes)
-    return writer.Subject(canonical, final, sizes, types, trial.highest_values(canonical, sizes))
+    return writer.Subject(canonical, final, sizes, types, functools.partial(trial.highest_values, canonical))
 
 
-STATIC = ("registers", "spills", "shared_bytes", "blocks_per_sm", "wgmma", "serialized")  # of a kernel's code
+STATIC = ("registers", "spills", "shared_bytes", "blocks_per_sm", "wgmma", "mma", "serialized")  # of a kernel's code
 
 
 def kernel_json(kernel: Any, found: Any, folder: str) -> dict[str, Any]:
-    """One kernel and what its machine code shows; `static` is null where it does not compile, `failure` says why."""
+    """One kernel and what its machine code shows: null where it does not compile, `failure` says why."""
     plan = kernel.kernel
-    told = {
+    static = {name: getattr(found, name, None) for name in STATIC}
+    return {
         "name": plan.name,
         "file": str(Path(folder) / kernel.file),
         "grid": kernel.grid,
         "tile": {axis.rank: axis.tile for axis in plan.axes if axis.tile > 1},
         "warps": plan.options.num_warps,
         "stages": plan.options.num_stages,
+        "static": {**static, "serialized": [*(static["serialized"] or ())]},
+        "failure": getattr(found, "message", None),
     }
-    if not hasattr(found, "registers"):
-        return {**told, "static": None, "failure": found.message}
-    static = {name: getattr(found, name) for name in STATIC}
-    return {**told, "static": {**static, "serialized": [*found.serialized]}}
 
 
 def show_kernels(payload: dict[str, Any]) -> None:
@@ -531,14 +531,12 @@ def show_kernels(payload: dict[str, Any]) -> None:
     click.echo("\n".join(payload["files"]))
     rows = []
     for kernel in payload["kernels"]:
-        static = kernel["static"] or {}
-        facts = (
-            str(static.get(name, "-")) for name in ("registers", "spills", "shared_bytes", "blocks_per_sm", "wgmma")
-        )
+        static = kernel["static"]
+        facts = ("-" if static[name] is None else str(static[name]) for name in STATIC[:-1])
         grid, tile = (", ".join(f"{rank} {n}" for rank, n in kernel[key].items()) for key in ("grid", "tile"))
-        remark = kernel.get("failure") or " ".join(static["serialized"])
+        remark = kernel["failure"] or " ".join(static["serialized"])
         rows.append((kernel["name"], grid, tile, *facts, " ".join(remark.split())))
-    table(("kernel", "grid", "tile", "registers", "spills", "shared", "blocks/SM", "wgmma", "remarks"), rows)
+    table(("kernel", "grid", "tile", "registers", "spills", "shared", "blocks/SM", "wgmma", "mma", "remarks"), rows)
 
 
 def list_passes(as_json: bool) -> None:

@@ -196,3 +196,19 @@ def times(a, b):
 
 NEEDS = {"floor_divide": ("floor_modulo",)}
 """The helpers that a helper calls."""
+
+PORTABLE = {
+    "tanh_approx": """if triton.knobs.runtime.interpret:  # the interpreter knows no assembly
+
+    @triton.jit
+    def tanh(x):
+        return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+""",
+    "sigmoid_approx": """if triton.knobs.runtime.interpret:  # the interpreter knows no assembly
+
+    @triton.jit
+    def sigmoid(x):
+        return tl.sigmoid(x)
+""",
+}
+"""What takes the place of a helper with assembly where a file runs in Triton's interpreter."""

@@ -31,6 +31,8 @@ from cascade.walk import expressions, fresh, map_expressions, map_fold, reads, r
 
 FEW_PROGRAMS = 128  # fewer leave multiprocessors without work: a stream is shared
 LONG_ROW = 8192  # elements; longer rows that are gone through once are streamed: several programs then hide latency
+MOST_PIECES = 3  # in which tensor cores sum over a rank that is no power of two
+EXACT_PIECE, EXACT_PIECES = 32, 8  # in full precision: how long they are at least, and about how many at most
 CAREFUL_TILE = 16  # of the stream where rows are gone through one by one: few registers, speed does not matter
 
 
@@ -227,7 +229,10 @@ class Planner:
         """The setting with reduced ranks of products in pieces, where the next power of two would waste too much.
 
         576  -->  512 and 64, instead of 1024
+
+        In full precision in more of them: the sum of a short chain of products is exacter, and takes fewer registers.
         """
+        exact = self.exact(group)
         kept = {rank for stmt in group.statements for target in targets(stmt) for rank in target.ranks}
         found = [matrix_product(stmt) for stmt in group.statements]
         products = {product.over for product in found if product is not None}
@@ -236,9 +241,9 @@ class Planner:
         pieces: dict[str, tuple[tuple[str, int], ...]] = {}
         taken = set(self.sizes)
         for axis in setting.axes:
-            sizes = powers(axis.extent) if isinstance(axis.extent, int) else ()
+            sizes = pieces_of(axis.extent, exact) if isinstance(axis.extent, int) else ()
             whole = axis.role is Role.WHOLE and axis.rank in products - kept - summed
-            if not whole or not 1 < len(sizes) <= 3 or sizes[-1] < 16:
+            if not whole or len(sizes) < 2 or sizes[-1] < 16:
                 axes.append(axis)
                 continue
             names = [axis.rank, *(fresh(axis.rank, taken) for _ in sizes[1:])]
@@ -599,6 +604,15 @@ class Planner:
             if product is not None:
                 found |= dict(product.grouped)
         return found
+
+
+def pieces_of(extent: int, exact: bool) -> tuple[int, ...]:
+    """The tiles in which a product sums over an extent that no tile would hold well; none where one tile does."""
+    if exact:
+        piece = max(EXACT_PIECE, power_of_two(extent) // EXACT_PIECES)
+        return (*[piece] * (extent // piece), *powers(extent % piece))
+    found = powers(extent)
+    return found if len(found) <= MOST_PIECES else ()
 
 
 def powers(extent: int) -> tuple[int, ...]:

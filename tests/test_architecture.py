@@ -51,7 +51,7 @@ TORCH_HOMES = {
 HOMES = {
     "lark": {"frontend"},
     "torch": TORCH_HOMES,
-    "triton": {"backends.triton.launch", "backends.triton.offline"},
+    "triton": {"backends.triton.launch", "backends.triton.offline", "backends.triton.relaunch"},
     "sympy": {"passes", "backends.systolic"},
     "networkx": {"passes"},
     "numpy": set(),

@@ -142,7 +142,7 @@ def imports(found: dict[str, Any]) -> list[str]:
 
 def test_file_of_which_few_programs_go_through_many_tiles(written: Any, tmp_path: Path) -> None:
     file = Path(written(GEMM, *sized(M=2048, N=2304, K=512), "--dtype", "f16")["files"][0])
-    assert "tl.num_programs(0), flatten=True" in file.read_text() and "grid = (min(programs, " in file.read_text()
+    assert "tl.num_programs(0), flatten=True" in file.read_text() and "[(min(programs, " in file.read_text()
     done = started(file, tmp_path)
     assert done.returncode == 0 and "largest error" in done.stdout, done.stderr
 

@@ -32,11 +32,13 @@ def with_base_two(cascade: Cascade, group: Group) -> tuple[Cascade, frozenset[st
     stored = {result.name for result in cascade.results}
     folds = [item for item in cascade.schedule if isinstance(item, Fold) and not names.isdisjoint(item.state)]
     assert len(folds) <= 1
-    statements, fold, changed = in_base_two(group.statements, folds[0] if folds else None, stored)
+    kept = [] if group.fold is None else folds  # what stands in part of it alone is no fold
+    statements, fold, changed = in_base_two(group.statements, kept[0] if kept else None, stored)
     new = {defines(stmt): stmt for stmt in statements}
     assert set(new) == {defines(stmt) for stmt in group.statements}, "no statement is added or lost"
     body = tuple(new.get(defines(stmt), stmt) for stmt in cascade.body)
-    schedule = tuple(fold if item in folds and fold is not None else item for item in cascade.schedule)
+    others = (item for item in cascade.schedule if item in kept or item not in folds)
+    schedule = tuple(fold if item in kept and fold is not None else item for item in others)
     return dataclasses.replace(cascade, body=body, schedule=schedule), changed
 
 

@@ -1,7 +1,7 @@
 """Kernels as programs of their own: files that import torch and Triton, launch a kernel and check it.
 
     rows.py         the text of the kernel, `run(X)`, and under `__main__` a check against plain torch
-    decode.py       the same of a kernel by parts, with the kernel that merges them
+    stream.py       the same of a kernel by parts, with the kernel that merges them
     block_0.py ...  where there are several groups, a file each; block.py calls them in order and checks the whole
 
 What is in no kernel is a function of the last file, in plain torch. What was planned for some sizes runs for others as

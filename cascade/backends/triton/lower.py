@@ -804,7 +804,10 @@ class _Lowering:
             self.values[target.name] = Value(Local(variable), there)
 
     def size(self, rank: str) -> int | None:
-        extent = self.setting.extents[rank]
+        """The extent of a rank where the kernel is made for it alone."""
+        extent, axis = self.setting.extents[rank], self.axis(rank)
+        if axis.role is Role.WHOLE and axis.exact:
+            return axis.tile
         return extent if isinstance(extent, int) else None
 
     # --- recurrences -------------------------------------------------------------------------------------------------

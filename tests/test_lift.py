@@ -20,15 +20,15 @@ import torch
 from cascade.errors import CascadeError
 from cascade.frontend.build import parse_cascade, parse_program
 from cascade.interp import Precision, run
-from cascade.ir import Cascade, Const, Einsum, Expr, Fold, Rank, Read
-from cascade.passes import lift, lifter, memo, scan
+from cascade.ir import Apply, Cascade, Const, Einsum, Expr, Fold, Local, Rank, Read
+from cascade.passes import lift, lifter, memo, scan, symbolic
 from cascade.passes.legality import ITEMS
 from cascade.passes.lift import Lift, lift_reductions
 from cascade.passes.lifts import Lifting
 from cascade.passes.pass_count import all_passes
 from cascade.passes.prove import Proof, prove
 from cascade.passes.report import report
-from cascade.passes.separate import Atoms, numeric_ranks
+from cascade.passes.separate import Atoms, monomial, numeric_ranks
 from cascade.passes.trips import operand
 from cascade.pipeline import run_pipeline
 from cascade.settings import settings
@@ -976,3 +976,38 @@ def test_a_wrong_composition_is_found() -> None:
     assert scan._holds(stmt, factor, term)
     assert not scan._holds(stmt, term, factor)
     assert not scan._holds(stmt, Const(1), term)
+
+
+# --- without computer algebra ----------------------------------------------------------------------------------------
+
+FRAMED = Apply("exp", (Apply("sub", (Local("x0"), Local("r0"))),))
+
+
+def times(*atoms: str) -> Expr:
+    """exp(x0 - r0) times some atoms; by those with a stroke it is divided."""
+    found: Expr = FRAMED
+    for atom in atoms:
+        found = Apply("div" if atom.startswith("/") else "mul", (found, Local(atom.strip("/"))))
+    return found
+
+
+@pytest.mark.parametrize("atoms", [(), ("x1",), ("/r1",), ("r1",), ("/r1", "x1"), ("x1", "/r1"), ("x1", "r2", "/r1")])
+def test_one_term_is_what_sympy_makes_of_it(atoms: tuple[str, ...]) -> None:
+    assert monomial(times(*atoms)) == symbolic.families(times(*atoms), {})
+
+
+@pytest.mark.parametrize(
+    "atoms", [("x0",), ("r0",), ("/r0",), ("c0",), ("/x1",), ("x1", "x2"), ("r1", "r2"), ("r1", "/r1")]
+)
+def test_other_maps_are_left_to_sympy(atoms: tuple[str, ...]) -> None:
+    assert monomial(times(*atoms)) is None
+
+
+def test_a_softmax_needs_no_sympy(tmp_path: Path) -> None:
+    text = "cascade c(X[M,N], V[N,F]) -> O[M,F] {\nP[m,n] = softmax[n] X[m,n]\nO[m,f] = P[m,n] * V[n,f]\n}"
+    words = [
+        "import sys", "from cascade.frontend.build import parse_cascade", "from cascade.pipeline import run_pipeline",
+        f"assert run_pipeline(parse_cascade({text!r})).final.schedule", "assert 'sympy' not in sys.modules",
+    ]  # fmt: skip
+    environment = {**os.environ, "CASCADE_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", "\n".join(words)], check=True, env=environment)

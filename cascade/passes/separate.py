@@ -31,6 +31,7 @@ import importlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from typing import Any
 
 from cascade.ir import Apply, Cast, Const, Expr, Local
 from cascade.passes.scalars import HIGH, Scalar, evaluate
@@ -265,8 +266,9 @@ def separate(
         what = f"a cast to {rounded.dtype.value}" if isinstance(rounded, Cast) else rounded.op  # type: ignore[union-attr]
         reason = f"{what} of what depends on the state is opaque: rounding does not commute with a change of the state"
         return Separation((), numeric_ranks(expr), "rounding", reason)
-    symbolic = importlib.import_module("cascade.passes.symbolic")  # lazily: SymPy takes a while to load
-    families: tuple[Family, ...] | str | None = symbolic.families(expr, shifts)
+    families: tuple[Family, ...] | str | None = monomial(expr)
+    if families is None:
+        families = _symbolic().families(expr, shifts)
     if isinstance(families, str):
         return Separation((), numeric_ranks(expr), "cancellation", families)
     if families is None:
@@ -278,10 +280,41 @@ def separate(
     ranks = numeric_ranks(expr, SAMPLES[:2])
     if finer and _reads_out(families, finer, set((maxima or {}).values())):
         fine = substitute(expr, {}, finer)
-        free: tuple[Family, ...] = symbolic.frame_free(fine, maxima or {})
+        free: tuple[Family, ...] = _symbolic().frame_free(fine, maxima or {})
         if free and _same(fine, free):
             return Separation(free, ranks)
     return Separation(families, ranks)
+
+
+def _symbolic() -> Any:
+    return importlib.import_module("cascade.passes.symbolic")  # lazily: SymPy takes a while to load
+
+
+def monomial(expr: Expr) -> tuple[Family, ...] | None:
+    """The family of a map that is one term as it stands, exp(x - r) times one atom a side; None for all others.
+
+    Most exponential maps are of this form, and need no computer algebra.
+    """
+    terms = list(_flat(expr, "mul", "div"))
+    powers = [(node.args[0], inverted) for node, inverted in terms if isinstance(node, Apply) and node.op == "exp"]
+    atoms = [(node, inverted) for node, inverted in terms if isinstance(node, Local)]
+    if len(powers) != 1 or powers[0][1] or len(atoms) + 1 != len(terms):
+        return None
+    match powers[0][0]:
+        case Apply(op="sub", args=(Local() as a, Local() as rho)) if a.name[0] == "x" and rho.name[0] == "r":
+            pass
+        case _:
+            return None
+    weights = [node for node, inverted in atoms if node.name[0] == "x" and not inverted]
+    over = [node for node, inverted in atoms if node.name[0] == "r" and not inverted]
+    under = [node for node, inverted in atoms if node.name[0] == "r" and inverted]
+    few = max(len(weights), len(over), len(under)) <= 1 and len(weights) + len(over) + len(under) == len(atoms)
+    if not few or {a, rho} & {node for node, _ in atoms} or over == under != []:
+        return None
+    factor: Expr = over[0] if over else Const(1)
+    if under:
+        factor = Apply("div", (factor if over else Const(1.0), under[0]))
+    return (Family(True, a, rho, (Terms(weights[0] if weights else Const(1), (factor,)),)),)
 
 
 def _reads_out(families: Sequence[Family], finer: Mapping[str, Expr], maxima: Set[str]) -> bool:

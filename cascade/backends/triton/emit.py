@@ -370,7 +370,7 @@ class _Emitter:
         largest = max(pieces, key=lambda piece: len(piece.axes))
         axes = largest.axes if set(largest.axes) == set(together) else together
         if expr.op == "mul" and len(axes) == 3 and [piece.axes for piece in pieces] == [axes[:2], axes[1:]]:
-            pieces.reverse()  # Triton would make a sum over the middle of a[:, :, None] * b[None, :, :] a product in tf32
+            pieces.reverse()  # a sum over the middle of a[:, :, None] * b[None, :, :] would become a product in tf32
         pieces = [self.aligned(piece, axes) for piece in pieces]
         row = self.row(expr.op)
         real = any(piece.real for piece in pieces)

@@ -9,7 +9,7 @@ that a recurrence steps along is streamed, in order, or whole.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from cascade.backends.triton.products import matrix_product
@@ -24,6 +24,10 @@ STEPS_LIMIT = 8192  # the same where they are stepped through: a scan has them s
 PRODUCT_LIMIT = 1024  # extent of a rank that a tile of a matrix product may have whole
 MANY = 128  # programs that keep a GPU busy
 SHORT = 128  # a reduced rank of a matrix product up to this extent needs no loop
+WHOLE_SIDE = 0.3  # of the time of a product: what it costs that a side of it lies whole in a tile, not in many
+OPERATIONS = 230  # that tensor cores do while a byte moves to or from memory
+LAUNCH = 8_000_000  # bytes that move in the time that one more kernel takes
+ELEMENT = 2  # bytes of a stored element, about
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,32 +68,76 @@ class Rest:
 
 def partition(cascade: Cascade, extents: Mapping[str, int]) -> tuple[Group | Rest, ...]:
     """The statements of a canonical cascade in groups, in an order in which they can run."""
-    found: list[list[Stmt] | Rest] = []
+    found: list[_Growing] = []
     for unit in units(cascade.body, ()):
         if unit.cyclic and len(unit.statements) > 1:
-            found.append(Rest(unit.statements, "its statements need each other's earlier coordinates"))
+            found.append(_Growing.of(unit.statements, "its statements need each other's earlier coordinates"))
             continue
         for stmt in unit.statements:
-            _place(stmt, found, cascade, extents)
-    return tuple(item if isinstance(item, Rest) else _finished(item, cascade, extents) for item in found)
+            found = _placed(stmt, found, cascade, extents)
+    return tuple(_finished(item, cascade, extents) for item in found)
 
 
-def _place(stmt: Stmt, found: list[list[Stmt] | Rest], cascade: Cascade, extents: Mapping[str, int]) -> None:
-    """Adds a statement to the last group that it can join, or begins another."""
-    if (reason := refused(stmt)) is not None:
-        found.append(Rest((stmt,), reason))
-        return
-    needed = set(reads(stmt))
-    companions = set(_companions(stmt, cascade))
-    for group in reversed(found):
-        made = set(group.names) if isinstance(group, Rest) else {name for s in group for name in defines(s)}
-        near = isinstance(group, list) and bool(needed & made or companions & made)
-        if isinstance(group, list) and near and _worthwhile(group, stmt, cascade, extents):
-            group.append(stmt)
-            return
-        if needed & made:  # it must come after this group
-            break
-    found.append([stmt])
+@dataclass(slots=True)
+class _Growing:
+    """A group that statements still join; one that runs outside kernels has its reason."""
+
+    statements: list[Stmt]
+    reason: str | None
+    made: set[str]
+    needed: set[str]
+
+    @classmethod
+    def of(cls, statements: Sequence[Stmt], reason: str | None) -> _Growing:
+        found = cls([], reason, set(), set())
+        for stmt in statements:
+            found.add(stmt)
+        return found
+
+    def add(self, stmt: Stmt) -> None:
+        self.statements.append(stmt)
+        self.made |= set(defines(stmt))
+        self.needed |= set(reads(stmt))
+
+
+def _placed(stmt: Stmt, found: list[_Growing], cascade: Cascade, extents: Mapping[str, int]) -> list[_Growing]:
+    """The groups with one more statement, in the group from which it reads most, or in a new one.
+
+    Groups that it needs as well come before that one.
+    """
+    needed, companions = set(reads(stmt)), set(_companions(stmt, cascade))
+    reason = refused(stmt)
+    options: list[tuple[int, int, list[int]]] = []
+    for at, group in enumerate(found if reason is None else ()):
+        if group.reason is None and not (needed | companions).isdisjoint(group.made):
+            ahead = _ahead(at, needed, found)
+            if ahead is not None and _worthwhile(group.statements, stmt, cascade, extents):
+                options.append((_read_from(stmt, group.made, extents), at, ahead))
+    if not options:
+        return [*found, _Growing.of((stmt,), reason)]
+    _, at, ahead = max(options)
+    found[at].add(stmt)
+    behind = [place for place in range(at + 1, len(found)) if place not in ahead]
+    return [found[place] for place in (*range(at), *ahead, at, *behind)]
+
+
+def _ahead(at: int, needed: Set[str], found: Sequence[_Growing]) -> list[int] | None:
+    """The groups behind one that must run before it if it needs these tensors; None where they need it themselves."""
+    wanted = set(needed)
+    ahead: list[int] = []
+    for place in range(len(found) - 1, at, -1):
+        if not wanted.isdisjoint(found[place].made):
+            wanted |= found[place].needed
+            ahead.append(place)
+    own = found[at].made
+    if any(not own.isdisjoint(found[place].needed) for place in ahead):
+        return None
+    return ahead[::-1]
+
+
+def _read_from(stmt: Stmt, made: Set[str], extents: Mapping[str, int]) -> int:
+    """The elements that a statement reads of some tensors."""
+    return sum(_coordinates(ranks, extents) for name, ranks in set(_accesses([stmt])) if name in made)
 
 
 def _worthwhile(group: Sequence[Stmt], stmt: Stmt, cascade: Cascade, extents: Mapping[str, int]) -> bool:
@@ -97,11 +145,45 @@ def _worthwhile(group: Sequence[Stmt], stmt: Stmt, cascade: Cascade, extents: Ma
     together = arrange([*group, stmt], cascade, extents)
     if together is None:
         return False
-    if together.stream is not None or any(matrix_product(other) for other in (*group, stmt)):
-        return True  # a stream can be shared by programs
+    if any(matrix_product(other) for other in (*group, stmt)):
+        return _pays(group, stmt, together, cascade, extents)
+    if together.stream is not None:
+        return True  # it can be shared by programs
     alone = [arrange(group, cascade, extents), arrange([stmt], cascade, extents)]
     programs = [_coordinates(found.shared, extents) for found in alone if found is not None]
     return _coordinates(together.shared, extents) >= min(*programs, MANY)
+
+
+def _pays(
+    group: Sequence[Stmt], stmt: Stmt, together: Arrangement, cascade: Cascade, extents: Mapping[str, int]
+) -> bool:
+    """Whether what need not move between kernels is worth what products lose of which a side lies whole in a tile."""
+    lost = 0
+    before = arrange(group, cascade, extents)
+    for other in (*group, stmt):
+        product = matrix_product(other)
+        if product is None:
+            continue
+        alone = arrange([stmt], cascade, extents) if other is stmt else before
+        sides = product.rows | product.columns
+        if not sides.isdisjoint(together.whole) and alone is not None and sides.isdisjoint(alone.whole):
+            lost += 2 * _coordinates(all_ranks(other), extents)
+    read = [set(_accesses(group)), set(_accesses([stmt]))]
+    made = {name for other in group for name in defines(other)}
+    moved = sum(
+        _coordinates(ranks, extents) * (2 if name in made else 1 if (name, ranks) in read[0] else 0)
+        for name, ranks in read[1]
+    )
+    return WHOLE_SIDE * lost <= (moved * ELEMENT + LAUNCH) * OPERATIONS
+
+
+def _accesses(statements: Sequence[Stmt]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The tensors that statements read, with the ranks of their coordinates."""
+    for stmt in statements:
+        for expr in expressions(stmt):
+            for node in walk(expr):
+                if isinstance(node, Read):
+                    yield node.tensor, tuple(dict.fromkeys(rank for part in node.index for rank in free_ranks(part)))
 
 
 def _coordinates(ranks: Sequence[str], extents: Mapping[str, int]) -> int:
@@ -125,7 +207,10 @@ def refused(stmt: Stmt) -> str | None:
     return refusal(stmt) if isinstance(stmt, Einsum) and stmt.inits else None
 
 
-def _finished(statements: Sequence[Stmt], cascade: Cascade, extents: Mapping[str, int]) -> Group | Rest:
+def _finished(item: _Growing, cascade: Cascade, extents: Mapping[str, int]) -> Group | Rest:
+    statements = item.statements
+    if item.reason is not None:
+        return Rest(tuple(statements), item.reason)
     arrangement = arrange(statements, cascade, extents)
     if arrangement is None:  # one statement by itself: what joins others is arranged before it does
         return Rest(tuple(statements), "its ranks fit no tile, with one of them streamed")
@@ -136,7 +221,8 @@ def _finished(statements: Sequence[Stmt], cascade: Cascade, extents: Mapping[str
 def fold_along(statements: Sequence[Stmt], rank: str, cascade: Cascade) -> Fold | None:
     """What of a fold of the schedule over a rank concerns some statements.
 
-    None where a state joins a reduction that stands in another kernel: it is complete then, and nothing moves.
+    None where a state joins a reduction that stands in another kernel, or is moved by one: it is complete then, and
+    nothing moves.
     """
     names = {name for stmt in statements for name in defines(stmt)}
     along = {name for stmt in statements if rank in reduced_ranks(stmt) for name in defines(stmt)}
@@ -144,7 +230,16 @@ def fold_along(statements: Sequence[Stmt], rank: str, cascade: Cascade) -> Fold 
         if isinstance(item, Fold) and item.rank == rank and not names.isdisjoint(item.state):
             states = [stmt for stmt in statements if not set(defines(stmt)).isdisjoint(item.state)]
             steps = all(set(defines(stmt)) <= along or not along.isdisjoint(reads(stmt)) for stmt in states)
-            return _restricted(item, names) if steps else None
+            fold = _restricted(item, names)
+            before = {
+                name
+                for merge in fold.merge
+                for node in walk(merge.expr)
+                if isinstance(node, Read)
+                for name in [node.tensor]
+                if name.endswith("'")
+            }
+            return fold if steps and all(name[:-1] in names for name in before) else None
     return None
 
 

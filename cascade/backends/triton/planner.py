@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -31,6 +32,7 @@ from cascade.walk import expressions, fresh, map_expressions, map_fold, reads, r
 
 FEW_PROGRAMS = 128  # fewer leave multiprocessors without work: a stream is shared
 LONG_ROW = 8192  # elements; longer rows that are gone through once are streamed: several programs then hide latency
+ACCUMULATED = 65536  # numbers in 32 bits that a program can hold in registers at most
 MOST_PIECES = 3  # in which tensor cores sum over a rank that is no power of two
 EXACT_PIECE, EXACT_PIECES = 32, 8  # in full precision: how long they are at least, and about how many at most
 CAREFUL_TILE = 16  # of the stream where rows are gone through one by one: few registers, speed does not matter
@@ -412,6 +414,14 @@ class Planner:
     def products(self, group: Group) -> list[Stmt]:
         return [stmt for stmt in group.statements if matrix_product(stmt) is not None]
 
+    def across(self, group: Group, whole: Mapping[str, int]) -> int:
+        """The columns of all products of a group together, of which a row of a tile has all."""
+        found = 0
+        for stmt in self.products(group):
+            sides = [whole[rank] for target in targets(stmt) for rank in target.ranks if rank in whole]
+            found += math.prod(sides) if sides else 0
+        return max(found, 1)
+
     def exact(self, group: Group) -> bool:
         """Whether a product multiplies in full precision: then no tensor core computes it.
 
@@ -531,6 +541,9 @@ class Planner:
             tiles |= {rank: max(size, 16) for rank, size in whole.items() if rank in sides}
             exact, two = self.exact(group), len(tiled) == 2
             rows, trip = 128, 64
+            across = 1 if two else self.across(group, whole)
+            while rows > 16 and rows * across > ACCUMULATED // 2:
+                rows //= 2
             if exact:
                 wide = max(whole.values(), default=0) > 64
                 rows, trip = (64, 16) if two else (16, 16) if wide else (32, 32)
@@ -540,7 +553,7 @@ class Planner:
             if stream is not None:
                 tiles[stream] = min(trip, max(16, power_of_two(self.ranks[stream])))
                 tiles[stream] = 1 if self.steps_singly(group) else tiles[stream]
-            warps = 8 if two != exact else 4
+            warps = 8 if two != exact or rows * across > ACCUMULATED // 4 else 4
             edge = 32 if stream is not None and tiles[stream] > 32 else 0
             options = Options(warps, 3 if two and not exact else 2, edge)
             return Tiling(tuple(tiles.items()), options, self.default_parts(group, tiles))

@@ -28,7 +28,7 @@ from cascade.backends.triton.machine import Estimate, Machine, Work, estimate
 from cascade.backends.triton.offline import LIMITS, Failure, Request, StaticFacts, facts
 from cascade.backends.triton.partition import STEPS_LIMIT, Group, Rest, power_of_two
 from cascade.backends.triton.plan import Axis, Kernel, Loop, Options, Role
-from cascade.backends.triton.planner import FEW_PROGRAMS, Planner, Tiling
+from cascade.backends.triton.planner import ACCUMULATED, FEW_PROGRAMS, Planner, Tiling
 from cascade.backends.triton.products import matrix_product
 from cascade.backends.triton.recurrence import in_pairs, stepped
 from cascade.backends.triton.static import request
@@ -130,7 +130,8 @@ def _with_products(planner: Planner, group: Group, base: Tiling) -> Iterator[Til
     exact = planner.exact(group)
     width = max((base.of(rank) for rank in group.arrangement.whole), default=0)
     one, wide, two = (EXACT_SIDE, EXACT_WIDE, EXACT_SIDES) if exact else (ONE_SIDE, WIDE, TWO_SIDES)
-    wider = width > (EXACT_WIDTH if exact else WIDTH)
+    across = planner.across(group, {rank: base.of(rank) for rank in group.arrangement.whole})
+    wider = max(width, across) > (EXACT_WIDTH if exact else WIDTH)
     table: Sequence[tuple[int, ...]] = {1: wide if wider else one, 2: two}.get(len(sides), ())
     going_on: Sequence[tuple[int, ...]] = GOING_ON if len(sides) == 2 and not exact else ()
     if any(matrix_product(stmt) is None for stmt in group.statements):  # what follows the loop needs registers
@@ -138,6 +139,8 @@ def _with_products(planner: Planner, group: Group, base: Tiling) -> Iterator[Til
     for *tiles, warps, stages, resident, pieces in (*going_on, *((*row, 0, 1) for row in table)):
         named = dict(zip([*sides, *([stream] if stream is not None else [])], tiles, strict=False))
         chosen = dict(base.tiles) | {rank: cut(rank, tile) for rank, tile in named.items()}
+        if len(sides) == 1 and chosen[sides[0]] > 16 and chosen[sides[0]] * across > ACCUMULATED:
+            continue
         small = any(chosen[rank] < 64 and chosen[rank] < cut(rank, 64) for rank in sides)
         if small and _programs(planner, group, chosen) > MANY:
             continue

@@ -139,3 +139,33 @@ cascade matmul_batched(A[B,M,K], W[B,K,N]) -> C[B,M,N] {
     C[b,m,n] = sum[k] A[b,m,k] * W[b,k,n]
 }
 """
+
+RMSNORM_LINEAR = """
+cascade rmsnorm_linear(X[T,D], g[D], W[F,D]) -> Y[T,F] {
+    N[t,d] = X[t,d] * rsqrt(mean[d] X[t,d] * X[t,d] + 1e-6) * g[d]
+    Y[t,f] = N[t,d] * W[f,d]
+}
+"""
+
+LAYERNORM_LINEAR = """
+cascade layernorm_linear(X[T,D], g[D], W[F,D]) -> Y[T,F] {
+    U[t]   = mean[d] X[t,d]
+    S[t]   = mean[d] (X[t,d] - U[t]) * (X[t,d] - U[t])
+    N[t,d] = (X[t,d] - U[t]) * rsqrt(S[t] + 1e-6) * g[d]
+    Y[t,f] = N[t,d] * W[f,d]
+}
+"""
+
+GATED_MLP = """
+cascade gated_mlp(X[T,D], G[F,D], U[F,D], W[D,F]) -> Y[T,D] {
+    H[t,f] = silu(sum[d] X[t,d] * G[f,d]) * (sum[d] X[t,d] * U[f,d])
+    Y[t,d] = H[t,f] * W[d,f]
+}
+"""
+
+LINEAR_LOSS = """
+cascade linear_loss(X[T,D], W[V,D], y: i64[T]) -> L: f32[T] {
+    Z[t,v] = X[t,d] * W[v,d]
+    L[t]   = (logsumexp[v] Z[t,v]) - Z[t,y[t]]
+}
+"""

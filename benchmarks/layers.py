@@ -1,0 +1,114 @@
+"""The table `layers`: norms before products, gated blocks and losses, beside torch and beside the bare product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks import programs
+from benchmarks.peers import plain
+from benchmarks.reductions import slice_of
+from benchmarks.workload import Bar, Inputs, Peer, Workload, normal
+
+EPS = 1e-6
+ROWS = (8192, 16)  # of activations: many, and those of a few sequences that are decoded
+
+
+def linear(inputs: Inputs) -> Tensor:
+    """The bare product of a row."""
+    return F.linear(inputs["X"], inputs["W"])
+
+
+def rms_linear(inputs: Inputs) -> Tensor:
+    """A norm by the root mean square and a linear layer."""
+    x, gain = inputs["X"], inputs["g"]
+    return F.linear(F.rms_norm(x, gain.shape, gain, EPS), inputs["W"])
+
+
+def layer_linear(inputs: Inputs) -> Tensor:
+    """A norm by mean and variance and a linear layer."""
+    x, gain = inputs["X"], inputs["g"]
+    return F.linear(F.layer_norm(x, gain.shape, gain, None, EPS), inputs["W"])
+
+
+def mlp(inputs: Inputs) -> Tensor:
+    """A gated block between two linear layers."""
+    x = inputs["X"]
+    return F.linear(F.silu(F.linear(x, inputs["G"])) * F.linear(x, inputs["U"]), inputs["W"])
+
+
+def loss(inputs: Inputs) -> Tensor:
+    """The cross-entropy of every row of a linear layer."""
+    return F.cross_entropy(linear(inputs).float(), inputs["y"], reduction="none")
+
+
+def exactly(maths: Callable[[Inputs], Tensor], rows: tuple[str, ...]) -> Callable[[Inputs], Tensor]:
+    """Sixteen rows in float64."""
+
+    def expected(inputs: Inputs) -> Tensor:
+        exact = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
+        chosen = {name: slice_of(exact[name]) for name in rows}
+        chosen |= {"y": chosen["y"][:, 0]} if "y" in chosen else {}
+        return slice_of(maths(exact | chosen))
+
+    return expected
+
+
+def found(out: Tensor, inputs: Inputs) -> Tensor:
+    """The same rows of what was computed."""
+    return slice_of(out)
+
+
+def table(device: torch.device, options: Any) -> Iterator[Workload]:
+    """The table `layers`."""
+    width, hidden, words = (32, 48, 100) if options.tiny else (4096, 14336, 128256)
+    for rows in (24, 3) if options.tiny else ROWS:
+        many = rows in (24, ROWS[0])
+        bars = (Bar(1.0, peer="torch.compile"), Bar(1 / 1.12, peer="product") if many else Bar(ms=0.021))
+        for name, text, maths in (
+            ("rmsnorm, linear", programs.RMSNORM_LINEAR, rms_linear),
+            ("layernorm, linear", programs.LAYERNORM_LINEAR, layer_linear),
+        ):
+            peers = plain(maths, device) | {"product": Peer(linear, checked=False)}
+            title, flops = f"{name} {rows} {width} {width}", 2.0 * rows * width * width
+            yield Workload(title, text, normed(rows, width), exactly(maths, ("X",)), found, peers, bars, flops)
+        yield gated(rows, width, hidden, device, (Bar(1.0, peer="torch.compile") if many else Bar(ms=0.09),))
+    yield losses(24 if options.tiny else ROWS[0], width, words, device)
+
+
+def normed(rows: int, width: int) -> Callable[[torch.Generator], Inputs]:
+    """Activations, a gain, a square weight as linear layers have it."""
+    return lambda generator: {
+        "X": normal(generator, rows, width), "g": normal(generator, width),
+        "W": normal(generator, width, width) / width**0.5,
+    }  # fmt: skip
+
+
+def gated(rows: int, width: int, hidden: int, device: torch.device, bars: tuple[Bar, ...]) -> Workload:
+    """A gated block, three products."""
+
+    def inputs(generator: torch.Generator) -> Inputs:
+        up = {name: normal(generator, hidden, width) / width**0.5 for name in "GU"}
+        return {"X": normal(generator, rows, width), **up, "W": normal(generator, width, hidden) / hidden**0.5}
+
+    title = f"gated mlp {rows} {width} {hidden}"
+    flops = 6.0 * rows * width * hidden
+    return Workload(title, programs.GATED_MLP, inputs, exactly(mlp, ("X",)), found, plain(mlp, device), bars, flops)
+
+
+def losses(rows: int, width: int, words: int, device: torch.device) -> Workload:
+    """The loss of a vocabulary, forward: no logits need be stored."""
+
+    def inputs(generator: torch.Generator) -> Inputs:
+        targets = torch.randint(words, (rows,), generator=generator, device=generator.device)
+        return {"X": normal(generator, rows, width), "W": normal(generator, words, width) / width**0.5, "y": targets}
+
+    peers = plain(loss, device) | {"product": Peer(linear, checked=False)}
+    bars = (Bar(1.0, peer="torch.compile"), Bar(1 / 1.05, peer="product"))
+    title = f"linear, cross-entropy {rows} {width} {words}"
+    flops = 2.0 * rows * width * words
+    return Workload(title, programs.LINEAR_LOSS, inputs, exactly(loss, ("X", "y")), found, peers, bars, flops)

@@ -337,7 +337,7 @@ class _Emitter:
             case Cast():
                 inner = self.piece(expr.arg)
                 atom = inner.text if inner.level == ATOM else f"({inner.text})"
-                text = f"{atom}.to({TYPES[expr.dtype]})"
+                text = self.converted(atom, expr.dtype)
                 short = expr.dtype in FLOATS and expr.dtype is not DType.F32
                 return _Piece(f"{text}.to(tl.float32)" if short else text, inner.axes, ATOM, expr.dtype in FLOATS)
             case Apply():
@@ -382,7 +382,10 @@ class _Emitter:
             pieces = [p if p.real else _Piece(f"({self.bracketed(p, ADD, 0)} + 0.0)", p.axes) for p in pieces]
         words = [self.bracketed(piece, row, position) for position, piece in enumerate(pieces)]
         result_real = (real or expr.op == "div" or "tl.exp" in row.text) and row.infix != COMPARE
-        return _Piece(row.text.format(*words), axes, row.infix or ATOM, result_real)
+        text = row.text.format(*words)
+        if self.portable and not axes and row.infix == COMPARE:  # else the interpreter spreads it as a number
+            return _Piece(f"(tl.full([], True, tl.int1) & ({text}))", axes, ATOM, False)
+        return _Piece(text, axes, row.infix or ATOM, result_real)
 
     def row(self, op: str) -> spell.Spelling:
         """How an operation is written: the fast way where results are short and it can run."""
@@ -396,7 +399,7 @@ class _Emitter:
         words = [piece.text for piece in pieces]
         if expr.op in ("floordiv", "mod"):
             if never_negative(expr.args[0]) and never_negative(expr.args[1]):
-                row = SPELLINGS[expr.op]
+                row = spell.NATURAL[expr.op]
                 words = [self.bracketed(piece, row, position) for position, piece in enumerate(pieces)]
                 return _Piece(row.text.format(*words), axes, row.infix, False)
             self.helpers.setdefault("floor_divide" if expr.op == "floordiv" else "floor_modulo")
@@ -429,7 +432,8 @@ class _Emitter:
                 elif set(had) != set(op.axes):
                     text = f"tl.broadcast_to({text}, {self.dims(op.axes)})"
                 if op.dtype is not None:
-                    text = f"{self.raw(op.expr, op.axes)}.to({self.narrow(op.dtype)})"
+                    text = self.converted(self.raw(op.expr, op.axes), op.dtype)
+                    text = f"{text}.to(tl.float32)" if self.portable and op.dtype is DType.BF16 else text
                 self.line(f"{op.name} = {text}")
             case Mask():
                 with_edge = op.edge and not self.always_edge
@@ -486,9 +490,12 @@ class _Emitter:
         known = self.variable(expr.name) if isinstance(expr, Local) else None
         return expr.name if isinstance(expr, Local) and known and known[0] == axes else self.enclosed(expr, axes)
 
-    def narrow(self, dtype: DType) -> str:
-        """The type of an operand of a matrix product."""
-        return "tl.float32" if self.portable and dtype is DType.BF16 else TYPES[dtype]
+    def converted(self, atom: str, dtype: DType) -> str:
+        """An operand brought to a type."""
+        if self.portable and dtype is DType.BF16:
+            self.helpers.setdefault("to_bf16")
+            return f"to_bf16({atom})"
+        return f"{atom}.to({TYPES[dtype]})"
 
     def start(self, op: Start) -> None:
         if not op.axes:
@@ -902,7 +909,7 @@ class _Emitter:
         """A tile by its descriptor; dimensions of one coordinate are dropped."""
         shape = ", ".join(self.block(rank) for rank in op.axes)
         text = f"{self.descriptor(self.tensor(op.tensor), box)}.load([{', '.join(self.corner(op.index, box))}])"
-        return f"{op.name} = {text}" + (f".reshape({shape})" if len(box) > len(op.axes) else "")
+        return f"{op.name} = {text}" + (f".reshape({shape})" if rearranged(box, op.axes) else "")
 
     def pointed(self, op: Load, place: str, tests: Sequence[Expr]) -> str:
         """A tile by the addresses of its elements, 0 where a test fails."""
@@ -987,7 +994,7 @@ class _Emitter:
             expr = f"tl.broadcast_to({expr}, {self.dims(op.axes)})"
         value = self.cast(expr, tensor.dtype, op)
         if op.box is not None:
-            shape = "" if len(op.box) == len(op.axes) else f".reshape({', '.join(self.box_dims(op))})"
+            shape = f".reshape({', '.join(self.box_dims(op))})" if rearranged(op.box, op.axes) else ""
             self.line(
                 f"{self.descriptor(tensor, op.box)}.store([{', '.join(self.corner(op.index, op.box))}], {value}{shape})"
             )
@@ -1023,7 +1030,7 @@ class _Emitter:
             return text if not op.axes else f"tl.full({self.dims(op.axes)}, {text}, {TYPES[dtype]})"
         if known is not None and known[1] is dtype and not op.live:
             return op.expr.name if isinstance(op.expr, Local) and known[0] == op.axes else text
-        return f"{text}.to({TYPES[dtype]})"
+        return self.converted(text, dtype)
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -1041,6 +1048,11 @@ def permutation(box: Sequence[int]) -> tuple[int, ...]:
     operand would be taken through registers.
     """
     return tuple(sorted(range(len(box)), key=lambda position: box[position] > 1))
+
+
+def rearranged(box: Sequence[int], axes: Sequence[str]) -> bool:
+    """Whether a tile has not the dimensions of its box, or those of one coordinate elsewhere."""
+    return len(box) != len(axes) or permutation(box) != tuple(range(len(box)))
 
 
 def number(value: float | int | bool) -> str:

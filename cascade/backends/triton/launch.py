@@ -35,10 +35,9 @@ from cascade.backends.triton.relaunch import Relaunch, relaunch
 from cascade.backends.triton.tune import Choice, Timer, choose
 from cascade.errors import UnsupportedError
 from cascade.inference import bind_sizes
-from cascade.ir import Cascade, Param, Result
+from cascade.ir import Cascade
 from cascade.settings import settings
 from cascade.values import FROM_TORCH, TORCH_TYPES, Precision
-from cascade.walk import reads
 
 Groups: TypeAlias = Sequence[Group | Rest]
 
@@ -149,13 +148,13 @@ class Launcher:
         for number, group in enumerate(groups):
             label = name if len(groups) == 1 else f"{name}_{number}"
             if isinstance(group, Rest):
-                yield RestStep(planner.cascade, group, planner)
+                yield outside(planner, group)
                 continue
             try:
                 tiling = self.tiling(planner, label, group, groups, bench)
                 made = tuple(self.built(planner, label, group, groups, tiling, bench))
             except UnsupportedError as error:
-                made = (RestStep(planner.cascade, Rest(group.statements, error.diagnostics[0].message), planner),)
+                made = (outside(planner, Rest(group.statements, error.diagnostics[0].message)),)
             yield from made
 
     def built(
@@ -261,28 +260,23 @@ class CallPlan:
 
 @dataclass(slots=True, eq=False)
 class RestStep:
-    """Statements that no kernel computes, run by the interpreter on whole tensors."""
+    """Statements that no kernel computes, run by the interpreter on whole tensors.
 
-    cascade: Cascade
+    `part` is them as a cascade, with the statements before them that it has to run again.
+    """
+
     group: Rest
-    planner: Planner
+    part: Cascade
     made: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] = ()
-    part: Cascade = field(init=False)
-    inputs: tuple[str, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        planner, group = self.planner, self.group
-        self.inputs = tuple(dict.fromkeys(n for s in group.statements for n in reads(s) if n not in group.names))
-        params = tuple(Param(name, None, planner.shapes[name]) for name in self.inputs)
-        known = {result.name: result for result in self.cascade.results}
-        results = tuple(known.get(name, Result(name, None, planner.shapes[name])) for name in group.names)
-        self.part = Cascade(
-            self.cascade.name, params, results, group.statements, (), self.cascade.uses, self.cascade.given
-        )
 
     def __call__(self, tensors: dict[str, Tensor]) -> None:
-        given = {name: tensors[name] for name in self.inputs}
-        tensors.update(interp.run(self.part, given, self.planner.extents, Precision.COMPUTE))
+        given = {param.name: tensors[param.name] for param in self.part.params}
+        tensors.update(interp.run(self.part, given, {}, Precision.COMPUTE))
+
+
+def outside(planner: Planner, group: Rest) -> RestStep:
+    """The step that runs statements outside kernels."""
+    return RestStep(group, planner.outside(group))
 
 
 @dataclass(slots=True, eq=False)

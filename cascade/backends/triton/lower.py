@@ -40,6 +40,7 @@ from cascade.walk import children, defines, reads, rewrite, substitute, targets,
 SAMPLES = (0.75, -1.25, 3.5)  # stand for any finite number where it is asked what an expression comes to
 LARGEST_TILE = 1 << 20  # elements
 SMALLEST_SIDE = 16  # of a matrix product
+MOST_FACTORS = 4  # of a power that is written as a product
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ class _Lowering:
     names: set[str] = field(default_factory=set)
     ops: list[Op] = field(default_factory=list)  # where ops go at the moment
     outer: list[list[Op]] = field(default_factory=list)  # of the enclosing blocks, outermost first
-    masks: dict[frozenset[Expr], Local] = field(default_factory=dict)
+    masks: dict[tuple[frozenset[Expr], bool], Local] = field(default_factory=dict)  # by tests, and if only at edges
     shifts: dict[Expr, Local] = field(default_factory=dict)
     streaming: bool = False  # inside a loop
     edges: list[tuple[Expr, ...]] = field(default_factory=list)  # the tests of each reduction and store of the loop
@@ -171,17 +172,19 @@ class _Lowering:
             for target in targets(stmt):
                 if trips.kind[target.name] == "state":
                     kept.append(target.ranks)
-                    self.store_part(target.name, self.values[target.name].expr, part, target.ranks)
+                    value = self.values[target.name]
+                    live = tuple(t for t in value.live if not any(isinstance(node, Local) for node in walk(t)))
+                    self.store_part(target.name, value.expr, part, target.ranks, live)
         for state in self.presence.values():
             common = tuple(rank for rank in kept[0] if all(rank in ranks for ranks in kept))
             self.store_part(state, Local(state), part, common)
 
-    def store_part(self, name: str, expr: Expr, part: str, ranks: tuple[str, ...]) -> None:
+    def store_part(self, name: str, expr: Expr, part: str, ranks: tuple[str, ...], live: tuple[Expr, ...] = ()) -> None:
         """Writes one state to a tensor of its own, in the type it is carried in."""
         dtype = DType.I8 if self.type_of(expr) is DType.BOOL else self.type_of(expr)
         shape = tuple(self.setting.extents[rank] for rank in (part, *ranks))
         tensor = Tensor(f"{name}_part", dtype, shape, (*(None for _ in ranks), 1) if ranks else (1,))
-        self.partial.append(Partial(name, tensor, ranks))
+        self.partial.append(Partial(name, tensor, ranks, live))
         index = tuple(map(Rank, (part, *ranks)))
         self.ops.append(Store(tensor.name, index, self.spread(ranks), expr, (), 0, None))
 
@@ -318,12 +321,11 @@ class _Lowering:
         firsts, stops = [visited.first], [visited.stop]
         whole_firsts, whole_stops = [inside.full_first], [inside.full_stop]
         for test, entry in indexed.items():
-            tile = Const(entry.tile)
             if test in common:
-                firsts.append(Apply("mul", (entry.read(entry.first), tile)))
-                stops.append(Apply("mul", (entry.read(entry.stop), tile)))
-            whole_firsts.append(Apply("mul", (entry.read(entry.whole_first), tile)))
-            whole_stops.append(Apply("mul", (entry.read(entry.whole_stop), tile)))
+                firsts.append(self.entry(entry, entry.first, "min"))
+                stops.append(self.entry(entry, entry.stop, "max"))
+            whole_firsts.append(self.entry(entry, entry.whole_first, "max"))
+            whole_stops.append(self.entry(entry, entry.whole_stop, "min"))
         if tail in tests:
             whole_stops.append(extent_expr(axis.extent))
         inner = (self.bound(widest("max", whole_firsts)), self.bound(widest("min", whole_stops)))
@@ -344,6 +346,12 @@ class _Lowering:
             self.setting.options.edge_tile,
             backwards=self.at % 2 == 1 and not any(isinstance(stmt, Einsum) and stmt.inits for stmt in states),
         )
+
+    def entry(self, entry: Entry, name: str, reducer: str) -> Expr:
+        """A bound that an index has, in coordinates; one number for all coordinates of ranks that a tile has whole."""
+        read = entry.read(name)
+        ranks = self.index_axes(read)
+        return Apply("mul", (Reduce(reducer, ranks, read) if ranks else read, Const(entry.tile)))
 
     def of_tile(self, bound: Expr | None) -> Expr | None:
         """A bound for a tile, from one of its coordinates."""
@@ -549,8 +557,13 @@ class _Lowering:
         return Local(variable)
 
     def tests(self, conditions: Sequence[Expr]) -> tuple[Expr, ...]:
-        """Filters that are not always true, what they read left as it is: a mask or a bound loads it."""
-        return tuple(test for test in conditions if not self.proved(test))
+        """Filters that are not always true, what they read left as it is: a mask or a bound loads it.
+
+        Where what a filter reads is absent, so is what it filters.
+        """
+        tails = {self.tail(axis.rank) for axis in self.setting.axes}
+        found = tuple(test for test in conditions if not self.proved(test))
+        return merged(tuple(test for test in merged(*map(self.peek, found)) if test not in tails), found)
 
     def proved(self, test: Expr) -> bool:
         """Whether a test holds at all coordinates, for extents as they are in this kind of call."""
@@ -598,10 +611,12 @@ class _Lowering:
         reducer, ranks = stmt.expr.reducer, stmt.expr.ranks
         inside, outside = self.filters(stmt)
         body = self.expression(stmt.expr.body)
-        live = merged(body.live, inside)
+        live = merged(body.live, inside, self.tails(ranks))
         over = self.spread(ranks)
         self.small_enough(stmt, {*self.shape(body.expr), *over})
         expr = self.tested(stmt, body, live, over, identity(reducer, self.type_of(body.expr)))
+        if self.type_of(expr) in GROWING.get(reducer, ()):
+            expr = Cast(self.type_of_tensor(stmt.target.name), expr)
         return expr, over, merged(self.present_after(live, ranks, stmt), outside)
 
     def nan_matters(self, stmt: Einsum) -> bool:
@@ -693,13 +708,14 @@ class _Lowering:
 
     def reaches(self, test: Expr, over: Collection[str]) -> bool:
         """Whether a test tells apart the elements that are reduced."""
-        ranks = self.test_ranks(test)
-        stream = self.group.arrangement.stream
-        return bool(ranks & set(over)) or (self.streaming and stream in ranks)
+        return bool(self.test_ranks(test) & set(over)) or self.is_edge(test)
 
     def is_edge(self, test: Expr) -> bool:
         """Whether a test depends on the streamed rank: it is not needed in whole tiles."""
-        return self.streaming and self.group.arrangement.stream in self.test_ranks(test)
+        stream = self.group.arrangement.stream
+        if not self.streaming or stream is None:
+            return False
+        return stream in (ranks_of(test) if self.axis(stream).single else self.test_ranks(test))
 
     def test_ranks(self, test: Expr) -> set[str]:
         """The dimensions along which a test differs."""
@@ -707,7 +723,7 @@ class _Lowering:
 
     def mask(self, tests: tuple[Expr, ...], edge: bool) -> Local:
         """A variable that says where all of the tests hold."""
-        key = frozenset(tests)
+        key = frozenset(tests), edge
         if key not in self.masks:
             lowered = tuple(self.expression(test).expr for test in tests)
             axes = self.spread({rank for test in lowered for rank in self.shape(test)})
@@ -730,12 +746,12 @@ class _Lowering:
         """A flag per row: whether any coordinate of these ranks passes the tests."""
         axes = self.spread({rank for test in tests for rank in self.test_ranks(test)} - set(ranks))
         over = self.spread(ranks)
-        if tests in self.presence:
-            return Local(self.presence[tests])
-        if not self.streaming:
+        if not self.streaming or self.group.arrangement.stream not in ranks:
             mask = self.mask(tests, False)
             inner = tuple(rank for rank in over if rank in self.variables[mask.name][0])
             return self.any_of(mask, axes, inner)
+        if tests in self.presence:
+            return Local(self.presence[tests])
         state = self.variable("seen", axes, DType.BOOL)
         self.outer[-1].append(Start(state, axes, Const(False), DType.BOOL))
         self.presence[tests] = state
@@ -764,20 +780,19 @@ class _Lowering:
                 found = Apply("mul", (found, size))
             return Value(folded(found), outside)
         axes, over = self.spread(stmt.target.ranks), self.spread(ranks)
-        tail = tuple(self.tail(rank) for rank in ranks if not self.axis(rank).exact)
-        every = merged(tests, tail)
+        every = merged(tests, self.tails(ranks))
         self.note_edges(stmt, every)
         ones = self.let(f"{stmt.target.name}_ones", Const(1), over)
         expr = self.kept(stmt, ones, every, 0) if every else ones
         variable = self.variable(stmt.target.name, axes, DType.I32)
         self.ops.append(Fold(variable, axes, "sum", over, expr))
-        return Value(Local(variable), outside)
+        return Value(Local(variable), merged(self.present_after(tests, ranks, stmt) if tests else (), outside))
 
     def top_k(self, stmt: TopK) -> None:
         """The kept values and coordinates of a row that is whole in the tile."""
         axes = self.spread(stmt.values.ranks)
         body = self.expression(stmt.body)
-        live = merged(body.live, self.tests(conjuncts(stmt.where)))
+        live = merged(body.live, self.tests(conjuncts(stmt.where)), self.tails((stmt.rank,)))
         source = body.expr if isinstance(body.expr, Local) else self.let(f"{stmt.values.name}_body", body.expr)
         tests = tuple(test for test in live if self.reaches(test, (stmt.rank,)))
         if tests and not (body.absent == -math.inf and set(tests) <= set(body.live)):
@@ -1073,8 +1088,14 @@ class _Lowering:
         """
         names = [name for term in terms for name in _tensors(term) if self.setting.dtypes[name] in FLOATS]
         data = {self.setting.dtypes[name] for name in names if name not in self.values}
+        if self.fine_results() and not all(isinstance(term, Read) for term in terms):
+            return DType.F32
         kinds = data if data and self.short_results() else {self.setting.dtypes[name] for name in names}
         return DType.F32 if len(kinds) != 1 or DType.F64 in kinds else kinds.pop()
+
+    def fine_results(self) -> bool:
+        """Whether some float that is stored is one of 32 bits in the cascade: no operand is rounded for it."""
+        return any(self.setting.dtypes[name] in (DType.F32, DType.F64) for name in self.setting.results)
 
     def short_results(self) -> bool:
         """Whether all floats that the kernel stores have 16 bits or fewer."""
@@ -1101,6 +1122,8 @@ class _Lowering:
                 return Value(Cast(expr.dtype, found.expr), found.live, found.absent, found.data)
             case Apply(op="default"):
                 return self.default(expr)
+            case Apply(op="pow") if (power := self.power(expr)) is not None:
+                return self.expression(power)
             case Apply():
                 parts = [self.expression(arg) for arg in expr.args]
                 joined = folded(self.cheaper(Apply(expr.op, tuple(part.expr for part in parts))))
@@ -1116,6 +1139,15 @@ class _Lowering:
         stmt = next((s for s in stepped(self.group.statements) if s.target.name == read.tensor), None)
         last = stmt is not None and is_last(read, stmt, self.setting.extents[stmt.inits[0].rank])
         return f"{read.tensor}'" if last else read.tensor
+
+    def power(self, expr: Apply) -> Expr | None:
+        """A small power as a product; None where floats are raised to any other one."""
+        base, exponent = expr.args
+        if isinstance(exponent, Const) and isinstance(exponent.value, int) and 0 < exponent.value <= MOST_FACTORS:
+            return functools.reduce(lambda a, b: Apply("mul", (a, b)), [base] * exponent.value)
+        if all(self.type_of(self.expression(arg).expr) not in FLOATS for arg in expr.args):
+            raise unsupported("a power of integers whose exponent is no small number")
+        return None
 
     def cheaper(self, expr: Apply) -> Expr:
         """A division of a tile by what is the same for many of its elements, as a product with one over it.
@@ -1311,6 +1343,10 @@ class _Lowering:
             found.extend(test for test in (low, high) if not self.proved(test))
         return merged(tuple(found))
 
+    def tails(self, ranks: Collection[str]) -> tuple[Expr, ...]:
+        """The tests that coordinates lie inside the extents of ranks, where tiles reach beyond."""
+        return tuple(self.tail(rank) for rank in ranks if not self.axis(rank).exact)
+
     def tail(self, rank: str) -> Expr:
         """The test that a coordinate lies inside the extent of its rank."""
         return Apply("lt", (Rank(rank), extent_expr(self.axis(rank).extent)))
@@ -1340,6 +1376,8 @@ class _Lowering:
         axes = self.spread(ranks)
         index = tuple(map(Rank, ranks))
         box = None if any(self.axis(rank).step for rank in axes) else self.box(tensor, index, axes)
+        if box is not None:  # a box has its dimensions in the order of memory
+            axes = tuple(rank for rank in ranks if rank in axes)
         beyond = tuple(self.tail(rank) for rank in axes if not self.axis(rank).exact)
         live = tuple(test for test in value.live if test not in beyond)
         if self.streaming:
@@ -1446,6 +1484,8 @@ RESERVED = frozenset(keyword.kwlist) | {
 }  # fmt: skip
 """Names that mean something in the text of a kernel."""
 SHORT_FLOATS = (DType.BF16, DType.F16)
+GROWING = {"sum": (DType.I8, DType.I32), "prod": (DType.BOOL, DType.I8, DType.I32)}
+"""Types of elements that a reduction of a tile would overflow: Triton adds truth values as integers of 32 bits."""
 
 
 def live_ops(ops: Sequence[Op]) -> list[Op]:
@@ -1645,6 +1685,11 @@ def absent_value(op: str, parts: Sequence[Value]) -> float | None:
         return None
     if any(parts[index].absent is None for index in optional):
         return None
+    if op in ("eq", "ne") and sum(not isinstance(part.expr, Const) for part in parts) > 1:
+        return None  # a number that is present may be the very one
+    if op == "select" and not parts[0].live:
+        same = parts[1].live == parts[2].live and parts[1].absent == parts[2].absent
+        return parts[1].absent if same else None
     found: set[float] = set()
     groups = {parts[index].live for index in optional}
     for gone in _subsets(tuple(groups)):

@@ -221,8 +221,8 @@ def _finished(item: _Growing, cascade: Cascade, extents: Mapping[str, int]) -> G
 def fold_along(statements: Sequence[Stmt], rank: str, cascade: Cascade) -> Fold | None:
     """What of a fold of the schedule over a rank concerns some statements.
 
-    None where a state joins a reduction that stands in another kernel, or is moved by one: it is complete then, and
-    nothing moves.
+    None where a state joins a reduction that stands in another kernel, or moves with a state that does: those are
+    complete then, and nothing moves.
     """
     names = {name for stmt in statements for name in defines(stmt)}
     along = {name for stmt in statements if rank in reduced_ranks(stmt) for name in defines(stmt)}
@@ -231,15 +231,8 @@ def fold_along(statements: Sequence[Stmt], rank: str, cascade: Cascade) -> Fold 
             states = [stmt for stmt in statements if not set(defines(stmt)).isdisjoint(item.state)]
             steps = all(set(defines(stmt)) <= along or not along.isdisjoint(reads(stmt)) for stmt in states)
             fold = _restricted(item, names)
-            before = {
-                name
-                for merge in fold.merge
-                for node in walk(merge.expr)
-                if isinstance(node, Read)
-                for name in [node.tensor]
-                if name.endswith("'")
-            }
-            return fold if steps and all(name[:-1] in names for name in before) else None
+            moved = {node.tensor.rstrip("'") for m in fold.merge for node in walk(m.expr) if isinstance(node, Read)}
+            return fold if steps and moved & {*item.state, *item.update} <= names else None
     return None
 
 

@@ -270,11 +270,15 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """A state that a program leaves for a later kernel to merge: the tensor, its ranks behind that of the part."""
+    """A state that a program leaves for a later kernel to merge: the tensor, its ranks behind that of the part.
+
+    `live` are the tests under which the state is present, whatever the parts have seen.
+    """
 
     state: str
     tensor: Tensor
     ranks: tuple[str, ...]
+    live: tuple[Expr, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from cascade.backends.triton.grid import suited
 from cascade.backends.triton.index import Index, index_of
 from cascade.backends.triton.lower import Setting, Trips, lower, unsupported
 from cascade.backends.triton.partition import (
-    Group, Rest, fold_along, held, partition, power_of_two, reduced_ranks, steps_singly,
+    Group, Rest, all_ranks, fold_along, held, partition, power_of_two, reduced_ranks, steps_singly,
 )  # fmt: skip
 from cascade.backends.triton.plan import BYTES, Axis, Kernel, Options, Role, Tensor
 from cascade.backends.triton.products import matrix_product
@@ -25,9 +25,12 @@ from cascade.backends.triton.recurrence import in_pairs, stepped
 from cascade.backends.triton.split import divisible, merging
 from cascade.backends.triton.units import in_base_two
 from cascade.inference import FLOATS, infer_dtypes, infer_shapes
-from cascade.ir import Cascade, Const, DType, Einsum, Expr, Extent, Local, Rank, Read, Result, Size, Stmt, TopK
+from cascade.ir import (
+    Cascade, Const, DType, Einsum, Expr, Extent, Given, Local, Param, Rank, Read, Result, Size, Stmt, TopK,
+)  # fmt: skip
+from cascade.presence import may_be_absent
 from cascade.text import render_stmt
-from cascade.walk import expressions, fresh, map_expressions, map_fold, reads, rewrite, targets, walk
+from cascade.walk import defines, expressions, fresh, map_expressions, map_fold, reads, rewrite, targets, walk
 
 
 FEW_PROGRAMS = 128  # fewer leave multiprocessors without work: a stream is shared
@@ -92,12 +95,14 @@ class Planner:
     shapes: dict[str, tuple[Size, ...]] = field(init=False)
     lives: dict[str, tuple[tuple[str, ...], tuple[Expr, ...]]] = field(init=False, default_factory=dict)
     hidden: set[str] = field(init=False, default_factory=set)  # tensors whose presence only their kernel knows
+    absent: frozenset[str] = field(init=False)  # tensors that may have coordinates that are absent
     _groups: tuple[Group | Rest, ...] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         shapes = infer_shapes(self.cascade)
         self.sizes, self.shapes = dict(shapes.ranks), dict(shapes.tensors)
         self.ranks = {rank: self.number(size) for rank, size in shapes.ranks.items()}
+        self.absent = may_be_absent(self.cascade)
         self.dtypes = infer_dtypes(self.cascade, {name: layout.dtype for name, layout in self.layouts.items()})
 
     def number(self, size: Size) -> int:
@@ -177,6 +182,42 @@ class Planner:
             return DType.F32
         return dtype
 
+    def outside(self, rest: Rest) -> Cascade:
+        """Statements that run outside kernels as a cascade of their own; extents are numbers in it.
+
+        What a tensor in memory lacks is not seen there. So statements before them are run again where a tensor that
+        they make has coordinates that are absent, or is kept by nobody.
+        """
+        self.hidden |= self.absent & set(rest.names)
+        groups = self.groups()
+        kept = {name for group in groups for name in self.stored(group, groups)} - self.hidden - set(self.lives)
+        needed = {name for stmt in rest.statements for name in reads(stmt)}
+        body = list(rest.statements)
+        for stmt in reversed([stmt for group in groups for stmt in group.statements]):
+            if stmt not in rest.statements and set(defines(stmt)) & (needed - kept):
+                body.insert(0, stmt)
+                needed |= set(reads(stmt))
+        made = {name for stmt in body for name in defines(stmt)}
+        read = dict.fromkeys(name for stmt in body for name in reads(stmt) if name not in made)
+        written = {name: self.written(name, groups) for name in self.stored(rest, groups)}
+        return Cascade(
+            self.cascade.name,
+            tuple(Param(name, None, self.numbers(name)) for name in read),
+            tuple(Result(n, t.dtype, self.numbers(n), self.result(n).fill) for n, t in written.items()),
+            tuple(map(self.sized, body)),
+            uses=self.cascade.uses,
+            given=tuple(Given(rank, self.ranks[rank]) for rank in dict.fromkeys(r for s in body for r in all_ranks(s))),
+        )
+
+    def sized(self, stmt: Stmt) -> Stmt:
+        """A statement with the extents of this kind of call as numbers."""
+        changed = map_expressions(stmt, lambda expr: rewrite(expr, _Static(self.extents).constant))
+        return dataclasses.replace(changed, k=self.number(changed.k)) if isinstance(changed, TopK) else changed
+
+    def numbers(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor in this kind of call."""
+        return tuple(map(self.number, self.shapes[name]))
+
     # --- one group ---------------------------------------------------------------------------------------------------
 
     def kernel(self, name: str, group: Group, groups: Sequence[Group | Rest], tiling: Tiling) -> Kernel:
@@ -220,7 +261,7 @@ class Planner:
         lives = {n: self.lives[n] for n in names if n in self.lives}
         setting = Setting(axes, tensors, dtypes, results, extents, numbers, tiling.options, entries, lives, split=part)
         kernel = lower(name, fixed, self.in_pieces(setting, group))
-        self.remember(kernel, fixed)
+        self.remember(kernel, fixed, stored)
         careful = self.careful(name, fixed, setting) if kernel.watched else None
         reverse = self.reversed_axis(kernel)
         base_two = tuple(name for name in group.names if name in changed)
@@ -258,11 +299,15 @@ class Planner:
         extents = {**setting.extents, **{axis.rank: axis.extent for axis in axes}}
         return dataclasses.replace(setting, axes=tuple(axes), pieces=pieces, numbers=numbers, extents=extents)
 
-    def remember(self, kernel: Kernel, group: Group) -> None:
+    def remember(self, kernel: Kernel, group: Group, stored: Sequence[str]) -> None:
         """Notes under which tests a stored tensor is present, for the kernels that read it."""
         ranks = {target.name: target.ranks for stmt in group.statements for target in targets(stmt)}
+        known = {name for name, _ in kernel.live}
+        self.hidden |= {name for name in stored if name not in known and name in self.absent}
         for name, tests in kernel.live:
-            if any(isinstance(node, Local) for test in tests for node in walk(test)):
+            read = {node.tensor for test in tests for node in walk(test) if isinstance(node, Read)}
+            inner = read & set(group.names) - set(stored)
+            if inner or any(isinstance(node, Local) for test in tests for node in walk(test)):
                 self.hidden.add(name)
             elif tests:
                 self.lives[name] = (ranks[name], tests)
@@ -304,6 +349,9 @@ class Planner:
         inner.extents = {**self.extents, parts: tiling.parts}
         kernel, fixed = inner.lowered(name, group, groups, tiling, part)
         stored = [self.result(result) for result in self.stored(group, groups)]
+        unkept = set(group.names) - {result.name for result in stored} - {item.state for item in kernel.partial}
+        if any(isinstance(n, Read) and n.tensor in unkept for i in kernel.partial for t in i.live for n in walk(t)):
+            raise unsupported("states in parts under a test on what their kernel makes")
         cascade = merging(
             f"{name}_merge", fixed, kernel.partial, part, stored, self.shapes, inner.sizes, inner.extents, self.dtypes
         )
@@ -427,11 +475,15 @@ class Planner:
 
         Every thread holds whole rows and columns of its operands in registers, so tiles are small.
         """
-        results = {self.storage(name, False) for name in self.stored(group, self.groups())}
+        stored = self.stored(group, self.groups())
+        results = {self.storage(name, False) for name in stored}
         for product in filter(None, map(matrix_product, group.statements)):
             nodes = (node for term in (*product.left, *product.right) for node in walk(term))
             names = {node.tensor for node in nodes if isinstance(node, Read) and self.dtypes[node.tensor] in FLOATS}
             data = {self.dtypes[name] for name in names if name not in group.names}
+            computed = not all(isinstance(term, Read) for term in (*product.left, *product.right))
+            if computed and any(self.dtypes[name] in (DType.F32, DType.F64) for name in stored):
+                return True
             kinds = data if data and not results & {DType.F32, DType.F64} else {self.dtypes[name] for name in names}
             if len(kinds) > 1 or DType.F32 in kinds:
                 return True

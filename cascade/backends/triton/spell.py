@@ -49,8 +49,8 @@ SPELLINGS: dict[str, Spelling] = {
     "sub": Spelling("{0} - {1}", SUM),
     "mul": Spelling("{0} * {1}", PRODUCT),
     "div": Spelling("{0} / {1}", PRODUCT),
-    "floordiv": Spelling("{0} // {1}", PRODUCT),
-    "mod": Spelling("{0} % {1}", PRODUCT),
+    "floordiv": Spelling("float_divide({0}, {1})", helper="float_divide"),
+    "mod": Spelling("float_modulo({0}, {1})", helper="float_modulo"),
     "neg": Spelling("-{0}", UNARY),
     "exp": Spelling("tl.exp({0})"),
     "exp2": Spelling("tl.exp2({0})"),
@@ -74,7 +74,11 @@ SPELLINGS: dict[str, Spelling] = {
     "max": Spelling("tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"),
     "select": Spelling("tl.where({0}, {1}, {2})"),
     "clamp": Spelling("clamped({0}, {1}, {2})", helper="clamped"),
-}  # `default` is lowered to a select, `pow` to products: they have no row
+    "pow": Spelling("power({0}, {1})", helper="power"),
+}  # `default` is lowered to a select and has no row
+
+NATURAL = {"floordiv": Spelling("{0} // {1}", PRODUCT), "mod": Spelling("{0} % {1}", PRODUCT)}
+"""The same of integers that are never negative."""
 
 INTEGER: dict[str, str] = {"min": "tl.minimum({0}, {1})", "max": "tl.maximum({0}, {1})", "relu": "tl.maximum({0}, 0)",
                            "floordiv": "floor_divide({0}, {1})", "mod": "floor_modulo({0}, {1})"}  # fmt: skip
@@ -156,6 +160,15 @@ def floor_divide(a, b):
 def floor_modulo(a, b):
     return (a % b + b) % b
 """,
+    "float_divide": """@triton.jit
+def float_divide(a, b):
+    return tl.floor((a - float_modulo(a, b)) / b + 0.5)
+""",
+    "float_modulo": """@triton.jit
+def float_modulo(a, b):
+    rest = a % b
+    return tl.where((rest != 0) & ((rest < 0) != (b < 0)), rest + b, rest)
+""",
     "larger": """@triton.jit
 def larger(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
@@ -188,13 +201,34 @@ def composed(a, b, later_a, later_b):
     # two steps as one: s becomes a * s + b, then later_a * (a * s + b) + later_b
     return later_a * a, later_a * b + later_b
 """,
+    "power": """@triton.jit
+def power(x, y):
+    # in float64, so that no rounding is seen in float32; a negative number has real powers of whole numbers only
+    zero = tl.zeros_like(x + y + 0.0)
+    x, y = zero + x, zero + y
+    whole = tl.floor(y) == y
+    odd = whole & (tl.floor(y * 0.5) * 2.0 != y)
+    size = tl.abs(x)
+    bits = tl.where(size == 1.0, 0.0, y.to(tl.float64) * tl.log2(size.to(tl.float64)))
+    found = tl.where(y == 0.0, 1.0, tl.exp2(bits).to(tl.float32))
+    found = tl.where((x < 0.0) & ~whole, float("nan"), found)
+    return tl.where((x.to(tl.int32, bitcast=True) < 0) & odd, -found, found)
+""",
+    "to_bf16": """@triton.jit
+def to_bf16(x):
+    # Triton's interpreter cuts bits off, where the hardware rounds, ties to even
+    x = x.to(tl.float32)
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x).to(tl.bfloat16)
+""",
     "times": """@triton.jit
 def times(a, b):
     return a * b
 """,
 }
 
-NEEDS = {"floor_divide": ("floor_modulo",)}
+NEEDS = {"floor_divide": ("floor_modulo",), "float_divide": ("float_modulo",)}
 """The helpers that a helper calls."""
 
 PORTABLE = {

@@ -10,6 +10,7 @@ What merges is the merge of the fold, once more: nothing is known of what is fol
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection, Mapping, Sequence
 
 from cascade.backends.triton.lower import Trips, guarded_merge, reducer_of
@@ -71,15 +72,12 @@ def merging(
     tensors = {item.state: item for item in partial}
     flags = [item for item in partial if trips.kind.get(item.state) != "state"]
     body: list[Stmt] = [_seen(item, part) for item in flags]
-    there: Expr | None = None
-    for item in flags:
-        flag = Read(item.state, tuple(map(Rank, item.ranks)))
-        there = flag if there is None else Apply("and", (there, flag))
+    there = _all_of(*(Read(item.state, tuple(map(Rank, item.ranks))) for item in flags))
     for stmt in group.statements:
         kind = trips.kind[defines(stmt)[0]]
         if kind == "state":
             assert isinstance(stmt, Einsum)
-            body.append(_merged(stmt, group, tensors, part, there))
+            body.append(_merged(stmt, group, tensors, part, _all_of(there, *tensors[stmt.target.name].live)))
         elif kind in ("of state", "after", "before"):
             body.append(stmt)
     body = _needed(body, {result.name for result in results})
@@ -111,6 +109,12 @@ def _needed(body: Sequence[Stmt], results: Collection[str]) -> list[Stmt]:
             needed |= set(reads(stmt))
             found.append(stmt)
     return found[::-1]
+
+
+def _all_of(*tests: Expr | None) -> Expr | None:
+    """The tests as one; None where there are none."""
+    known = [test for test in tests if test is not None]
+    return functools.reduce(lambda a, b: Apply("and", (a, b)), known) if known else None
 
 
 def _seen(item: Partial, part: str) -> Einsum:

@@ -978,6 +978,17 @@ def test_a_wrong_composition_is_found() -> None:
     assert not scan._holds(stmt, Const(1), term)
 
 
+@pytest.mark.parametrize("reducer", ["min", "max", "sum"])
+def test_a_state_that_differs_along_another_folded_rank_stays_where_it_is(reducer: str) -> None:
+    text = f"cascade c(X[N,E]) -> Z[] {{\nP[n,e] = softmax[n] X[n,e]\nZ = {reducer}[n,e] P[n,e] * P[n,e]\n}}"
+    source = parse_cascade(text)
+    given = {"X": torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))}
+    lifted = run_pipeline(source).final
+    assert torch.allclose(
+        run(lifted, given, {}, Precision.REFERENCE)["Z"], run(source, given, {}, Precision.REFERENCE)["Z"]
+    )
+
+
 # --- without computer algebra ----------------------------------------------------------------------------------------
 
 FRAMED = Apply("exp", (Apply("sub", (Local("x0"), Local("r0"))),))

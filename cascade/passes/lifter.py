@@ -141,9 +141,18 @@ class Lifter:
             raise Refused("order", "lifting reassociates a floating-point sum, and the order was to be kept")
         if self.rank in [rank for target in targets(stmt) for rank in target.ranks]:
             raise Refused("pointwise", f"'{name}' keeps {self.rank} and reduces it")
+        if across := self.varies(stmt, expr, trip):
+            raise Refused("pointwise", f"'{name}' folds {across} as well, and the state differs along it")
         made = self.replaced(stmt, expr, where, trip, reducer)
         self.place(stmt, made, trip)
         self.record(stmt, made, trip, tuple(producers), reducer)
+
+    def varies(self, stmt: Einsum | TopK, expr: Expr, trip: int) -> str:
+        """A rank beside this one that a statement folds and a state that it reads has; empty where there is none."""
+        others = set(folded(stmt)) - {self.rank}
+        side = self.side(trip)
+        states = (node for node in walk(expr) if isinstance(node, Read) and side(node) == "r")
+        return next((rank for node in states for rank in sorted(others.intersection(free_ranks(node)))), "")
 
     def side(self, trip: int) -> _Side:
         """Which side an expression is of, for a reduction of a trip."""

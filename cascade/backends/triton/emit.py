@@ -413,9 +413,9 @@ class _Emitter:
         return piece.text if tight and row.infix != UNARY else f"({piece.text})"
 
     def short_results(self) -> bool:
-        """Whether all floats that are stored have 16 bits or fewer."""
-        stored = {op.tensor for op in every_op(self.kernel.ops) if isinstance(op, Store)}
-        return all(self.tensor(name).dtype is not DType.F32 for name in stored)
+        """Whether floats are stored, and all have 16 bits or fewer: integers may turn on any rounding."""
+        stored = {self.tensor(op.tensor).dtype for op in every_op(self.kernel.ops) if isinstance(op, Store)}
+        return bool(stored & FLOATS) and DType.F32 not in stored
 
     # --- ops ---------------------------------------------------------------------------------------------------------
 

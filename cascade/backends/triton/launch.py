@@ -127,8 +127,7 @@ class Launcher:
         layouts = {name: layout(tensor) for name, tensor in inputs.items()}
         moving = self.moving(extents)
         planner = Planner(self.cascade, extents, layouts, has_descriptors(inputs), moving)
-        usual = torch.device("cpu" if interpreted() else "cuda")
-        device = next((tensor.device for tensor in inputs.values()), usual)
+        device = next((t.device for t in inputs.values()), torch.device("cpu" if interpreted() else "cuda"))
         bench = None if interpreted() else Bench(device, self.effort, dict(inputs))
         steps = []
         for step in self.steps(planner, self.cascade.name, bench):

@@ -83,8 +83,12 @@ def unsupported(what: str, stmt: Stmt | None = None) -> UnsupportedError:
     return UnsupportedError(Diagnostic("C530", what, span, help="it runs outside a kernel, statement by statement"))
 
 
+class InPieces(Exception):
+    """A sum over a rank in pieces that no matrix product computes after all."""
+
+
 def lower(name: str, group: Group, setting: Setting) -> Kernel:
-    """The tile program of a group."""
+    """The tile program of a group; raises UnsupportedError where there is none, InPieces where no rank may be cut."""
     return _Lowering(name, group, setting).kernel()
 
 
@@ -610,6 +614,8 @@ class _Lowering:
         assert isinstance(stmt.expr, Reduce)
         reducer, ranks = stmt.expr.reducer, stmt.expr.ranks
         inside, outside = self.filters(stmt)
+        if not self.setting.pieces.keys().isdisjoint(ranks):
+            raise InPieces(stmt.target.name)
         body = self.expression(stmt.expr.body)
         live = merged(body.live, inside, self.tails(ranks))
         over = self.spread(ranks)
@@ -706,9 +712,14 @@ class _Lowering:
         """The dimensions of what tests read."""
         return {rank for test in tests for rank in self.index_axes(test)}
 
+    def concerns(self, test: Expr, ranks: Collection[str]) -> bool:
+        """Whether a test differs along any of some ranks, within a tile or from one tile to the next."""
+        return bool((ranks_of(test) | self.test_ranks(test)) & set(ranks))
+
     def reaches(self, test: Expr, over: Collection[str]) -> bool:
         """Whether a test tells apart the elements that are reduced."""
-        return bool(self.test_ranks(test) & set(over)) or self.is_edge(test)
+        ranks = self.test_ranks(test)
+        return bool(ranks & set(over)) or (self.streaming and self.group.arrangement.stream in ranks | ranks_of(test))
 
     def is_edge(self, test: Expr) -> bool:
         """Whether a test depends on the streamed rank: it is not needed in whole tiles."""
@@ -734,7 +745,7 @@ class _Lowering:
 
     def present_after(self, live: tuple[Expr, ...], ranks: tuple[str, ...], stmt: Stmt) -> tuple[Expr, ...]:
         """The tests under which a reduction over some ranks is present: any of its elements is."""
-        inside = tuple(test for test in live if (ranks_of(test) | self.test_ranks(test)) & set(ranks))
+        inside = tuple(test for test in live if self.concerns(test, ranks))
         outside = tuple(test for test in live if test not in inside)
         if not inside:
             return outside
@@ -746,7 +757,14 @@ class _Lowering:
         """A flag per row: whether any coordinate of these ranks passes the tests."""
         axes = self.spread({rank for test in tests for rank in self.test_ranks(test)} - set(ranks))
         over = self.spread(ranks)
-        if not self.streaming or self.group.arrangement.stream not in ranks:
+        stream = self.group.arrangement.stream
+        if self.streaming and not any(self.concerns(test, (stream,)) for test in tests):  # known before the loop
+            here, masks = self.ops, self.masks
+            self.ops, self.masks, self.streaming = self.outer[-1], {}, False
+            found = self.somebody(tests, ranks)
+            self.ops, self.masks, self.streaming = here, masks, True
+            return found
+        if not self.streaming or stream not in ranks:
             mask = self.mask(tests, False)
             inner = tuple(rank for rank in over if rank in self.variables[mask.name][0])
             return self.any_of(mask, axes, inner)
@@ -771,7 +789,8 @@ class _Lowering:
         assert isinstance(stmt.expr, Reduce)
         ranks = stmt.expr.ranks
         live = merged(self.peek(stmt.expr.body), inside)
-        tests = tuple(test for test in live if self.test_ranks(test) & set(ranks))
+        tests = tuple(test for test in live if self.concerns(test, ranks))
+        outside = merged(tuple(test for test in live if test not in tests), outside)
         stream = self.group.arrangement.stream
         if not tests and not (self.streaming and stream in ranks):
             sizes = [extent_expr(self.setting.extents[rank]) for rank in ranks]
@@ -1013,7 +1032,7 @@ class _Lowering:
         """
         assert isinstance(stmt.expr, Reduce)
         known = merged(self.tests(conjuncts(stmt.where)), *map(self.peek, (*left_terms, *right_terms)))
-        inside = tuple(test for test in known if self.test_ranks(test) & set(stmt.expr.ranks))
+        inside = tuple(test for test in known if self.concerns(test, stmt.expr.ranks))
         narrow = self.narrow([*left_terms, *right_terms])
         left, left_live = self.side(stmt, "left", left_terms, inside, (axes[0], over), narrow, over)
         right, right_live = self.side(stmt, "right", right_terms, inside, (over, axes[1]), narrow, over)
@@ -1126,7 +1145,7 @@ class _Lowering:
                 return self.expression(power)
             case Apply():
                 parts = [self.expression(arg) for arg in expr.args]
-                joined = folded(self.cheaper(Apply(expr.op, tuple(part.expr for part in parts))))
+                joined = folded(self.cheaper(self.counted(Apply(expr.op, tuple(part.expr for part in parts)))))
                 data = frozenset(tile for part in parts for tile in part.data)
                 return Value(joined, merged(*(part.live for part in parts)), absent_value(expr.op, parts), data)
             case Reduce():
@@ -1139,6 +1158,14 @@ class _Lowering:
         stmt = next((s for s in stepped(self.group.statements) if s.target.name == read.tensor), None)
         last = stmt is not None and is_last(read, stmt, self.setting.extents[stmt.inits[0].rank])
         return f"{read.tensor}'" if last else read.tensor
+
+    def counted(self, expr: Apply) -> Apply:
+        """An operation on truth values alone, which Triton would carry out in one bit, on integers or as a logical one."""
+        if expr.op in LOGICAL or any(self.type_of(arg) is not DType.BOOL for arg in expr.args):
+            return expr
+        if expr.op in ("min", "max"):
+            return Apply({"min": "and", "max": "or"}[expr.op], expr.args)
+        return Apply(expr.op, tuple(Cast(DType.I32, arg) for arg in expr.args))
 
     def power(self, expr: Apply) -> Expr | None:
         """A small power as a product; None where floats are raised to any other one."""
@@ -1484,6 +1511,7 @@ RESERVED = frozenset(keyword.kwlist) | {
 }  # fmt: skip
 """Names that mean something in the text of a kernel."""
 SHORT_FLOATS = (DType.BF16, DType.F16)
+LOGICAL = ("and", "or", "not", "eq", "ne", "select")
 GROWING = {"sum": (DType.I8, DType.I32), "prod": (DType.BOOL, DType.I8, DType.I32)}
 """Types of elements that a reduction of a tile would overflow: Triton adds truth values as integers of 32 bits."""
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from cascade.backends.triton.bounds import conjuncts, loop_bounds
 from cascade.backends.triton.grid import suited
 from cascade.backends.triton.index import Index, index_of
-from cascade.backends.triton.lower import Setting, Trips, lower, unsupported
+from cascade.backends.triton.lower import InPieces, Setting, Trips, lower, unsupported
 from cascade.backends.triton.partition import (
     Group, Rest, all_ranks, fold_along, held, partition, power_of_two, reduced_ranks, steps_singly,
 )  # fmt: skip
@@ -26,7 +26,7 @@ from cascade.backends.triton.split import divisible, merging
 from cascade.backends.triton.units import in_base_two
 from cascade.inference import FLOATS, infer_dtypes, infer_shapes
 from cascade.ir import (
-    Cascade, Const, DType, Einsum, Expr, Extent, Given, Local, Param, Rank, Read, Result, Size, Stmt, TopK,
+    Cascade, Const, DType, Einsum, Expr, Extent, Given, Local, Param, Rank, Read, Reduce, Result, Size, Stmt, TopK,
 )  # fmt: skip
 from cascade.presence import may_be_absent
 from cascade.text import render_stmt
@@ -229,7 +229,9 @@ class Planner:
     ) -> tuple[Kernel, Group]:
         """The kernel of a group, `part` counting the programs that share its stream; the group as it was lowered."""
         static = self.static(group)
-        statements = tuple(map_expressions(stmt, lambda e: rewrite(e, static.constant)) for stmt in group.statements)
+        statements = tuple(
+            self.logical(map_expressions(stmt, lambda e: rewrite(e, static.constant))) for stmt in group.statements
+        )
         fold = None if group.fold is None else map_fold(group.fold, lambda e: rewrite(e, static.constant))
         changed: frozenset[str] = frozenset()
         plain = tuple(map(render_stmt, statements))
@@ -260,13 +262,25 @@ class Planner:
             raise unsupported(f"{unseen[0]}, of which some coordinates are absent, between two kernels")
         lives = {n: self.lives[n] for n in names if n in self.lives}
         setting = Setting(axes, tensors, dtypes, results, extents, numbers, tiling.options, entries, lives, split=part)
-        kernel = lower(name, fixed, self.in_pieces(setting, group))
+        try:
+            kernel = lower(name, fixed, self.in_pieces(setting, group))
+        except InPieces:
+            kernel = lower(name, fixed, setting)
         self.remember(kernel, fixed, stored)
         careful = self.careful(name, fixed, setting) if kernel.watched else None
         reverse = self.reversed_axis(kernel)
         base_two = tuple(name for name in group.names if name in changed)
         kernel = dataclasses.replace(kernel, statements=plain, base_two=base_two, reverse=reverse)
         return suited(dataclasses.replace(kernel, index=index, careful=careful)), fixed
+
+    def logical(self, stmt: Stmt) -> Stmt:
+        """A statement in which the extreme of truth values is whether any or all of them hold."""
+        if not isinstance(stmt, Einsum) or not isinstance(stmt.expr, Reduce):
+            return stmt
+        reducer = {"max": "any", "min": "all"}.get(stmt.expr.reducer)
+        if reducer is None or self.dtypes[stmt.target.name] is not DType.BOOL:
+            return stmt
+        return dataclasses.replace(stmt, expr=dataclasses.replace(stmt.expr, reducer=reducer))
 
     def in_pieces(self, setting: Setting, group: Group) -> Setting:
         """The setting with reduced ranks of products in pieces, where the next power of two would waste too much.
@@ -348,7 +362,10 @@ class Planner:
         inner.sizes, inner.ranks = {**self.sizes, part: parts}, {**self.ranks, part: tiling.parts}
         inner.extents = {**self.extents, parts: tiling.parts}
         kernel, fixed = inner.lowered(name, group, groups, tiling, part)
-        stored = [self.result(result) for result in self.stored(group, groups)]
+        stored = [
+            dataclasses.replace(self.result(result), dtype=self.written(result, groups).dtype)
+            for result in self.stored(group, groups)
+        ]
         unkept = set(group.names) - {result.name for result in stored} - {item.state for item in kernel.partial}
         if any(isinstance(n, Read) and n.tensor in unkept for i in kernel.partial for t in i.live for n in walk(t)):
             raise unsupported("states in parts under a test on what their kernel makes")
@@ -401,11 +418,10 @@ class Planner:
         Only then exponents change their base: in 32 bits the rounding of x * log2(e) would be seen.
         """
         read = {name for stmt in group.statements for name in self.outside_reads(stmt, group)}
-        fine = (DType.F32, DType.F64)
-        written = self.stored(group, self.groups())
-        return not any(self.tensor(name).dtype in fine for name in read) or not any(
-            self.tensor(name).dtype in fine for name in written
-        )
+        floats = [dtype for name in read if (dtype := self.tensor(name).dtype) in FLOATS]
+        written = {self.tensor(name).dtype for name in self.stored(group, self.groups())}
+        fine = {DType.F32, DType.F64}
+        return (bool(floats) and fine.isdisjoint(floats)) or fine.isdisjoint(written)
 
     def outside_reads(self, stmt: Stmt, group: Group) -> list[str]:
         return [name for name in reads(stmt) if name not in group.names]

@@ -381,7 +381,7 @@ class _Count:
             case Keep():
                 self.lanes(op.axes, 1.0, self.only(run, op.edge))
             case Seen():
-                self.lanes(self.variables[op.mask][0], EXTREME, self.only(run, True))
+                self.lanes(self.variables[op.mask][0], EXTREME, self.only(run, op.edge))
             case Fold():
                 each = EXTREME if op.reducer not in ("sum", "prod", "count") else 1.0
                 self.fold(op, 2 * each if op.nan else each, run)

@@ -357,6 +357,8 @@ class _Emitter:
         axes, dtype = known
         if dtype in FLOATS and dtype is not DType.F32:
             return _Piece(f"{expr.name}.to(tl.float32)", axes)
+        if self.portable and dtype is DType.BOOL and not axes:  # else the interpreter spreads it as a number
+            return _Piece(f"(tl.full([], True, tl.int1) & {expr.name})", axes, ATOM, False)
         if dtype is DType.BOOL or dtype in FLOATS:
             return _Piece(expr.name, axes, ATOM, dtype in FLOATS)
         return _Piece(expr.name, axes, ATOM, False)
@@ -612,8 +614,8 @@ class _Emitter:
         self.depth -= 2
 
     def seen(self, op: Seen) -> None:
-        """Whether anything was present so far; in a whole tile everything is."""
-        found = f"{op.mask}.to(tl.int32)"
+        """Whether anything was present so far; in a whole tile everything is, as far as that is asked at edges."""
+        found = f"({op.mask}).to(tl.int32)"
         known = self.variable(op.mask)
         assert known is not None
         axes = list(known[0])
@@ -621,7 +623,7 @@ class _Emitter:
             found = f"tl.max({found}, {axes.index(rank)})"
             axes.remove(rank)
         tested = f"{op.name} = {op.name} | ({found} > 0)"
-        if self.always_edge:
+        if self.always_edge or not op.edge:
             self.line(tested)
             return
         for line in ("if EDGE:", f"    {tested}", "else:", f"    {op.name} = {op.name} | True"):
@@ -856,7 +858,9 @@ class _Emitter:
         self.depth = depth
         if re.search(rf"\b{rank}\b", "\n".join(body)):
             body.insert(0, "        " + self.whereabouts(self.kernel.axis(op.rank)))
-        made = {inner.name for inner in op.body if isinstance(inner, (Load, Let, Mask, Dot, Fold))} - set(op.carried)
+        made = {inner.name for inner in op.body if isinstance(inner, (Load, Let, Mask, Dot, Fold))}
+        made |= {name for inner in op.body if isinstance(inner, TopKept) for name in (inner.values, inner.coords)}
+        made -= set(op.carried)
         made |= {name for inner in op.body if isinstance(inner, Scan) for name in inner.names}
         made |= {one for inner in op.body if isinstance(inner, Redo) for one, _ in inner.picks}
         outer = self.taken(body, made | {rank, f"{rank}_first"}, op.carried)

@@ -6,6 +6,7 @@ without compiling again is every extent that no tile holds whole, as long as til
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import linecache
@@ -162,14 +163,18 @@ class Launcher:
     ) -> Iterator[KernelStep | RestStep]:
         """The kernel of a group; a stream that is shared takes a kernel more, which merges."""
         by_model = None if bench is None else dataclasses.replace(bench, effort="none")
+        shared = None
         if tiling.parts > 1:
-            kernel, merger, _ = planner.split(label, group, groups, tiling)
+            with contextlib.suppress(UnsupportedError):  # then one program has the whole stream
+                shared = planner.split(label, group, groups, tiling)
+        if shared is not None:
+            kernel, merger, _ = shared
             yield from self.before(planner, kernel, label, by_model)
             made = tuple((item.tensor.name, *place(item.tensor, merger)) for item in kernel.partial)
             yield KernelStep(kernel, emit(kernel, portable=interpreted()), merger.extents, made)
             yield from self.steps(merger, f"{label}_merge", by_model)
             return
-        kernel = planner.kernel(label, group, groups, tiling)
+        kernel = planner.kernel(label, group, groups, dataclasses.replace(tiling, parts=1))
         yield from self.before(planner, kernel, label, by_model)
         tensors = (planner.written(made, groups) for made in planner.stored(group, groups))
         made = tuple((tensor.name, *place(tensor, planner)) for tensor in tensors)

@@ -507,7 +507,7 @@ class _Lowering:
         """The presence of a state whose tiles were accumulated in place."""
         assert isinstance(stmt.expr, Reduce)
         body = self.peek(stmt.expr.body)
-        return self.present_after((*body, *conjuncts(stmt.where)), stmt.expr.ranks, stmt), None
+        return self.present_after(merged(body, self.tests(conjuncts(stmt.where))), stmt.expr.ranks, stmt), None
 
     def leave(self, trips: Trips, statements: Sequence[Stmt], states: Sequence[Stmt]) -> None:
         """Behind a loop: states have their last value, what depends on the tile alone is gone."""
@@ -622,7 +622,8 @@ class _Lowering:
         self.small_enough(stmt, {*self.shape(body.expr), *over})
         expr = self.tested(stmt, body, live, over, identity(reducer, self.type_of(body.expr)))
         if self.type_of(expr) in GROWING.get(reducer, ()):
-            expr = Cast(self.type_of_tensor(stmt.target.name), expr)
+            truths = reducer == "sum" and self.type_of(expr) is DType.BOOL
+            expr = Cast(DType.I32 if truths else self.type_of_tensor(stmt.target.name), expr)
         return expr, over, merged(self.present_after(live, ranks, stmt), outside)
 
     def nan_matters(self, stmt: Einsum) -> bool:
@@ -688,10 +689,9 @@ class _Lowering:
             fill = -wanted
         local = raw if isinstance(raw, Local) and raw.name in self.variables else None
         shared = [name for name, value in self.values.items() if value.expr == expr and local is not None]
-        if any(not set(tests) <= set(self.values[name].live) for name in shared):
-            shared = []
+        own = all(set(tests) <= set(self.values[name].live) for name in shared)  # and no filter of this statement's
         spread = self.spread({rank for part in (raw, *tests) for rank in self.shape(part)} | self.read_axes(tests))
-        if local is None or not shared or set(spread) != set(self.variables[local.name][0]):
+        if local is None or not shared or not own or set(spread) != set(self.variables[local.name][0]):
             local, shared = self.let(f"{defines(stmt)[0]}_kept", raw, spread), []
         axes = self.variables[local.name][0]
         for edge in (False, True):
@@ -700,7 +700,7 @@ class _Lowering:
                 self.ops.append(Keep(local.name, axes, self.mask(chosen, edge).name, fill, edge))
         for name in shared:
             value = self.values[name]
-            self.values[name] = Value(value.expr, merged(value.live, tests), float(wanted))
+            self.values[name] = Value(value.expr, value.live, float(wanted))
         return product([local, factor]) if factor != Const(1.0) else local
 
     def note_edges(self, stmt: Einsum, live: Sequence[Expr]) -> None:
@@ -758,7 +758,8 @@ class _Lowering:
         axes = self.spread({rank for test in tests for rank in self.test_ranks(test)} - set(ranks))
         over = self.spread(ranks)
         stream = self.group.arrangement.stream
-        if self.streaming and not any(self.concerns(test, (stream,)) for test in tests):  # known before the loop
+        if self.streaming and stream is not None and not any(self.concerns(test, (stream,)) for test in tests):
+            # known before the loop
             here, masks = self.ops, self.masks
             self.ops, self.masks, self.streaming = self.outer[-1], {}, False
             found = self.somebody(tests, ranks)
@@ -773,8 +774,9 @@ class _Lowering:
         state = self.variable("seen", axes, DType.BOOL)
         self.outer[-1].append(Start(state, axes, Const(False), DType.BOOL))
         self.presence[tests] = state
-        mask = self.mask(tests, True)
-        self.ops.append(Seen(state, axes, mask.name, tuple(r for r in over if r in self.variables[mask.name][0])))
+        edge = all(map(self.is_edge, tests))
+        mask = self.mask(tests, edge)
+        self.ops.append(Seen(state, axes, mask.name, tuple(r for r in over if r in self.variables[mask.name][0]), edge))
         return Local(state)
 
     def any_of(self, mask: Local, axes: tuple[str, ...], over: tuple[str, ...]) -> Expr:
@@ -811,6 +813,8 @@ class _Lowering:
         """The kept values and coordinates of a row that is whole in the tile."""
         axes = self.spread(stmt.values.ranks)
         body = self.expression(stmt.body)
+        if self.type_of(body.expr) in (DType.I8, DType.I32, DType.I64):
+            raise unsupported("a topk of integers, which kernels would order as floats of 32 bits", stmt)
         live = merged(body.live, self.tests(conjuncts(stmt.where)), self.tails((stmt.rank,)))
         source = body.expr if isinstance(body.expr, Local) else self.let(f"{stmt.values.name}_body", body.expr)
         tests = tuple(test for test in live if self.reaches(test, (stmt.rank,)))
@@ -968,6 +972,9 @@ class _Lowering:
         if sides is None or (into is not None and sides[2]):
             return None
         left_terms, right_terms, rest = sides
+        tests = merged(self.tests(conjuncts(stmt.where)), *map(self.peek, (*left_terms, *right_terms)))
+        if any({*axes} <= self.test_ranks(test) and self.concerns(test, over) for test in tests):
+            return None  # no side alone can be 0 where it fails
         live: tuple[Expr, ...] = ()
         variable = into[0].name if into is not None else ""
         for number, (rank, start) in enumerate(self.setting.pieces.get(over[0], ((over[0], 0),))):
@@ -975,6 +982,7 @@ class _Lowering:
             mine = [[substitute(term, {over[0]: place}) for term in terms] for terms in (left_terms, right_terms)]
             left, right, tests, wide = self.operands(stmt, mine[0], mine[1], axes, rank)
             live = merged(live, tests)
+            wide = tuple(test for test in wide if axes[1] not in self.test_ranks(test))
             present, edge = self.present(right, wide) if into is None else (None, False)
             exact = DType.F32 in (self.variables[left.name][1], self.variables[right.name][1])
             if into is not None and number == 0:
@@ -1160,7 +1168,7 @@ class _Lowering:
         return f"{read.tensor}'" if last else read.tensor
 
     def counted(self, expr: Apply) -> Apply:
-        """An operation on truth values alone, which Triton would carry out in one bit, on integers or as a logical one."""
+        """An operation on truth values alone, on integers or as a logical one: Triton would carry it out in one bit."""
         if expr.op in LOGICAL or any(self.type_of(arg) is not DType.BOOL for arg in expr.args):
             return expr
         if expr.op in ("min", "max"):
@@ -1512,8 +1520,8 @@ RESERVED = frozenset(keyword.kwlist) | {
 """Names that mean something in the text of a kernel."""
 SHORT_FLOATS = (DType.BF16, DType.F16)
 LOGICAL = ("and", "or", "not", "eq", "ne", "select")
-GROWING = {"sum": (DType.I8, DType.I32), "prod": (DType.BOOL, DType.I8, DType.I32)}
-"""Types of elements that a reduction of a tile would overflow: Triton adds truth values as integers of 32 bits."""
+GROWING = dict.fromkeys(("sum", "prod"), (DType.BOOL, DType.I8, DType.I32))
+"""Types of elements that a reduction of a tile would overflow."""
 
 
 def live_ops(ops: Sequence[Op]) -> list[Op]:

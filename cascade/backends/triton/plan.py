@@ -183,12 +183,13 @@ class Redo:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """`name` := itself, or whether a mask holds anywhere along some axes; true in whole tiles."""
+    """`name` := itself, or whether a mask holds anywhere along some axes; true in whole tiles where `edge` is set."""
 
     name: str
     axes: tuple[str, ...]
     mask: str
     over: tuple[str, ...]
+    edge: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,7 +381,8 @@ def render_op(op: Op) -> list[str]:
             taken = "".join(f", {one} of {tile}" for one, tile in op.picks)
             return [f"{op.name} not finite: one by one along {op.over} {op.after} = {render_expr(op.expr)}{taken}"]
         case Seen():
-            return [f"{_over(op.name, op.axes)} = {op.name} or any[{','.join(op.over)}] {op.mask}"]
+            always = "" if op.edge else "always "
+            return [f"{always}{_over(op.name, op.axes)} = {op.name} or any[{','.join(op.over)}] {op.mask}"]
         case TopKept():
             return [f"{_over(op.values, op.axes)}, {op.coords} = topk[{op.over}, {op.count}] {op.source}"]
         case Carry():

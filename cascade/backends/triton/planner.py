@@ -372,6 +372,8 @@ class Planner:
         cascade = merging(
             f"{name}_merge", fixed, kernel.partial, part, stored, self.shapes, inner.sizes, inner.extents, self.dtypes
         )
+        if unseen := [param.name for param in cascade.params if param.name in self.hidden or param.name in self.lives]:
+            raise unsupported(f"{unseen[0]}, of which some coordinates are absent, where parts are merged")
         layouts = dict(self.layouts)
         for item in kernel.partial:
             shape = tuple(inner.number(size) for size in item.tensor.shape)
@@ -430,9 +432,10 @@ class Planner:
         return dataclasses.replace(tensor, shape=tuple(static.size(size) for size in tensor.shape))
 
     def feeds_product(self, name: str, groups: Sequence[Group | Rest]) -> bool:
-        """Whether a tensor is an operand of a matrix product of a later group."""
+        """Whether a tensor is an operand of a matrix product of a later group that is not one in full precision."""
         for group in groups:
-            for stmt in group.statements if isinstance(group, Group) and name not in group.names else ():
+            tensor_cores = isinstance(group, Group) and name not in group.names and not self.exact(group)
+            for stmt in group.statements if tensor_cores else ():
                 found = matrix_product(stmt)
                 terms = () if found is None else (*found.left, *found.right)
                 if any(isinstance(node, Read) and node.tensor == name for term in terms for node in walk(term)):

@@ -39,10 +39,10 @@ from cascade.backends.triton.partition import Group
 from cascade.backends.triton.planner import Planner, Tiling
 from cascade.backends.triton.split import divisible
 from cascade.backends.triton.tune import candidates
-from cascade.errors import CallError, CascadeError
+from cascade.errors import CallError, CascadeError, InternalError
 from cascade.frontend.build import parse_cascade
 from cascade.interp import Precision, run
-from cascade.ir import Apply, Cascade, Const, DType, Einsum, Expr, Param, Rank, Read, Reduce, Result, TopK
+from cascade.ir import Apply, Cascade, Const, DType, Einsum, Expr, Param, Rank, Read, Reduce, Result, Target, TopK
 from cascade.pipeline import run_pipeline
 from cascade.text import render
 from cascade.trial import unlike
@@ -621,7 +621,7 @@ def inputs_of(case: Case, program: Cascade, draw: int = 0) -> dict[str, Tensor]:
 def data(param: Param, shape: tuple[int, ...], case: Case, generator: torch.Generator) -> Tensor:
     """The numbers of a parameter, by its name."""
     match param.name[0]:
-        case "F" | "V":
+        case "F" | "V" | "X" | "Y" | "A" | "B" | "G" | "W":
             noise = torch.randn(shape, generator=generator)
             return (noise * GRID).round() / GRID if case.seed % 2 else noise
         case "T":
@@ -724,6 +724,8 @@ def examine(case: Case) -> Finding | str | None:
             with limits(case.variant), filled_with_nan():
                 call = call or call_for(case, program)
                 ours = call(**inputs, **given)
+        except InternalError as error:
+            return Finding("the passes: InternalError", str(error).splitlines()[0])
         except Exception as error:  # whatever is raised is a finding
             where = traceback.extract_tb(error.__traceback__)[-1]
             first = (str(error).strip().splitlines() or [""])[0]
@@ -794,15 +796,15 @@ def simpler(case: Case) -> Iterator[Case]:
 
 
 def without_parts(program: Cascade) -> Iterator[Cascade]:
-    """The program less a result, less a statement whose result becomes a parameter, less a filter or a fill."""
+    """The program less a result, with what a result reads instead, less a statement whose result becomes a parameter,
+    less a filter or a fill, with a wider type."""
     for result in program.results if len(program.results) > 1 else ():
         yield dataclasses.replace(program, results=tuple(r for r in program.results if r is not result))
+    for target in (target for stmt in program.body for target in targets(stmt)):
+        yield dataclasses.replace(program, results=(Result(target.name, None, shape_of(target)),))
     for stmt in program.body:
         results = tuple(r for r in program.results if r.name not in defines(stmt))
-        sizes = {rank: rank.upper() for target in targets(stmt) for rank in target.ranks if not rank.startswith("z")}
-        made = tuple(
-            Param(t.name, DType.F32, tuple(sizes.get(rank, rank[1:]) for rank in t.ranks)) for t in targets(stmt)
-        )
+        made = tuple(Param(t.name, DType.F32, shape_of(t)) for t in targets(stmt))
         body = tuple(s for s in program.body if s is not stmt)
         if results and body:
             yield dataclasses.replace(program, params=(*program.params, *made), results=results, body=body)
@@ -817,6 +819,11 @@ def without_parts(program: Cascade) -> Iterator[Cascade]:
         if param.dtype in (DType.F16, DType.BF16, DType.I64):
             wide = dataclasses.replace(param, dtype=DType.I32 if param.dtype is DType.I64 else DType.F32)
             yield dataclasses.replace(program, params=tuple(wide if p is param else p for p in program.params))
+
+
+def shape_of(target: Target) -> tuple[int | str, ...]:
+    """The shape of a tensor, by the names of its ranks."""
+    return tuple(int(rank[1:]) if rank.startswith("z") else rank.upper() for rank in target.ranks)
 
 
 def without_expressions(program: Cascade) -> Iterator[Cascade]:

@@ -171,17 +171,20 @@ class _Lowering:
 
     def store_partial(self, trips: Trips, part: str) -> None:
         """Writes the states of this part of the stream as they are, for a kernel that merges them."""
-        kept: list[tuple[str, ...]] = []
+        flags: dict[Local, list[tuple[str, ...]]] = {Local(state): [] for state in self.presence.values()}
         for stmt in self.group.statements:
             for target in targets(stmt):
                 if trips.kind[target.name] == "state":
-                    kept.append(target.ranks)
                     value = self.values[target.name]
-                    live = tuple(t for t in value.live if not any(isinstance(node, Local) for node in walk(t)))
-                    self.store_part(target.name, value.expr, part, target.ranks, live)
-        for state in self.presence.values():
-            common = tuple(rank for rank in kept[0] if all(rank in ranks for ranks in kept))
-            self.store_part(state, Local(state), part, common)
+                    self.store_part(target.name, value.expr, part, target.ranks, value.live)
+                    for flag in flags.keys() & set(value.live):
+                        flags[flag].append(target.ranks)
+        if any(isinstance(n, Local) and n not in flags for p in self.partial for t in p.live for n in walk(t)):
+            raise unsupported("states in parts under a test on what their kernel makes")
+        for flag, kept in flags.items():
+            if kept:
+                common = tuple(rank for rank in kept[0] if all(rank in ranks for ranks in kept))
+                self.store_part(flag.name, flag, part, common)
 
     def store_part(self, name: str, expr: Expr, part: str, ranks: tuple[str, ...], live: tuple[Expr, ...] = ()) -> None:
         """Writes one state to a tensor of its own, in the type it is carried in."""
@@ -1168,7 +1171,7 @@ class _Lowering:
         return f"{read.tensor}'" if last else read.tensor
 
     def counted(self, expr: Apply) -> Apply:
-        """An operation on truth values alone, on integers or as a logical one: Triton would carry it out in one bit."""
+        """An operation on truth values alone, on integers or as a logical one: Triton has one bit for it."""
         if expr.op in LOGICAL or any(self.type_of(arg) is not DType.BOOL for arg in expr.args):
             return expr
         if expr.op in ("min", "max"):

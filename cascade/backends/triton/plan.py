@@ -273,7 +273,7 @@ class Options:
 class Partial:
     """A state that a program leaves for a later kernel to merge: the tensor, its ranks behind that of the part.
 
-    `live` are the tests under which the state is present, whatever the parts have seen.
+    `live` are the tests under which the state is present; a local is a flag that is left like a state.
     """
 
     state: str

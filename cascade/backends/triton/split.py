@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from cascade.backends.triton.lower import Trips, guarded_merge, reducer_of
 from cascade.backends.triton.partition import Group
@@ -25,6 +25,7 @@ from cascade.ir import (
     Einsum,
     Expr,
     Extent,
+    Local,
     Param,
     Rank,
     Read,
@@ -72,12 +73,13 @@ def merging(
     tensors = {item.state: item for item in partial}
     flags = [item for item in partial if trips.kind.get(item.state) != "state"]
     body: list[Stmt] = [_seen(item, part) for item in flags]
-    there = _all_of(*(Read(item.state, tuple(map(Rank, item.ranks))) for item in flags))
+    seen = {item.state: Read(item.state, tuple(map(Rank, item.ranks))) for item in flags}
     for stmt in group.statements:
         kind = trips.kind[defines(stmt)[0]]
         if kind == "state":
             assert isinstance(stmt, Einsum)
-            body.append(_merged(stmt, group, tensors, part, _all_of(there, *tensors[stmt.target.name].live)))
+            tests = (seen[t.name] if isinstance(t, Local) else t for t in tensors[stmt.target.name].live)
+            body.append(_merged(stmt, group, tensors, part, _all_of(tests)))
         elif kind in ("of state", "after", "before"):
             body.append(stmt)
     body = _needed(body, {result.name for result in results})
@@ -111,9 +113,9 @@ def _needed(body: Sequence[Stmt], results: Collection[str]) -> list[Stmt]:
     return found[::-1]
 
 
-def _all_of(*tests: Expr | None) -> Expr | None:
+def _all_of(tests: Iterable[Expr]) -> Expr | None:
     """The tests as one; None where there are none."""
-    known = [test for test in tests if test is not None]
+    known = list(tests)
     return functools.reduce(lambda a, b: Apply("and", (a, b)), known) if known else None
 
 

@@ -143,7 +143,12 @@ class Lifter:
             raise Refused("pointwise", f"'{name}' keeps {self.rank} and reduces it")
         if across := self.varies(stmt, expr, trip):
             raise Refused("pointwise", f"'{name}' folds {across} as well, and the state differs along it")
+        side = self.side(trip)
+        if where is not None and any(isinstance(node, Read) and side(node) == "r" for node in walk(where)):
+            raise Refused("domain", "its filter depends on the state")
         made = self.replaced(stmt, expr, where, trip, reducer)
+        if lost := set(folded(stmt)) - {rank for made_of in made.statements for rank in _indexed(operand(made_of))}:
+            raise Refused("form", f"nothing that is left of it tells the extent of {min(lost)}")
         self.place(stmt, made, trip)
         self.record(stmt, made, trip, tuple(producers), reducer)
 
@@ -640,3 +645,9 @@ def _live(cascade: Cascade, body: Sequence[Stmt], merges: Mapping[str, Expr]) ->
             moved = merges.get(name)
             wanted += [n.tensor.rstrip("'") for n in walk(moved) if isinstance(n, Read)] if moved is not None else []
     return [stmt for stmt in body if seen & set(defines(stmt))]
+
+
+def _indexed(expr: Expr | None) -> set[str]:
+    """The ranks that stand alone as an index of some tensor: their extents are known."""
+    nodes = () if expr is None else walk(expr)
+    return {part.name for node in nodes if isinstance(node, Read) for part in node.index if isinstance(part, Rank)}

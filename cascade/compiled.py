@@ -120,7 +120,7 @@ class Compiled:
                 )
             )
         if id(trace) not in self._launchers:
-            self._launchers[id(trace)] = launch.Launcher(trace.final, self.effort)
+            self._launchers[id(trace)] = launch.Launcher(trace.final, self.effort, trace.source)
         found: tuple[Any, ...] | None = self._launchers[id(trace)](inputs, sizes)
         return found
 

@@ -693,7 +693,8 @@ def call_for(case: Case, program: Cascade) -> Callable[..., object]:
     """What runs the kernels of a case, as a function of tensors and sizes."""
     if case.variant == "own":
         return cascade.compile(case.text, backend="triton")
-    return call_of(Varied(run_pipeline(program).final, variant=case.variant, rng=random.Random(case.seed)))
+    final = run_pipeline(program).final
+    return call_of(Varied(final, source=program, variant=case.variant, rng=random.Random(case.seed)))
 
 
 def given_of(case: Case, program: Cascade) -> dict[str, int]:

@@ -147,7 +147,7 @@ class Lifter:
         if where is not None and any(isinstance(node, Read) and side(node) == "r" for node in walk(where)):
             raise Refused("domain", "its filter depends on the state")
         made = self.replaced(stmt, expr, where, trip, reducer)
-        if lost := set(folded(stmt)) - {rank for made_of in made.statements for rank in _indexed(operand(made_of))}:
+        if lost := {rank for new in made.statements for rank in set(folded(new)) - _indexed(operand(new))}:
             raise Refused("form", f"nothing that is left of it tells the extent of {min(lost)}")
         self.place(stmt, made, trip)
         self.record(stmt, made, trip, tuple(producers), reducer)

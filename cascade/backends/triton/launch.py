@@ -35,8 +35,8 @@ from cascade.backends.triton.planner import Layout, Planner, Tiling
 from cascade.backends.triton.relaunch import Relaunch, relaunch
 from cascade.backends.triton.tune import Choice, Timer, choose
 from cascade.errors import UnsupportedError
-from cascade.inference import bind_sizes
-from cascade.ir import Cascade
+from cascade.inference import bind_sizes, infer_dtypes
+from cascade.ir import Cascade, DType
 from cascade.settings import settings
 from cascade.values import FROM_TORCH, TORCH_TYPES, Precision
 
@@ -63,6 +63,7 @@ class Launcher:
 
     cascade: Cascade
     effort: str = "none"
+    source: Cascade | None = None  # as it was written: what passes made of it may have finer types
     plans: dict[Any, CallPlan | None] = field(default_factory=dict)
     choices: dict[str, Choice] = field(default_factory=dict)  # by kernel, of the last plan
     refused: dict[str, set[Tiling]] = field(default_factory=dict)  # by kernel: what the device has no room for
@@ -127,7 +128,8 @@ class Launcher:
             return None
         layouts = {name: layout(tensor) for name, tensor in inputs.items()}
         moving = self.moving(extents)
-        planner = Planner(self.cascade, extents, layouts, has_descriptors(inputs), moving)
+        cascade = self.typed({name: layout.dtype for name, layout in layouts.items()})
+        planner = Planner(cascade, extents, layouts, has_descriptors(inputs), moving)
         device = next((t.device for t in inputs.values()), torch.device("cpu" if interpreted() else "cuda"))
         bench = None if interpreted() else Bench(device, self.effort, dict(inputs))
         steps = []
@@ -136,6 +138,17 @@ class Launcher:
             if bench is not None:
                 bench.advance(step)
         return CallPlan(tuple(result.name for result in self.cascade.results), tuple(steps), device)
+
+    def typed(self, inputs: Mapping[str, DType]) -> Cascade:
+        """The cascade with results of the types that they have as written."""
+        if self.source is None:
+            return self.cascade
+        wanted, found = infer_dtypes(self.source, inputs), infer_dtypes(self.cascade, inputs)
+        changed = {r.name: wanted[r.name] for r in self.cascade.results if wanted[r.name] is not found[r.name]}
+        if not changed:
+            return self.cascade
+        results = (dataclasses.replace(r, dtype=changed.get(r.name, r.dtype)) for r in self.cascade.results)
+        return dataclasses.replace(self.cascade, results=tuple(results))
 
     def moving(self, extents: Mapping[str, int]) -> frozenset[str]:
         """The shape symbols that change from call to call: kernels then hold for all their values."""

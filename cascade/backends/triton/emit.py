@@ -484,8 +484,17 @@ class _Emitter:
         return piece.text if piece.level == ATOM else f"({piece.text})"
 
     def all_of(self, tests: Sequence[Expr], axes: Sequence[str]) -> str:
-        """That all tests hold; one alone needs no brackets."""
-        return self.text(tests[0], axes) if len(tests) == 1 else " & ".join(self.enclosed(t, axes) for t in tests)
+        """That all tests hold; one alone needs no brackets.
+
+        Those of one number choose between those of a tile and none: Triton's interpreter cannot join the two.
+        """
+        if len(tests) == 1:
+            return self.text(tests[0], axes)
+        single = [self.enclosed(test, ()) for test in tests if not self.piece(test).axes]
+        tiles = [self.enclosed(test, axes) for test in tests if self.piece(test).axes]
+        if single and tiles:
+            return f"tl.where({' & '.join(single)}, {' & '.join(tiles)}, False)"
+        return " & ".join(single or tiles)
 
     def raw(self, expr: Expr, axes: Sequence[str]) -> str:
         """An expression that is about to be converted: data is not widened first."""

@@ -28,14 +28,14 @@ from cascade import __version__, interp
 from cascade.backends.triton.emit import Argument, Source, emit, permutation
 from cascade.backends.triton.machine import Machine, machine_for
 from cascade.backends.triton.explain import Launch, describe
-from cascade.backends.triton.partition import Group, Rest
+from cascade.backends.triton.partition import Group, Rest, power_of_two, reduced_ranks
 from cascade.backends.triton.plan import Kernel
 from cascade.backends.triton.plan import Tensor as PlannedTensor
 from cascade.backends.triton.planner import Layout, Planner, Tiling
 from cascade.backends.triton.relaunch import Relaunch, relaunch
 from cascade.backends.triton.tune import Choice, Timer, choose
 from cascade.errors import UnsupportedError
-from cascade.inference import bind_sizes, infer_dtypes
+from cascade.inference import bind_sizes, infer_dtypes, infer_shapes
 from cascade.ir import Cascade, DType
 from cascade.settings import settings
 from cascade.values import FROM_TORCH, TORCH_TYPES, Precision
@@ -44,7 +44,11 @@ Groups: TypeAlias = Sequence[Group | Rest]
 
 
 INTERPRETED = 4  # multiprocessors that the interpreter stands for: fewer than most grids have tiles
-SETTLED = 2  # different values of a shape symbol up to which each may have a kernel that is made for it
+SETTLED = 1  # different values of a shape symbol up to which each may have a kernel that is made for it
+ROOM = 32  # times an extent that changes, to a power of two: up to there the kernels serve that are made for it
+ROOM_ALONG = 8  # the same where something is reduced along it: tiles that are too wide cost more there
+ALIGNED = 16  # elements: what Triton asks strides for
+LONG = 4096  # extent that one is supposed to reach along which something is reduced: a stream loses little by that
 
 
 def interpreted() -> bool:
@@ -69,6 +73,13 @@ class Launcher:
     refused: dict[str, set[Tiling]] = field(default_factory=dict)  # by kernel: what the device has no room for
     extents: dict[str, set[int]] = field(default_factory=dict)  # that calls had, by shape symbol
     tilings: dict[Any, Tiling] = field(default_factory=dict)  # by what a choice depends on
+    assumed: dict[str, list[int]] = field(default_factory=dict)  # by shape symbol: extents that kernels were made for
+    reduced: frozenset[str] = field(init=False)  # the shape symbols of ranks along which something is reduced
+
+    def __post_init__(self) -> None:
+        sizes = infer_shapes(self.cascade).ranks
+        found = (sizes[rank] for stmt in self.cascade.body for rank in reduced_ranks(stmt))
+        self.reduced = frozenset(size for size in found if isinstance(size, str))
 
     def __call__(self, inputs: Mapping[str, Tensor], sizes: Mapping[str, int]) -> tuple[Tensor, ...] | None:
         """The results for these tensors, all of them on one device that kernels run on.
@@ -127,9 +138,7 @@ class Launcher:
         if 0 in extents.values() or any(0 in t.shape for t in inputs.values()):
             return None
         layouts = {name: layout(tensor) for name, tensor in inputs.items()}
-        moving = self.moving(extents)
-        cascade = self.typed({name: layout.dtype for name, layout in layouts.items()})
-        planner = Planner(cascade, extents, layouts, has_descriptors(inputs), moving)
+        planner = self.planner(extents, layouts, has_descriptors(inputs))
         device = next((t.device for t in inputs.values()), torch.device("cpu" if interpreted() else "cuda"))
         bench = None if interpreted() else Bench(device, self.effort, dict(inputs))
         steps = []
@@ -138,6 +147,13 @@ class Launcher:
             if bench is not None:
                 bench.advance(step)
         return CallPlan(tuple(result.name for result in self.cascade.results), tuple(steps), device)
+
+    def planner(self, extents: Mapping[str, int], layouts: Mapping[str, Layout], descriptors: bool) -> Planner:
+        """The planner of a call, which knows what earlier calls had otherwise."""
+        moving = self.moving(extents)
+        cascade = self.typed({name: layout.dtype for name, layout in layouts.items()})
+        supposed = {symbol: self.supposed(symbol, extents[symbol]) for symbol in sorted(moving)}
+        return Planner(cascade, extents, layouts, descriptors, moving, supposed)
 
     def typed(self, inputs: Mapping[str, DType]) -> Cascade:
         """The cascade with results of the types that they have as written."""
@@ -155,6 +171,20 @@ class Launcher:
         for symbol, extent in extents.items():
             self.extents.setdefault(symbol, set()).add(extent)
         return frozenset(symbol for symbol, seen in self.extents.items() if len(seen) > SETTLED)
+
+    def supposed(self, symbol: str, extent: int) -> int:
+        """What is planned for where an extent changes: one that it does not exceed, the same for many calls.
+
+        Not for far fewer coordinates, unless they are a stream: tiles of a product would be nearly empty.
+        """
+        known = self.assumed.setdefault(symbol, [])
+        reduced = symbol in self.reduced
+        fits = [each for each in known if extent <= each and (reduced or each <= extent * ROOM * ROOM)]
+        if not fits:
+            most = power_of_two(extent)
+            fits = [max(LONG, ROOM_ALONG * most) if reduced else ROOM * most]
+            known.extend(fits)
+        return min(fits)
 
     def steps(self, planner: Planner, name: str, bench: Bench | None) -> Iterator[KernelStep | RestStep]:
         """What computes a cascade, in order."""
@@ -263,7 +293,8 @@ class CallPlan:
         device = self.device
         for step in self.steps:
             for name, shape, dtype in step.made:
-                tensors[name] = torch.empty(shape, dtype=dtype, device=device)
+                made = torch.empty if name in self.results else spaced
+                tensors[name] = made(shape, dtype=dtype, device=device)
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 self.run(tensors)
@@ -274,6 +305,17 @@ class CallPlan:
     def run(self, tensors: dict[str, Tensor]) -> None:
         for step in self.steps:
             step(tensors)
+
+
+def spaced(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor between kernels whose rows begin at multiples of 16 elements, whatever its extents.
+
+    Triton compiles anew where a stride is such a multiple and was none before.
+    """
+    if len(shape) < 2 or shape[-1] == 1 or not shape[-1] % ALIGNED:
+        return torch.empty(shape, dtype=dtype, device=device)  # of rows of one element kernels know the stride
+    row = -(-shape[-1] // ALIGNED) * ALIGNED
+    return torch.empty((*shape[:-1], row), dtype=dtype, device=device)[..., : shape[-1]]
 
 
 @dataclass(slots=True, eq=False)

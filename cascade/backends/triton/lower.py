@@ -52,7 +52,7 @@ class Setting:
     dtypes: Mapping[str, DType]  # nominal types of everything
     results: Mapping[str, Result]  # what is stored, with its fill; other groups' inputs have none
     extents: Mapping[str, Size]  # of every rank
-    numbers: Mapping[str, int]  # of every rank and shape symbol, in this kind of call: proofs use them
+    numbers: Mapping[str, Size]  # of every rank and shape symbol, in this kind of call: proofs use them
     options: Options = field(default=Options())
     index: Mapping[Expr, Entry] = field(default_factory=dict)  # where the bounds of tests on data are found
     lives: Mapping[str, tuple[tuple[str, ...], tuple[Expr, ...]]] = field(default_factory=dict)
@@ -62,6 +62,7 @@ class Setting:
     within: Mapping[str, int] = field(default_factory=dict)
     """Where coordinates of tiles are gone through one by one: how many make a tile, also of the stream."""
     split: str | None = None  # the rank that counts the parts of the stream, where each program has one of them
+    most: Mapping[str, int] = field(default_factory=dict)  # what shape symbols do not exceed that are no numbers above
 
 
 @dataclass(frozen=True, slots=True)
@@ -579,7 +580,8 @@ class _Lowering:
     def numbered(self, expr: Expr) -> Expr:
         """An expression with the extents of this kind of call as numbers."""
         numbers = self.setting.numbers
-        return rewrite(expr, lambda e: Const(numbers[e.name]) if isinstance(e, Extent) and e.name in numbers else e)
+        known = {name: size for name, size in numbers.items() if isinstance(size, int)}
+        return rewrite(expr, lambda e: Const(known[e.name]) if isinstance(e, Extent) and e.name in known else e)
 
     def reduction(self, stmt: Einsum) -> Value:
         """A reduction of the tile at hand, over those of its ranks that are dimensions of it."""
@@ -1223,10 +1225,15 @@ class _Lowering:
         ranks = [node.name for node in leaves if isinstance(node, Rank)]
         if not plain or len(ranks) < 2 or self.type_of(expr) is not DType.I32:
             return expr
-        sizes = [abs(int(n.value)) for n in leaves if isinstance(n, Const)] + [self.setting.numbers[r] for r in ranks]
+        sizes = [abs(int(n.value)) for n in leaves if isinstance(n, Const)] + list(map(self.most, ranks))
         if sum(sizes) >= 1 << 24:
             return expr
         return rewrite(expr, lambda node: Cast(DType.F32, node) if isinstance(node, Rank) else node)
+
+    def most(self, rank: str) -> int:
+        """The extent of a rank, or what it does not exceed where it changes from call to call."""
+        size = self.setting.numbers[rank]
+        return size if isinstance(size, int) else self.setting.most[size]
 
     def extreme(self, expr: Reduce) -> Value:
         """The extreme of a loaded tile that a loop bound asks for."""

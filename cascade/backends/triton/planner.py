@@ -89,7 +89,9 @@ class Planner:
     layouts: Mapping[str, Layout]  # of the parameters
     descriptors: bool = True  # whether the device has TMA
     moving: frozenset[str] = frozenset()  # shape symbols that change from call to call: no tile counts on them
-    ranks: dict[str, int] = field(init=False)
+    supposed: Mapping[str, int] = field(default_factory=dict)  # of those, extents that are no less: choices suit these
+    ranks: dict[str, int] = field(init=False)  # the extents that choices are made for
+    actual: dict[str, int] = field(init=False)  # those of this call
     sizes: dict[str, Size] = field(init=False)
     dtypes: dict[str, DType] = field(init=False)
     shapes: dict[str, tuple[Size, ...]] = field(init=False)
@@ -101,12 +103,18 @@ class Planner:
     def __post_init__(self) -> None:
         shapes = infer_shapes(self.cascade)
         self.sizes, self.shapes = dict(shapes.ranks), dict(shapes.tensors)
-        self.ranks = {rank: self.number(size) for rank, size in shapes.ranks.items()}
+        self.actual = {rank: self.number(size) for rank, size in shapes.ranks.items()}
+        self.ranks = {rank: size if isinstance(size, int) else self.typical[size] for rank, size in self.sizes.items()}
         self.absent = may_be_absent(self.cascade)
         self.dtypes = infer_dtypes(self.cascade, {name: layout.dtype for name, layout in self.layouts.items()})
 
     def number(self, size: Size) -> int:
         return size if isinstance(size, int) else self.extents[size]
+
+    @property
+    def typical(self) -> dict[str, int]:
+        """The extents of shape symbols that choices are made for."""
+        return {**self.extents, **self.supposed}
 
     def groups(self) -> tuple[Group | Rest, ...]:
         """The statements by kernel."""
@@ -206,13 +214,18 @@ class Planner:
             tuple(Result(n, t.dtype, self.numbers(n), self.result(n).fill) for n, t in written.items()),
             tuple(map(self.sized, body)),
             uses=self.cascade.uses,
-            given=tuple(Given(rank, self.ranks[rank]) for rank in dict.fromkeys(r for s in body for r in all_ranks(s))),
+            given=tuple(Given(r, self.actual[r]) for r in dict.fromkeys(r for s in body for r in all_ranks(s))),
         )
 
     def sized(self, stmt: Stmt) -> Stmt:
         """A statement with the extents of this kind of call as numbers."""
         changed = map_expressions(stmt, lambda expr: rewrite(expr, _Static(self.extents).constant))
         return dataclasses.replace(changed, k=self.number(changed.k)) if isinstance(changed, TopK) else changed
+
+    def proving(self) -> dict[str, Size]:
+        """What proofs may use of extents, by rank and by shape symbol: of one that moves, that it is one number."""
+        known: dict[str, Size] = {s: s if s in self.moving else extent for s, extent in self.extents.items()}
+        return {rank: size if isinstance(size, int) else known[size] for rank, size in self.sizes.items()} | known
 
     def numbers(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor in this kind of call."""
@@ -249,7 +262,7 @@ class Planner:
         tensors = {n: self.fixed(self.tensor(n, self.feeds_product(n, groups)), static) for n in names}
         results = {n: self.result(n) for n in stored}
         extents = {rank: static.size(self.sizes[rank]) for rank in self.sizes}
-        numbers = {**self.ranks, **self.extents}
+        numbers = self.proving()
         index = self.index(fixed, axes)
         entries = {} if index is None else index.entries
         for table, shape in ({} if index is None else index.shapes).items():
@@ -261,7 +274,10 @@ class Planner:
         if unseen := [n for n in names if n in self.hidden and n not in stored]:
             raise unsupported(f"{unseen[0]}, of which some coordinates are absent, between two kernels")
         lives = {n: self.lives[n] for n in names if n in self.lives}
-        setting = Setting(axes, tensors, dtypes, results, extents, numbers, tiling.options, entries, lives, split=part)
+        setting = Setting(
+            axes, tensors, dtypes, results, extents, numbers, tiling.options, entries, lives, split=part,
+            most=self.typical,
+        )  # fmt: skip
         try:
             kernel = lower(name, fixed, self.in_pieces(setting, group))
         except InPieces:
@@ -344,12 +360,13 @@ class Planner:
         read = {node.tensor for test in tests for node in walk(test) if isinstance(node, Read)}
         if not tests or not read <= set(params):
             return None
-        return index_of(tests, stream, rows, tiles, self.sizes, self.ranks, self.shapes, self.dtypes)
+        return index_of(tests, stream, rows, tiles, self.sizes, self.actual, self.shapes, self.dtypes)
 
     def indexer(self, index: Index) -> Planner:
         """The planner of an index."""
         layouts = {param.name: self.layouts[param.name] for param in index.cascade.params}
-        return Planner(index.cascade, {**self.extents, **index.sizes}, layouts, self.descriptors, self.moving)
+        extents = {**self.extents, **index.sizes}
+        return Planner(index.cascade, extents, layouts, self.descriptors, self.moving, self.supposed)
 
     def split(
         self, name: str, group: Group, groups: Sequence[Group | Rest], tiling: Tiling
@@ -360,6 +377,7 @@ class Planner:
         part, parts = fresh(f"{stream}_part", set(self.sizes)), fresh(f"{stream.upper()}_PARTS", set(self.extents))
         inner = copy.copy(self)
         inner.sizes, inner.ranks = {**self.sizes, part: parts}, {**self.ranks, part: tiling.parts}
+        inner.actual = {**self.actual, part: tiling.parts}
         inner.extents = {**self.extents, parts: tiling.parts}
         kernel, fixed = inner.lowered(name, group, groups, tiling, part)
         stored = [
@@ -379,7 +397,7 @@ class Planner:
             shape = tuple(inner.number(size) for size in item.tensor.shape)
             layouts[item.tensor.name] = Layout(shape, contiguous(shape), item.tensor.dtype, True)
         own = {param.name: layouts.get(param.name) or self.made(param.name, groups) for param in cascade.params}
-        merger = Planner(cascade, inner.extents, own, self.descriptors, self.moving)
+        merger = Planner(cascade, inner.extents, own, self.descriptors, self.moving, self.supposed)
         return kernel, merger, merger.groups()
 
     def written(self, name: str, groups: Sequence[Group | Rest]) -> Tensor:
@@ -587,7 +605,7 @@ class Planner:
         return (*sizes, *((name, self.tensor(name).dtype, self.tensor(name).described) for name in read))
 
     def about(self, rank: str, role: Role, fixed: bool) -> tuple[str, int]:
-        """The size of a rank, roughly: to a factor of 2, or of 16 where it changes from call to call.
+        """The size of a rank, roughly: to a factor of 2, or what is supposed where it changes from call to call.
 
         A tile that has a rank whole must be no shorter, and where it is `fixed` the extent is a number of the kernel.
         """
@@ -595,7 +613,7 @@ class Planner:
         if role is Role.WHOLE:
             return ("is", extent) if fixed else ("up to", power_of_two(extent))
         bits = (extent - 1).bit_length()
-        return ("about", bits // 4) if self.sizes[rank] in self.moving else ("up to", bits)
+        return ("up to", bits)
 
     # --- tiles -------------------------------------------------------------------------------------------------------
 

@@ -234,7 +234,7 @@ def planned(
         kernel, merger, _ = planner.split(name, group, groups, tiling)
         return kernel, {**merger.extents, **(kernel.index.sizes if kernel.index else {})}
     kernel = planner.kernel(name, group, groups, tiling)
-    return kernel, {**planner.extents, **(kernel.index.sizes if kernel.index else {})}
+    return kernel, {**planner.typical, **(kernel.index.sizes if kernel.index else {})}
 
 
 def ranked(
@@ -263,7 +263,7 @@ def ranked(
         kernel = plans[key]
         if kernel is None:
             continue
-        sizes = {**planner.extents, **(kernel.index.sizes if kernel.index else {})}
+        sizes = {**planner.typical, **(kernel.index.sizes if kernel.index else {})}
         predicted = predict(machine, _retiled(kernel, axes, tiling), sizes)
         if tiling.parts > 1:
             predicted = dataclasses.replace(predicted, time_us=predicted.time_us + machine.launch_us)

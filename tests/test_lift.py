@@ -473,6 +473,18 @@ def test_what_is_not_legal_is_refused_by_name(name: str) -> None:
     assert (item, ITEMS[item][0]) in found
 
 
+def test_what_needs_the_fold_through_another_rank_is_no_virtual_element() -> None:
+    text = cascade(
+        "c(X[N,E], F[E]) -> V[N], D[]", "V[n] = sum[e] X[n,e]", "L = min[n] V[n]", "S[e] = max(L, F[e])",
+        "R = max[e] S[e]", "P[e] = exp(S[e] - R)", "D = sum[e] P[e]",
+    )  # fmt: skip
+    plain, final = canonical(text), run_pipeline(parse_cascade(text)).final
+    inputs = {p.name: torch.randn(3, 5, dtype=torch.float64)[(0,) * (2 - len(p.shape))] for p in plain.params}
+    wanted = run(plain, inputs, precision=Precision.REFERENCE)
+    found = run(final, inputs, precision=Precision.REFERENCE)
+    assert all(torch.allclose(found[name], wanted[name], 1e-12, 1e-12) for name in wanted)
+
+
 def test_the_order_of_sums_is_kept_on_demand() -> None:
     source = canonical(ATTENTION)
     found = lift_reductions(source, ordered=True)

@@ -14,13 +14,13 @@ Only where every coordinate is present: a row without elements would be absent, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from cascade.ir import Apply, Cascade, Einsum, Expr, Fold, FoldInit, FoldMerge, Rank, Read, Reduce, Stmt
 from cascade.ops import REDUCERS
 from cascade.passes.gauge import Readers
-from cascade.walk import children, defines, targets, walk, with_children
+from cascade.walk import children, defines, reads, targets, walk, with_children
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def with_virtual(
         stmt = owner[name]
         if isinstance(stmt, Einsum) and isinstance(stmt.expr, Reduce) and whole(stmt):
             joined = _joined(cascade, stmt, readers)
-            if joined is not None and _fits(fold, stmt, joined, found):
+            if joined is not None and _fits(fold, owner, joined, found):
                 found[name] = joined
     if not found:
         return fold, {}
@@ -76,20 +76,35 @@ def _joined(cascade: Cascade, stmt: Einsum, readers: Readers) -> Joined | None:
     return Joined(name, outer, element)
 
 
-def _fits(fold: Fold, stmt: Einsum, joined: Joined, found: Mapping[str, Joined]) -> bool:
+def _fits(fold: Fold, owner: Mapping[str, Stmt], joined: Joined, found: Mapping[str, Joined]) -> bool:
     """Whether an element is joined: to an extreme, anything known before; to a sum, one in the state's frame."""
     merge = next(m.expr for m in fold.merge if m.target.name == joined.inner)
-    own = Read(f"{joined.inner}'", tuple(map(Rank, stmt.target.ranks)))
+    own = Read(f"{joined.inner}'", tuple(map(Rank, joined.outer.target.ranks)))
     below = {n.tensor for n in walk(joined.element) if isinstance(n, Read)}
     elsewhere = [m for m in fold.merge if m.target.name != joined.inner and own in list(walk(m.expr))]
     if merge == own:
-        return below.isdisjoint({*fold.update, *fold.state, *fold.finalize})
+        return _known_before(below, fold, owner)
     frames = {j.outer.target.name: j for j in found.values()}
     anchor = next((frames[name] for name in below if name in frames), None)
     if anchor is None or elsewhere:
         return False
     value = Apply("exp", (Apply("sub", (anchor.element, Read(anchor.outer.target.name, own.index))),))
     return joined.element == value
+
+
+def _known_before(names: Collection[str], fold: Fold, owner: Mapping[str, Stmt]) -> bool:
+    """Whether tensors, and all that they are made of, need nothing of the fold, directly or through other ranks."""
+    inside = {*fold.update, *fold.state, *fold.finalize}
+    seen: set[str] = set()
+    todo = list(names)
+    while todo:
+        name = todo.pop()
+        if name in inside:
+            return False
+        if name in owner and name not in seen:
+            seen.add(name)
+            todo.extend(reads(owner[name]))
+    return True
 
 
 def _rebuilt(cascade: Cascade, fold: Fold, found: Mapping[str, Joined]) -> Fold:

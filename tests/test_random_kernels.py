@@ -104,6 +104,10 @@ MENDED: dict[str, tuple[str, dict[str, int], str]] = {
         " A[k] = min[m] (T[1,k] - T[m,k])\n B[m,k] = (T[m,k] + T[m,k]) * X[m,k]\n"
         " C[k] = max[m] T[m,k]\n D[m] = (sum[k] T[m,k]) / K\n}", {"M": 5, "K": 7}, "own",
     ),
+    "truth values divided": (
+        "cascade c(X: f16[M], T: bool[M]) -> A[M], B[M], C[M] {\n A[m] = (X[m] < 1) / (1 + T[m])\n"
+        " B[m] = T[m] // (m + 1)\n C[m] = (m + T[m]) / T[m] where T[m]\n}", {"M": 40}, "own",
+    ),
     "integers that grow": (
         "cascade c(T: bool[M]) -> Y[] {\n Y = prod[m] (1 + T[m])\n}", {"M": 50}, "own",
     ),

@@ -1173,12 +1173,17 @@ class _Lowering:
         return f"{read.tensor}'" if last else read.tensor
 
     def counted(self, expr: Apply) -> Apply:
-        """An operation on truth values alone, on integers or as a logical one: Triton has one bit for it."""
-        if expr.op in LOGICAL or any(self.type_of(arg) is not DType.BOOL for arg in expr.args):
+        """An operation on truth values alone, on integers or as a logical one: Triton has one bit for it.
+
+        A division beside one is on integers as well: Triton divides no unsigned by a signed number.
+        """
+        truths = [self.type_of(arg) is DType.BOOL for arg in expr.args]
+        divided = expr.op in ("div", "floordiv", "mod") and any(truths)
+        if expr.op in LOGICAL or not (all(truths) or divided):
             return expr
         if expr.op in ("min", "max"):
             return Apply({"min": "and", "max": "or"}[expr.op], expr.args)
-        return Apply(expr.op, tuple(Cast(DType.I32, arg) for arg in expr.args))
+        return Apply(expr.op, tuple(Cast(DType.I32, a) if t else a for a, t in zip(expr.args, truths, strict=True)))
 
     def power(self, expr: Apply) -> Expr | None:
         """A small power as a product; None where floats are raised to any other one."""

@@ -108,6 +108,12 @@ MENDED: dict[str, tuple[str, dict[str, int], str]] = {
         "cascade c(X: f16[M], T: bool[M]) -> A[M], B[M], C[M] {\n A[m] = (X[m] < 1) / (1 + T[m])\n"
         " B[m] = T[m] // (m + 1)\n C[m] = (m + T[m]) / T[m] where T[m]\n}", {"M": 40}, "own",
     ),
+    "filters near the end of 32 bits": (
+        "cascade c(O: i32[M], X: f32[N]) -> A[M], B[M], C[] {\n"
+        " A[m] = sum[n] X[n] where n + O[m] + 2147483600 < 2147483647\n"
+        " B[m] = sum[n] X[n] where n >= O[m] - 2147483640 and 3000000000 * n <= m + 5000000000\n"
+        " C = count[n] X[n] where n * 1000000000 >= 2147483640\n}", {"M": 17, "N": 40}, "own",
+    ),
     "integers that grow": (
         "cascade c(T: bool[M]) -> Y[] {\n Y = prod[m] (1 + T[m])\n}", {"M": 50}, "own",
     ),

@@ -24,6 +24,8 @@ from cascade.ops import OPS, Kind
 
 
 ADD = SPELLINGS["add"]
+NARROW = 2**16  # integers below meet coordinates and sizes in 32 bits
+WIDENED = ("add", "sub", "mul", "floordiv", "mod")
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,6 +370,8 @@ class _Emitter:
         if (whole := self.quotient(expr)) is not None:
             return _Piece(whole, (), PRODUCT, False)
         pieces = [self.piece(arg) for arg in expr.args]
+        if not any(piece.real for piece in pieces):
+            pieces = [widened(expr.op, arg, piece) for arg, piece in zip(expr.args, pieces, strict=True)]
         together = self.order({rank for piece in pieces for rank in piece.axes})
         largest = max(pieces, key=lambda piece: len(piece.axes))
         axes = largest.axes if set(largest.axes) == set(together) else together
@@ -1077,6 +1081,14 @@ def number(value: float | int | bool) -> str:
     if value in (float("inf"), float("-inf")):
         return 'float("inf")' if value > 0 else 'float("-inf")'
     return repr(value)
+
+
+def widened(op: str, expr: Expr, piece: _Piece) -> _Piece:
+    """An operand of integers; a large number has 64 bits, so that what is computed or compared with it has as many."""
+    large = isinstance(expr, Const) and abs(expr.value) >= NARROW
+    if not isinstance(expr, Const) or not large or not (op in WIDENED or SPELLINGS[op].infix == COMPARE):
+        return piece
+    return _Piece(f"tl.full([], {expr.value}, tl.int64)", (), ATOM, False)
 
 
 def wrapped(head: str, words: Sequence[str], tail: str, width: int = 110) -> list[str]:

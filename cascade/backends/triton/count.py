@@ -110,8 +110,8 @@ def work(
         stages=kernel.options.num_stages if _ahead(kernel) else 1,
         dependent=dependent(kernel.ops),
         flight_bytes=_flight(kernel),
-        tail_vector=count.vector - before[0],
-        tail_exps=count.exps - before[1],
+        tail_vector=count.vector - before[0] + count.waiting[0],
+        tail_exps=count.exps - before[1] + count.waiting[1],
         goes_on=kernel.options.resident > 0,
     )
 
@@ -154,8 +154,18 @@ def trips(kernel: Kernel, loop: Loop, sizes: Mapping[str, int]) -> Trips:
 
 
 def rounds(kernel: Kernel, sizes: Mapping[str, int]) -> float:
-    """How often all loops of a kernel go round in all programs of a launch."""
-    return sum(trips(kernel, op, sizes).total for op in every_op(kernel.ops) if isinstance(op, Loop))
+    """How often all loops of a kernel go round in all programs of a launch; of nested ones, those inside."""
+    found = 0.0
+    for op in kernel.ops:
+        if isinstance(op, Loop):
+            nested = [_steps(axis, _number(axis.extent, sizes)) for axis in _nested(kernel, op)]
+            found += trips(kernel, op, sizes).total * (sum(nested) if nested else 1)
+    return found
+
+
+def _nested(kernel: Kernel, loop: Loop) -> list[Axis]:
+    """The axes of the loops in each round of a loop."""
+    return [kernel.axis(op.rank) for op in loop.body if isinstance(op, Loop)]
 
 
 @functools.lru_cache(1024)
@@ -292,7 +302,12 @@ def read_in_waves(kernel: Kernel, sizes: Mapping[str, int], at_once: int) -> flo
 
 def _distinct(kernel: Kernel, sizes: Mapping[str, int], at_once: int) -> dict[str, float]:
     """How many tiles of each axis of the grid `at_once` neighbouring programs have together."""
-    steps = {axis.rank: float(_steps(axis, _number(axis.extent, sizes))) for axis in kernel.grid if axis.parts == 1}
+    nested = any(axis.role is Role.INNER for axis in kernel.axes)  # then parts of the stream are like tiles of it
+    steps = {
+        axis.rank: float(axis.parts if axis.parts > 1 else _steps(axis, _number(axis.extent, sizes)))
+        for axis in kernel.grid
+        if axis.parts == 1 or nested
+    }
     found: dict[str, float] = {}
     rest, ranks = float(at_once), list(steps)
     if kernel.options.grouped:
@@ -334,6 +349,7 @@ class _Count:
     exps: float = 0.0
     written: float = 0.0
     rounds: float = 0.0  # of all loops
+    waiting: tuple[float, float] = (0.0, 0.0)  # vector operations and exponentials behind loops within a loop
     vain: float = 0.0  # bytes through L2 beyond those that were asked for
     loaded: dict[Tensor, float] = field(default_factory=dict)  # bytes, each as often as it is loaded
     products: dict[Dot, tuple[int, int, int]] = field(default_factory=dict)
@@ -358,9 +374,7 @@ class _Count:
         """Counts one op."""
         match op:
             case Loop():
-                found = trips(self.kernel, op, self.sizes)
-                self.rounds += found.total
-                self.ops(op.body, _Run(found.total, found.edge, op.rank, op.edge_tile))
+                self.loop(op, run)
             case Load():
                 self.load(op, run)
             case Store():
@@ -395,6 +409,25 @@ class _Count:
                 pass
             case _:
                 assert_never(op)
+
+    def loop(self, op: Loop, run: _Run) -> None:
+        """Counts a loop; what stands in its rounds behind a loop of their own, the products of that wait for."""
+        axis = self.kernel.axis(op.rank)
+        if axis.role is Role.INNER:
+            steps = _steps(axis, _number(axis.extent, self.sizes))
+            self.rounds += run.times * steps
+            self.ops(op.body, _Run(run.times * steps, run.edge * steps, run.stream, run.edge_tile))
+            return
+        found = trips(self.kernel, op, self.sizes)
+        inside = _Run(found.total, found.edge, op.rank, op.edge_tile)
+        if not _nested(self.kernel, op):
+            self.rounds += found.total
+            self.ops(op.body, inside)
+            return
+        self.ops([inner for inner in op.body if isinstance(inner, Loop)], inside)
+        before = self.vector, self.exps
+        self.ops([inner for inner in op.body if not isinstance(inner, Loop)], inside)
+        self.waiting = self.waiting[0] + self.vector - before[0], self.waiting[1] + self.exps - before[1]
 
     def only(self, run: _Run, edge: bool) -> _Run:
         """The runs of an op that may stand only at edges."""

@@ -83,8 +83,9 @@ class _Emitter:
     functions: list[str] = field(default_factory=list)
     prefix: str = "BLOCK"  # of the constants that are tile extents
     always_edge: bool = False  # inside a loop all tiles of which are tested
+    within_loop: bool = False  # inside a loop over a stream
     edge_end: tuple[int, int] = (0, 0)  # where the last block of lines for edges ends
-    assumed: list[str] = field(default_factory=list)  # lines that stand before the loop over tiles
+    assumed: list[str] = field(default_factory=list)  # lines that stand before all loops
 
     # --- the whole ---------------------------------------------------------------------------------------------------
 
@@ -153,6 +154,7 @@ class _Emitter:
             self.op(op)
         body, self.lines = self.lines, []
         words = set(re.findall(r"\w+", "\n".join(body)))
+        self.lines.extend(self.assumed)
         for axis in self.kernel.axes:
             self.coordinates(axis, words)
         head, self.lines = self.lines, []
@@ -221,10 +223,10 @@ class _Emitter:
 
     def turns(self) -> str:
         """The number of a tile of the grid: that of the program, or one after the other in a loop over them."""
-        if not self.kernel.options.resident:
-            return "tl.program_id(0)"
         self.depth = 1
         self.lines.extend(self.assumed)
+        if not self.kernel.options.resident:
+            return "tl.program_id(0)"
         counts = [self.count(axis) for axis in self.kernel.grid]
         self.line(f"tiles = {' * '.join(counts)}")
         self.line("# one loop of all rounds of all tiles: what the next tile reads is on its way while this one ends")
@@ -246,7 +248,8 @@ class _Emitter:
         self.line(f"{a}_from = {place} // ({group} * {b}_tiles) * {group}")
         self.line(f"{a}_beside = tl.minimum({a}_tiles - {a}_from, {group})")
         self.line(f"{a}_tile = {a}_from + {place} % ({group} * {b}_tiles) % {a}_beside")
-        self.line(f"{b}_tile = {place} % ({group} * {b}_tiles) // {a}_beside")
+        one = b if second.role is Role.POINT else f"{b}_tile"
+        self.line(f"{one} = {place} % ({group} * {b}_tiles) // {a}_beside")
 
     def coordinates(self, axis: Axis, words: set[str]) -> None:
         """The first, the last and all coordinates of a tile, where the body uses them."""
@@ -714,6 +717,10 @@ class _Emitter:
         axis = self.kernel.axis(op.rank)
         start = f"tl.maximum({self.text(op.first, ())}, 0) // {block} * {block}" if op.first is not None else "0"
         size = self.size(axis.extent)
+        if axis.role is Role.INNER:
+            self.assume(f"{size} > 0")
+            self.one_loop(op, "0", size)
+            return
         stop = size if op.stop is None else f"tl.minimum({self.text(op.stop, ())}, {size})"
         if not op.edges or op.inner is None or not self.tells_edges(op):
             if op.stop is None and op.first is None and not isinstance(axis.extent, int):
@@ -740,11 +747,11 @@ class _Emitter:
                 self.line(text)
 
     def assume(self, fact: str) -> None:
-        """A fact that the compiler may use: where it is wanted, but outside the loop over tiles."""
-        if self.kernel.options.resident:
-            self.assumed.append(f"    tl.assume({fact})")
-        else:
+        """A fact that the compiler may use: where it is wanted, but outside of loops."""
+        if not self.kernel.options.resident and not self.within_loop:
             self.line(f"tl.assume({fact})")
+        elif (line := f"    tl.assume({fact})") not in self.assumed:
+            self.assumed.append(line)
 
     def in_pieces(self, end: Ending) -> None:
         """What follows the loop as a function, called for the columns of each piece after the other."""
@@ -816,7 +823,7 @@ class _Emitter:
         axis = self.kernel.axis(op.rank)
         found = {self.block(op.rank): f"EDGE_{op.rank.upper()}"}
         self.argument(Argument(f"EDGE_{op.rank.upper()}", "constant", value=op.edge_tile))
-        for access in op.body:
+        for access in every_op(op.body):
             if isinstance(access, Load | Store) and access.box is not None and op.rank in access.axes:
                 box = tuple(
                     op.edge_tile if part == Rank(op.rank) else size
@@ -832,7 +839,7 @@ class _Emitter:
         for number, line in enumerate(self.steps(op, start, stop)):
             self.line("    " * bool(number) + line)
         self.depth += 1
-        before, self.always_edge = self.always_edge, True
+        before, self.always_edge = self.always_edge, self.always_edge or self.kernel.axis(op.rank).role is Role.STREAM
         body = self.captured(op)
         if re.search(rf"\b{rank}\b", "\n".join(body)):
             self.line(self.whereabouts(self.kernel.axis(op.rank)))
@@ -843,8 +850,9 @@ class _Emitter:
     def steps(self, op: Loop, start: str, stop: str) -> list[str]:
         """The head of a loop; backwards it begins with the last tile."""
         rank, block = self.rank(op.rank), self.block(op.rank)
+        joined = ", flatten=True" if any(isinstance(inner, Loop) for inner in op.body) else ""
         if not op.backwards:
-            return [f"for {rank}_first in tl.range({start}, {stop}, {block}):"]
+            return [f"for {rank}_first in tl.range({start}, {stop}, {block}{joined}):"]
         last = f"({stop} - 1) // {block} * {block}"
         back = f"{rank}_back" if start == "0" else f"({rank}_back - {start})"
         return [f"for {rank}_back in tl.range({start}, {stop}, {block}):", f"{rank}_first = {last} - {back}"]
@@ -858,9 +866,10 @@ class _Emitter:
     def captured(self, op: Loop) -> list[str]:
         """The lines of a loop's body."""
         outside, self.lines = self.lines, []
+        within, self.within_loop = self.within_loop, True
         for inner in op.body:
             self.op(inner)
-        found, self.lines = self.lines, outside
+        found, self.lines, self.within_loop = self.lines, outside, within
         return found
 
     def body_function(self, op: Loop) -> tuple[str, list[str]]:
@@ -871,11 +880,15 @@ class _Emitter:
         self.depth = depth
         if re.search(rf"\b{rank}\b", "\n".join(body)):
             body.insert(0, "        " + self.whereabouts(self.kernel.axis(op.rank)))
-        made = {inner.name for inner in op.body if isinstance(inner, (Load, Let, Mask, Dot, Fold))}
-        made |= {name for inner in op.body if isinstance(inner, TopKept) for name in (inner.values, inner.coords)}
+        every = tuple(every_op(op.body))
+        made = {inner.name for inner in every if isinstance(inner, (Load, Let, Mask, Dot, Fold))}
+        made |= {name for inner in every if isinstance(inner, TopKept) for name in (inner.values, inner.coords)}
         made -= set(op.carried)
-        made |= {name for inner in op.body if isinstance(inner, Scan) for name in inner.names}
-        made |= {one for inner in op.body if isinstance(inner, Redo) for one, _ in inner.picks}
+        made |= {name for inner in every if isinstance(inner, Scan) for name in inner.names}
+        made |= {one for inner in every if isinstance(inner, Redo) for one, _ in inner.picks}
+        for inner in every:
+            if isinstance(inner, Loop):
+                made |= {*inner.carried, self.rank(inner.rank), f"{self.rank(inner.rank)}_first"}
         outer = self.taken(body, made | {rank, f"{rank}_first"}, op.carried)
         constants = list(dict.fromkeys([*self.constants(body), block]))
         number_ = 1 + sum(line.startswith("def ") for line in "\n".join(self.functions).split("\n"))

@@ -51,6 +51,9 @@ def _plan(step: Launch) -> Iterator[str]:
     tiles = [(axis.rank, axis.tile) for axis in kernel.axes if axis.role is not Role.POINT]
     count = plural(programs(kernel, step.sizes), "program")
     yield f"{count} of {tiles_text(Tiling(tuple(tiles), kernel.options))}"
+    if nested := [axis.rank for axis in kernel.axes if axis.role is Role.INNER]:
+        (stream,) = (axis.rank for axis in kernel.axes if axis.role is Role.STREAM)
+        yield f"for each tile of {stream} a loop over {' and over '.join(nested)}: what it sums is never stored"
     if kernel.singly:
         (stream,) = (axis.rank for axis in kernel.axes if axis.role is Role.STREAM)
         yield f"one coordinate of {stream} at a time: nothing composes the steps of {', '.join(kernel.singly)}"

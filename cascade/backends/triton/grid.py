@@ -42,9 +42,11 @@ def suited(kernel: Kernel) -> Kernel:
 
 
 def _two_tiled(kernel: Kernel) -> bool:
-    """Whether the grid begins with two tiled axes, and no tile is to start before others."""
-    first = kernel.grid[:2]
-    return len(first) == 2 and all(axis.role is Role.TILE for axis in first) and kernel.reverse is None
+    """Whether the grid begins with two tiled axes, or one and the parts of a stream with loops in it; and no tile is to
+    start before others."""
+    first, nested = kernel.grid[:2], any(axis.role is Role.INNER for axis in kernel.axes)
+    tiled = [axis.role is Role.TILE for axis in first]
+    return kernel.reverse is None and (tiled == [True, True] or (nested and tiled == [True, False]))
 
 
 def _goes_on(kernel: Kernel) -> bool:

@@ -20,7 +20,7 @@ from typing import assert_never
 
 from cascade.backends.triton.bounds import always, conjuncts, loop_bounds, never_empty
 from cascade.backends.triton.index import Entry, widest
-from cascade.backends.triton.partition import Group, reduced_ranks
+from cascade.backends.triton.partition import Group, Trips, reduced_ranks
 from cascade.backends.triton.plan import (
     BYTES, Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Options, Partial, Redo, Role, Scan, Seen,
     Start, Store, Tensor, TopKept, every_op, extent_expr,
@@ -107,6 +107,7 @@ class _Lowering:
     masks: dict[tuple[frozenset[Expr], bool], Local] = field(default_factory=dict)  # by tests, and if only at edges
     shifts: dict[Expr, Local] = field(default_factory=dict)
     streaming: bool = False  # inside a loop
+    within: str | None = None  # the rank of the loop within the stream's, inside of it
     edges: list[tuple[Expr, ...]] = field(default_factory=list)  # the tests of each reduction and store of the loop
     presence: dict[tuple[Expr, ...], str] = field(default_factory=dict)  # a state that counts who was there
     by_lane: set[str] = field(default_factory=set)  # sums that every coordinate of the tile carries on its own
@@ -591,6 +592,9 @@ class _Lowering:
         inside, outside = self.filters(stmt)
         if reducer == "count":
             return self.count(stmt, inside, outside)
+        if set(self.group.arrangement.inner) & set(stmt.expr.ranks):
+            value = self.gone_through(stmt)
+            return dataclasses.replace(value, live=merged(value.live, outside))
         if reducer == "sum":
             found = self.dot(stmt, axes)
             if found is not None:
@@ -766,7 +770,7 @@ class _Lowering:
         if self.streaming and stream is not None and not any(self.concerns(test, (stream,)) for test in tests):
             # known before the loop
             here, masks = self.ops, self.masks
-            self.ops, self.masks, self.streaming = self.outer[-1], {}, False
+            self.ops, self.masks, self.streaming = self.outer[0], {}, False
             found = self.somebody(tests, ranks)
             self.ops, self.masks, self.streaming = here, masks, True
             return found
@@ -777,7 +781,7 @@ class _Lowering:
         if tests in self.presence:
             return Local(self.presence[tests])
         state = self.variable("seen", axes, DType.BOOL)
-        self.outer[-1].append(Start(state, axes, Const(False), DType.BOOL))
+        self.outer[0].append(Start(state, axes, Const(False), DType.BOOL))
         self.presence[tests] = state
         edge = all(map(self.is_edge, tests))
         mask = self.mask(tests, edge)
@@ -963,6 +967,41 @@ class _Lowering:
         return Redo(here, self.variables[here][0], rank, before, after, tuple(picks.items()), expr)
 
     # --- matrix products ---------------------------------------------------------------------------------------------
+
+    def gone_through(self, stmt: Einsum) -> Value:
+        """A product for the tile of the stream at hand, summed in a loop over its reduced rank.
+
+        Factors without that rank come behind the loop.
+        """
+        assert isinstance(stmt.expr, Reduce)
+        (rank,) = stmt.expr.ranks
+        axes = self.spread(stmt.target.ranks)
+        terms = factors(stmt.expr.body)
+        within = [term for term in terms if rank in self.index_axes(term)]
+        rest = [self.expression(term) for term in terms if term not in within]
+        summed = dataclasses.replace(stmt, expr=dataclasses.replace(stmt.expr, body=product(within)), where=None)
+        dtype = self.accumulator(stmt.target.name, "sum")
+        total = Local(self.variable(stmt.target.name, axes, dtype))
+        self.ops.append(Start(total.name, axes, Const(identity("sum", dtype)), dtype))
+        kept_masks = dict(self.masks)
+        self.outer.append(self.ops)
+        self.ops, self.within = [], rank
+        added = self.dot(summed, axes, into=(total, total))
+        if added is None:
+            expr, over, live = self.elements(summed)
+            tile = self.variable(f"{stmt.target.name}_tile", axes, dtype)
+            self.ops.append(Fold(tile, axes, "sum", over, expr))
+            self.ops.append(Let(total.name, axes, join("sum", total, Local(tile))))
+            added = Value(total, live)
+        body, self.ops = self.ops, self.outer.pop()
+        self.within, self.masks = None, kept_masks
+        self.loaded = {key: local for key, local in self.loaded.items() if key[-1] != rank}
+        self.ops.append(Loop(rank, None, None, None, False, (total.name,), tuple(body)))
+        found = folded(product([total, *(value.expr for value in rest)]))
+        live = merged(added.live, *(value.live for value in rest))
+        if isinstance(found, Local) or is_scaled(found):
+            return Value(found, live)
+        return Value(self.let(f"{stmt.target.name}_scaled", found), live)
 
     def dot(self, stmt: Einsum, axes: tuple[str, ...], into: tuple[Local, Expr] | None = None) -> Value | None:
         """A sum as a matrix product of two tiles; None where it is not one of a size that the hardware has.
@@ -1320,15 +1359,18 @@ class _Lowering:
         own = self.load_tests(read)
         stream = self.group.arrangement.stream
         axes = self.load_axes(read, tensor)
-        inside = self.streaming and (stream in axes or any(stream in ranks_of(i) for i in read.index))
+        ranks = {*axes, *(rank for part in read.index for rank in ranks_of(part))}
+        loop = self.within if self.within in ranks else stream if self.streaming and stream in ranks else None
         live = merged(own, tests)
-        key = (read, raw, tests, stream if inside else None)
+        key = (read, raw, tests, loop)
         if key not in self.loaded:
-            place = self.ops if inside or not self.outer else self.outer[-1]
-            here, self.ops = self.ops, place
-            streaming, self.streaming = self.streaming, inside
+            here, inner, streaming = self.ops, self.within, self.streaming
+            if loop is None or loop != inner:  # the innermost loop that makes a difference
+                blocks = [*self.outer, self.ops]
+                self.ops, self.within = blocks[0] if loop is None else blocks[1], None
+            self.streaming = loop is not None
             self.loaded[key] = self.make_load(read, tensor, axes, live, raw)
-            self.ops, self.streaming = here, streaming
+            self.ops, self.within, self.streaming = here, inner, streaming
         return Value(self.loaded[key], live, 0.0 if live else None, frozenset({(axes, live)}))
 
     def make_load(self, read: Read, tensor: Tensor, axes: tuple[str, ...], live: tuple[Expr, ...], raw: bool) -> Local:
@@ -1382,12 +1424,12 @@ class _Lowering:
             extent = extent_expr(tensor.shape[position])
             if isinstance(index, Rank):
                 axis = self.axis(index.name)
-                if axis.role in (Role.STREAM, Role.WHOLE) and not axis.exact:
+                if axis.role in (Role.STREAM, Role.WHOLE, Role.INNER) and not axis.exact:
                     found.append(self.tail(index.name))
                 continue
             for rank in self.index_axes(index):
                 axis = self.axis(rank)
-                if axis.role in (Role.STREAM, Role.WHOLE) and not axis.exact:
+                if axis.role in (Role.STREAM, Role.WHOLE, Role.INNER) and not axis.exact:
                     found.append(self.tail(rank))
             low, high = Apply("ge", (index, Const(0))), Apply("lt", (index, extent))
             found.extend(test for test in (low, high) if not self.proved(test))
@@ -1438,95 +1480,6 @@ class _Lowering:
         self.ops.append(Store(name, index, axes, value.expr, lowered, result.fill.value, box))
 
 
-# --- the trips of a kernel -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Trips:
-    """Where each statement of a group runs: before the stream, in a trip over it, behind one.
-
-    Kinds: `before`, `block` (a tile of the stream), `state` (carried), `inner` (the tile's part of a state), `of state`
-    (a map of a state in its trip), `after`.
-    """
-
-    group: Group
-    kind: Mapping[str, str]
-    number: Mapping[str, int]
-
-    @staticmethod
-    def of(group: Group) -> Trips:
-        """The trips of a group."""
-        stream, fold = group.arrangement.stream, group.fold
-        kind: dict[str, str] = {}
-        number: dict[str, int] = {}
-        for stmt in group.statements:
-            name = defines(stmt)[0]
-            updated = fold is not None and name in fold.update
-            joins = fold is not None and name in fold.state
-            reduces = stream in reduced_ranks(stmt)
-            block = stream is not None and any(stream in target.ranks for target in targets(stmt))
-            known = [read for read in reads(stmt) if read in kind]
-            at = 0
-            for read in known:
-                together = updated and fold is not None and read in fold.update
-                later = kind[read] in ("state", "of state", "after") and not together and (block or reduces)
-                at = max(at, number[read] + later)
-            if joins or reduces:
-                found = "state" if joins or not updated else "inner"
-            elif block:
-                found = "block"
-            elif all(kind[read] == "before" for read in known):
-                found = "before"
-            else:
-                found = "of state" if updated else "after"
-            for defined in defines(stmt):
-                kind[defined], number[defined] = found, at
-        return Trips(group, kind, number)
-
-    @property
-    def count(self) -> int:
-        """The number of loops."""
-        return max((self.number[name] + 1 for name, kind in self.kind.items() if kind not in ("before",)), default=0)
-
-    @property
-    def before(self) -> Iterator[Stmt]:
-        """What needs no trip."""
-        return (stmt for stmt in self.group.statements if self.kind[defines(stmt)[0]] == "before")
-
-    def after(self, trip: int) -> Iterator[Stmt]:
-        """What runs behind a trip."""
-        for stmt in self.group.statements:
-            name = defines(stmt)[0]
-            if self.kind[name] == "after" and self.number[name] == trip:
-                yield stmt
-
-    def read_after(self, tensor: str, trip: int) -> bool:
-        """Whether a later trip reads a tensor as well."""
-        return any(tensor in reads(stmt) for later in range(trip + 1, self.count) for stmt in self.statements(later))
-
-    def statements(self, trip: int) -> tuple[Stmt, ...]:
-        """What runs in a trip: its own statements, and again the tiles of earlier trips that they need."""
-        needed: set[str] = set()
-        for stmt in reversed(self.group.statements):
-            name = defines(stmt)[0]
-            own = self.number[name] == trip and self.kind[name] in ("block", "state", "inner", "of state")
-            again = self.kind[name] == "block" and needed & set(defines(stmt))
-            if own or again:
-                needed |= set(defines(stmt)) | set(reads(stmt))
-        order = {name: place for place, name in enumerate(self.group.fold.update)} if self.group.fold else {}
-        found = [
-            stmt
-            for stmt in self.group.statements
-            if set(defines(stmt)) <= needed
-            and (self.kind[defines(stmt)[0]] == "block" or self.number[defines(stmt)[0]] == trip)
-            and self.kind[defines(stmt)[0]] in ("block", "state", "inner", "of state")
-        ]
-        inside = [stmt for stmt in found if defines(stmt)[0] in order]
-        if len(inside) == len(found):
-            return tuple(sorted(found, key=lambda stmt: order[defines(stmt)[0]]))
-        return tuple(found)
-
-
 # --- small things ----------------------------------------------------------------------------------------------------
 
 RESERVED = frozenset(keyword.kwlist) | {
@@ -1559,7 +1512,7 @@ def _is_dead(op: Op, used: set[str]) -> bool:
 def _pruned(op: Op, used: set[str]) -> Op:
     if not isinstance(op, Loop):
         return op
-    return dataclasses.replace(op, body=tuple(inner for inner in op.body if not _is_dead(inner, used)))
+    return dataclasses.replace(op, body=tuple(_pruned(inner, used) for inner in op.body if not _is_dead(inner, used)))
 
 
 def without_edges(op: Op) -> Op:
@@ -1576,7 +1529,7 @@ def without_edges(op: Op) -> Op:
             case _:
                 return isinstance(inner, Seen)
 
-    if not isinstance(op, Loop) or any(map(tested, op.body)):
+    if not isinstance(op, Loop) or any(map(tested, every_op(op.body))):
         return op
     return dataclasses.replace(op, edges=False, inner=None)
 

@@ -3,7 +3,11 @@
 A kernel spreads the ranks that all its statements have over the programs of its grid. Of the other ranks one may be
 streamed, in tiles and in as many trips as its statements need; the rest must fit into a tile whole. Statements join
 the kernel of what they read as long as such an arrangement exists: nothing is asked about what they compute. A rank
-that a recurrence steps along is streamed, in order, or whole.
+that a recurrence steps along is streamed, in order, or whole. The reduced rank of a product whose result is used along
+the stream alone may be too long to be whole: it is gone through anew, in a loop of its own, for every tile of the
+stream.
+
+    Z[t,v] = sum[d] X[t,d] * W[v,d];  R[t] = max[v] Z[t,v]    -->    t shared, v streamed, d inner: no Z in memory
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from cascade.backends.triton.recurrence import composition, is_last, refusal, st
 from cascade.inference import infer_shapes
 from cascade.ir import Call, Cascade, Einsum, Fold, Fuse, Rank, Read, Reduce, Stmt, TopK
 from cascade.order import members, units
+from cascade.presence import may_be_absent
 from cascade.walk import defines, expressions, free_ranks, reads, targets, walk
 
 ROW_LIMIT = 32768  # elements of a row that a program may hold at once
@@ -32,11 +37,13 @@ ELEMENT = 2  # bytes of a stored element, about
 
 @dataclass(frozen=True, slots=True)
 class Arrangement:
-    """The ranks of a group: shared out over programs, streamed, or whole in a tile."""
+    """The ranks of a group: shared out over programs, streamed, whole in a tile, or gone through for every tile of the
+    stream."""
 
     shared: tuple[str, ...]
     stream: str | None
     whole: tuple[str, ...]
+    inner: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,11 +294,74 @@ def _with_products(
         reverse=True,
     )
     stream = next(iter(candidates), None)
-    whole = tuple(rank for rank in others if rank != stream)
+    inner = () if stream is None else _inner(stream, others, statements, cascade, extents)
+    whole = tuple(rank for rank in others if rank != stream and rank not in inner)
     if any(extents[rank] > PRODUCT_LIMIT for rank in whole):
         return None
     widest = max((held(stmt, set(whole), extents) for stmt in statements), default=1)
-    return Arrangement(shared, stream, whole) if widest <= PRODUCT_LIMIT * 2 else None
+    arrangement = Arrangement(shared, stream, whole, inner)
+    if widest > PRODUCT_LIMIT * 2 or (inner and not _in_one_trip(statements, arrangement, cascade, extents)):
+        return None
+    return arrangement
+
+
+def _inner(
+    stream: str, others: Sequence[str], statements: Sequence[Stmt], cascade: Cascade, extents: Mapping[str, int]
+) -> tuple[str, ...]:
+    """The reduced ranks of products that give tiles of the stream, too long for an operand to have them whole."""
+    found: list[str] = []
+    for rank in others:
+        concerned = [stmt for stmt in statements if rank in all_ranks(stmt)]
+        if (
+            rank != stream
+            and extents[rank] > PRODUCT_LIMIT
+            and all(_gone_through(s, rank, stream, cascade) for s in concerned)
+        ):
+            found.append(rank)
+    return tuple(found)
+
+
+def _gone_through(stmt: Stmt, rank: str, stream: str, cascade: Cascade) -> bool:
+    """Whether a statement is a product over a rank that a loop within the stream can sum, all of it being present."""
+    product = matrix_product(stmt)
+    if product is None or not isinstance(stmt, Einsum) or reduced_ranks(stmt) != (rank,) or product.over != rank:
+        return False
+    known = stmt.where is None or rank not in free_ranks(stmt.where)
+    nodes = [node for node in walk(stmt.expr) if isinstance(node, Read)]
+    plain = all(part == Rank(rank) or rank not in free_ranks(part) for node in nodes for part in node.index)
+    return known and plain and stream in stmt.target.ranks and may_be_absent(cascade).isdisjoint(reads(stmt))
+
+
+def _in_one_trip(
+    statements: Sequence[Stmt], arrangement: Arrangement, cascade: Cascade, extents: Mapping[str, int]
+) -> bool:
+    """Whether all that needs tiles which an inner loop makes can share one trip: nothing is made twice, or stored."""
+    stream, inner = arrangement.stream, set(arrangement.inner)
+    assert stream is not None
+    made = {name for stmt in statements if inner & set(reduced_ranks(stmt)) for name in defines(stmt)}
+    tiles, needing = set(made), set(made)  # what has the stream; what depends on that
+    along: list[Stmt] = []
+    for stmt in cascade.body:
+        if needing.isdisjoint(reads(stmt)):
+            continue
+        needing |= set(defines(stmt))
+        if stream in all_ranks(stmt):
+            along.append(stmt)
+            tiles |= {target.name for target in targets(stmt) if stream in target.ranks}
+        elif not tiles.isdisjoint(reads(stmt)):
+            return False  # an element that some index picks
+    if not tiles.isdisjoint(result.name for result in cascade.results):
+        return False
+    wanted = {name for stmt in along for name in reads(stmt)} & needing
+    for stmt in reversed(cascade.body):  # what stands between a state and the tiles that it is needed for
+        if not wanted.isdisjoint(defines(stmt)) and stmt not in along:
+            wanted |= set(reads(stmt)) & needing
+    together = [s for s in cascade.body if s in statements or s in along or not wanted.isdisjoint(defines(s))]
+    if len(together) > len(statements):
+        found = arrange(together, cascade, extents)
+        return found is not None and found.stream == stream and inner <= set(found.inner)
+    group = Group(tuple(statements), arrangement, fold_along(statements, stream, cascade))
+    return Trips.of(group).count == 1
 
 
 def _rows(
@@ -375,3 +445,92 @@ def all_ranks(stmt: Stmt) -> tuple[str, ...]:
     found |= dict.fromkeys(reduced_ranks(stmt))
     found |= dict.fromkeys(rank for expr in expressions(stmt) for rank in free_ranks(expr))
     return tuple(found)
+
+
+# --- the trips of a kernel -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Trips:
+    """Where each statement of a group runs: before the stream, in a trip over it, behind one.
+
+    Kinds: `before`, `block` (a tile of the stream), `state` (carried), `inner` (the tile's part of a state), `of state`
+    (a map of a state in its trip), `after`.
+    """
+
+    group: Group
+    kind: Mapping[str, str]
+    number: Mapping[str, int]
+
+    @staticmethod
+    def of(group: Group) -> Trips:
+        """The trips of a group."""
+        stream, fold = group.arrangement.stream, group.fold
+        kind: dict[str, str] = {}
+        number: dict[str, int] = {}
+        for stmt in group.statements:
+            name = defines(stmt)[0]
+            updated = fold is not None and name in fold.update
+            joins = fold is not None and name in fold.state
+            reduces = stream in reduced_ranks(stmt)
+            block = stream is not None and any(stream in target.ranks for target in targets(stmt))
+            known = [read for read in reads(stmt) if read in kind]
+            at = 0
+            for read in known:
+                together = updated and fold is not None and read in fold.update
+                later = kind[read] in ("state", "of state", "after") and not together and (block or reduces)
+                at = max(at, number[read] + later)
+            if joins or reduces:
+                found = "state" if joins or not updated else "inner"
+            elif block:
+                found = "block"
+            elif all(kind[read] == "before" for read in known):
+                found = "before"
+            else:
+                found = "of state" if updated else "after"
+            for defined in defines(stmt):
+                kind[defined], number[defined] = found, at
+        return Trips(group, kind, number)
+
+    @property
+    def count(self) -> int:
+        """The number of loops."""
+        return max((self.number[name] + 1 for name, kind in self.kind.items() if kind not in ("before",)), default=0)
+
+    @property
+    def before(self) -> Iterator[Stmt]:
+        """What needs no trip."""
+        return (stmt for stmt in self.group.statements if self.kind[defines(stmt)[0]] == "before")
+
+    def after(self, trip: int) -> Iterator[Stmt]:
+        """What runs behind a trip."""
+        for stmt in self.group.statements:
+            name = defines(stmt)[0]
+            if self.kind[name] == "after" and self.number[name] == trip:
+                yield stmt
+
+    def read_after(self, tensor: str, trip: int) -> bool:
+        """Whether a later trip reads a tensor as well."""
+        return any(tensor in reads(stmt) for later in range(trip + 1, self.count) for stmt in self.statements(later))
+
+    def statements(self, trip: int) -> tuple[Stmt, ...]:
+        """What runs in a trip: its own statements, and again the tiles of earlier trips that they need."""
+        needed: set[str] = set()
+        for stmt in reversed(self.group.statements):
+            name = defines(stmt)[0]
+            own = self.number[name] == trip and self.kind[name] in ("block", "state", "inner", "of state")
+            again = self.kind[name] == "block" and needed & set(defines(stmt))
+            if own or again:
+                needed |= set(defines(stmt)) | set(reads(stmt))
+        order = {name: place for place, name in enumerate(self.group.fold.update)} if self.group.fold else {}
+        found = [
+            stmt
+            for stmt in self.group.statements
+            if set(defines(stmt)) <= needed
+            and (self.kind[defines(stmt)[0]] == "block" or self.number[defines(stmt)[0]] == trip)
+            and self.kind[defines(stmt)[0]] in ("block", "state", "inner", "of state")
+        ]
+        inside = [stmt for stmt in found if defines(stmt)[0] in order]
+        if len(inside) == len(found):
+            return tuple(sorted(found, key=lambda stmt: order[defines(stmt)[0]]))
+        return tuple(found)

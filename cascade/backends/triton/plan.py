@@ -1,7 +1,8 @@
 """The plan of one kernel: frozen, printable, complete. What `lower.py` decides and `emit.py` writes down.
 
     Kernel  = name, Axis*, Tensor*, Op*, Options
-    Axis    = rank, role, extent, tile           point: one coordinate a program; tile; stream: looped over; whole
+    Axis    = rank, role, extent, tile           point: one coordinate a program; tile; stream: looped over; whole;
+                                                 inner: looped over for every tile of the stream
     Op      = Load | Let | Mask | Keep | Dot | Fold | Scan | Redo | Seen | TopKept | Start | Loop | Carry | Store
 
 A program of the grid holds tiles: arrays over the axes that are no points. Expressions are those of the language, over
@@ -33,6 +34,7 @@ class Role(Enum):
     TILE = "tile"  # a tile of coordinates a program
     STREAM = "stream"  # a tile at a time, in a loop
     WHOLE = "whole"  # all coordinates in one tile
+    INNER = "inner"  # a tile at a time, in a loop for every tile of the stream
 
 
 @dataclass(frozen=True, slots=True)

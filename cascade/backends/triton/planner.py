@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from cascade.backends.triton.bounds import conjuncts, loop_bounds
 from cascade.backends.triton.grid import suited
 from cascade.backends.triton.index import Index, index_of
-from cascade.backends.triton.lower import InPieces, Setting, Trips, lower, unsupported
+from cascade.backends.triton.lower import InPieces, Setting, lower, unsupported
 from cascade.backends.triton.partition import (
-    Group, Rest, all_ranks, fold_along, held, partition, power_of_two, reduced_ranks, steps_singly,
+    Group, Rest, Trips, all_ranks, fold_along, held, partition, power_of_two, reduced_ranks, steps_singly,
 )  # fmt: skip
 from cascade.backends.triton.plan import BYTES, Axis, Kernel, Options, Role, Tensor
 from cascade.backends.triton.products import matrix_product
@@ -254,8 +254,9 @@ class Planner:
         fixed = dataclasses.replace(group, statements=statements, fold=fold)
         stored = self.stored(group, groups)
         axes = tuple(self.axis(group, rank, role, tiling, static) for rank, role in self.roles(group).items())
-        if part is not None:
-            axes = (Axis(part, Role.POINT, self.sizes[part], 1, True), *axes)
+        if part is not None:  # in front; behind the tiles of a side where others read the same of the stream
+            place = sum(axis.role is Role.TILE for axis in axes) if group.arrangement.inner else 0
+            axes = (*axes[:place], Axis(part, Role.POINT, self.sizes[part], 1, True), *axes[place:])
         names = dict.fromkeys([*(r for stmt in group.statements for r in self.outside_reads(stmt, group)), *stored])
         for tested in [n for n in names if n in self.lives]:
             names |= dict.fromkeys(r.tensor for t in self.lives[tested][1] for r in walk(t) if isinstance(r, Read))
@@ -419,7 +420,7 @@ class Planner:
                 within[axis.rank] = axis.advance
             if axis.role is Role.TILE:
                 axis = dataclasses.replace(axis, role=Role.POINT, tile=1, exact=True, step=0)
-            elif axis.role is Role.STREAM:
+            elif axis.role in (Role.STREAM, Role.INNER):
                 tile = min(axis.tile, CAREFUL_TILE)
                 exact = self.ranks[axis.rank] % tile == 0 and axis.extent not in self.moving
                 axis = dataclasses.replace(axis, tile=tile, exact=exact)
@@ -483,7 +484,7 @@ class Planner:
         order = [rank for rank in arrangement.shared if rank in tiled]
         points = [rank for rank in reversed(arrangement.shared) if rank not in tiled]
         inner = [rank for rank in (arrangement.stream,) if rank is not None]
-        inner += list(arrangement.whole)
+        inner += [*arrangement.whole, *arrangement.inner]
         if not self.products(group):
             memory = self.memory_order(group)
             rest = sorted([*order, *inner], key=lambda rank: memory.index(rank) if rank in memory else -1)
@@ -491,7 +492,7 @@ class Planner:
         else:
             named = [*order, *points, *inner]
         roles = dict.fromkeys(order, Role.TILE) | dict.fromkeys(points, Role.POINT)
-        roles |= dict.fromkeys(arrangement.whole, Role.WHOLE)
+        roles |= dict.fromkeys(arrangement.whole, Role.WHOLE) | dict.fromkeys(arrangement.inner, Role.INNER)
         if arrangement.stream is not None:
             roles[arrangement.stream] = Role.STREAM
         return {rank: roles[rank] for rank in named}
@@ -633,6 +634,8 @@ class Planner:
             across = 1 if two else self.across(group, whole)
             while rows > 16 and rows * across > ACCUMULATED // 2:
                 rows //= 2
+            if group.arrangement.inner:
+                return self.nested_tiling(group, tiles, tiled)
             if exact:
                 wide = max(whole.values(), default=0) > 64
                 rows, trip = (64, 16) if two else (16, 16) if wide else (32, 32)
@@ -661,14 +664,35 @@ class Planner:
         warps = max(1, min(32, size // (512 if in_pairs(group.statements) else 1024)))
         return Tiling(tuple(tiles.items()), Options(warps, 2), self.default_parts(group, tiles))
 
+    def nested_tiling(self, group: Group, tiles: dict[str, int], tiled: Sequence[str]) -> Tiling:
+        """The first choice where products are summed for each tile of the stream: as large as their sums allow."""
+        stream, exact = group.arrangement.stream, self.exact(group)
+        assert stream is not None
+        rows, trip, step = (64, 64, 16) if exact else (128, 256, 64)
+        while rows * trip * self.summed(group) > ACCUMULATED // 2:
+            trip //= 2
+        wanted = dict.fromkeys(tiled, rows) | {stream: trip} | dict.fromkeys(group.arrangement.inner, step)
+        for rank, tile in wanted.items():
+            tiles[rank] = min(tile, max(16, power_of_two(self.packed(group).get(rank) or self.ranks[rank])))
+        options = Options(4 if exact else 8, 2 if exact else 3, 32 if tiles[stream] > 32 else 0)
+        return Tiling(tuple(tiles.items()), options, self.default_parts(group, tiles))
+
     def goes_again(self, group: Group) -> bool:
         """Whether rows are gone through more than once in tiles that may be as long as a program can hold."""
         return Trips.of(group).count > 1 and not stepped(group.statements)
 
+    def summed(self, group: Group) -> int:
+        """How many products are summed for each tile of the stream: each has an accumulator."""
+        return sum(not set(group.arrangement.inner).isdisjoint(reduced_ranks(stmt)) for stmt in group.statements)
+
+    def divisible(self, group: Group) -> bool:
+        """Whether programs can share the stream of a group."""
+        return divisible(group, self.stored(group, self.groups()))
+
     def default_parts(self, group: Group, tiles: Mapping[str, int]) -> int:
         """How many programs share the stream of a group: more than one where there are too few to fill a GPU."""
         stream = group.arrangement.stream
-        if stream is None or not divisible(group, self.stored(group, self.groups())):
+        if stream is None or not self.divisible(group):
             return 1
         programs = 1
         for rank in group.arrangement.shared:

@@ -13,8 +13,8 @@ import dataclasses
 import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from cascade.backends.triton.lower import Trips, guarded_merge, reducer_of
-from cascade.backends.triton.partition import Group
+from cascade.backends.triton.lower import guarded_merge, reducer_of
+from cascade.backends.triton.partition import Group, Trips
 from cascade.backends.triton.plan import Partial
 from cascade.backends.triton.recurrence import stepped
 from cascade.ir import (

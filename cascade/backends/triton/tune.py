@@ -80,6 +80,18 @@ GOING_ON = (
     (128, 256, 64, 8, 3, 1, 1), (128, 256, 64, 8, 3, 1, 2), (128, 256, 64, 8, 4, 1, 2), (256, 128, 64, 8, 4, 1, 2),
     (256, 128, 64, 8, 3, 1, 1), (128, 128, 64, 4, 4, 1, 1), (128, 128, 64, 4, 3, 2, 2),
 )  # fmt: skip
+# Tiles of the rank that is a side, of the stream, of the reduced rank that each of its tiles is a loop over.
+NESTED = (
+    (128, 256, 64, 8, 4), (128, 256, 64, 8, 3), (256, 128, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4),
+    (128, 128, 64, 4, 4), (128, 128, 64, 4, 3), (64, 256, 64, 4, 4), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4),
+    (64, 64, 64, 4, 4), (32, 128, 64, 4, 4), (16, 128, 64, 4, 4), (16, 64, 128, 4, 4),
+)  # fmt: skip
+EXACT_NESTED = (
+    (64, 64, 32, 4, 2), (64, 64, 16, 4, 2), (128, 64, 16, 8, 2), (64, 128, 16, 8, 2), (32, 64, 32, 4, 2),
+    (16, 64, 32, 4, 2),
+)  # fmt: skip
+FINER = (32, 1)  # times as many parts of a stream as fill a GPU: with more the last round of programs is shorter
+FEWEST = 4  # tiles of a part, so that its beginning and its end count for little
 BESIDE = 8  # tiles of one side: what runs at a time reads about as much of either side
 
 
@@ -111,9 +123,19 @@ def candidates(planner: Planner, group: Group) -> tuple[Tiling, ...]:
     found: Iterable[Tiling] = (_with_products if planner.products(group) else _rows)(planner, group, base)
     shared: list[Tiling] = []
     for tiling in (*found, base):
-        parts = planner.default_parts(group, dict(tiling.tiles))
-        shared.extend(dataclasses.replace(tiling, parts=each) for each in ((parts, 2 * parts) if parts > 1 else (1,)))
+        shared.extend(dataclasses.replace(tiling, parts=each) for each in _parts(planner, group, tiling))
     return tuple(dict.fromkeys(shared))
+
+
+def _parts(planner: Planner, group: Group, tiling: Tiling) -> Iterator[int]:
+    """By how many programs a stream may be shared: where tiles of it take long, also by more than fill a GPU once."""
+    parts, stream = planner.default_parts(group, dict(tiling.tiles)), group.arrangement.stream
+    if not group.arrangement.inner or stream is None or not planner.divisible(group):
+        yield from (parts, 2 * parts) if parts > 1 else (1,)
+        return
+    steps = -(-planner.ranks[stream] // tiling.of(stream))
+    lengths = (max(FEWEST, -(-steps // (parts * times))) for times in FINER)
+    yield from dict.fromkeys(-(-steps // length) for length in lengths)
 
 
 def _with_products(planner: Planner, group: Group, base: Tiling) -> Iterator[Tiling]:
@@ -133,12 +155,18 @@ def _with_products(planner: Planner, group: Group, base: Tiling) -> Iterator[Til
     across = planner.across(group, {rank: base.of(rank) for rank in group.arrangement.whole})
     wider = max(width, across) > (EXACT_WIDTH if exact else WIDTH)
     table: Sequence[tuple[int, ...]] = {1: wide if wider else one, 2: two}.get(len(sides), ())
+    nested = group.arrangement.inner
+    if nested:
+        table = (EXACT_NESTED if exact else NESTED) if len(sides) == 1 else ()
     going_on: Sequence[tuple[int, ...]] = GOING_ON if len(sides) == 2 and not exact else ()
     if any(matrix_product(stmt) is None for stmt in group.statements):  # what follows the loop needs registers
         going_on = sorted(going_on, key=lambda row: row[-1] == 1)
     for *tiles, warps, stages, resident, pieces in (*going_on, *((*row, 0, 1) for row in table)):
         named = dict(zip([*sides, *([stream] if stream is not None else [])], tiles, strict=False))
+        named |= dict.fromkeys(nested, tiles[-1])
         chosen = dict(base.tiles) | {rank: cut(rank, tile) for rank, tile in named.items()}
+        if nested and stream is not None:
+            across = 2 * planner.summed(group) * chosen[stream]  # half of the registers are for what follows the sums
         if len(sides) == 1 and chosen[sides[0]] > 16 and chosen[sides[0]] * across > ACCUMULATED:
             continue
         small = any(chosen[rank] < 64 and chosen[rank] < cut(rank, 64) for rank in sides)
@@ -147,7 +175,7 @@ def _with_products(planner: Planner, group: Group, base: Tiling) -> Iterator[Til
         count = _programs(planner, group, chosen)
         if resident and count <= resident * FEW_PROGRAMS:
             continue  # each would have one tile
-        beside = BESIDE if len(sides) == 2 and count > FEW_PROGRAMS else 0
+        beside = BESIDE if (len(sides) == 2 and count > FEW_PROGRAMS) or nested else 0
         edge = EDGE_TILE if stream is not None and chosen[stream] > EDGE_TILE else 0
         yield Tiling(tuple(chosen.items()), Options(warps, stages, edge, beside, resident, pieces))
     for warps, stages in () if table else ((4, 2), (4, 3), (8, 2), (8, 3)):

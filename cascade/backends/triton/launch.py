@@ -29,6 +29,7 @@ from cascade.backends.triton.emit import Argument, Source, emit, permutation
 from cascade.backends.triton.machine import Machine, machine_for
 from cascade.backends.triton.explain import Launch, describe
 from cascade.backends.triton.partition import Group, Rest, power_of_two, reduced_ranks
+from cascade.backends.triton.picks import with_picks
 from cascade.backends.triton.plan import Kernel
 from cascade.backends.triton.plan import Tensor as PlannedTensor
 from cascade.backends.triton.planner import Layout, Planner, Tiling
@@ -151,8 +152,9 @@ class Launcher:
     def planner(self, extents: Mapping[str, int], layouts: Mapping[str, Layout], descriptors: bool) -> Planner:
         """The planner of a call, which knows what earlier calls had otherwise."""
         moving = self.moving(extents)
-        cascade = self.typed({name: layout.dtype for name, layout in layouts.items()})
         supposed = {symbol: self.supposed(symbol, extents[symbol]) for symbol in sorted(moving)}
+        typed = self.typed({name: layout.dtype for name, layout in layouts.items()})
+        cascade = with_picks(typed, {**extents, **supposed})
         return Planner(cascade, extents, layouts, descriptors, moving, supposed)
 
     def typed(self, inputs: Mapping[str, DType]) -> Cascade:

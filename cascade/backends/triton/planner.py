@@ -391,14 +391,22 @@ class Planner:
         cascade = merging(
             f"{name}_merge", fixed, kernel.partial, part, stored, self.shapes, inner.sizes, inner.extents, self.dtypes
         )
-        if unseen := [param.name for param in cascade.params if param.name in self.hidden or param.name in self.lives]:
+        known = {param.name: self.lives[param.name] for param in cascade.params if param.name in self.lives}
+        asked = {n.tensor for _, tests in known.values() for t in tests for n in walk(t) if isinstance(n, Read)}
+        if unseen := [
+            p.name for p in cascade.params if p.name in self.hidden or (known and not asked <= {*self.layouts})
+        ]:
             raise unsupported(f"{unseen[0]}, of which some coordinates are absent, where parts are merged")
         layouts = dict(self.layouts)
         for item in kernel.partial:
             shape = tuple(inner.number(size) for size in item.tensor.shape)
             layouts[item.tensor.name] = Layout(shape, contiguous(shape), item.tensor.dtype, True)
         own = {param.name: layouts.get(param.name) or self.made(param.name, groups) for param in cascade.params}
+        own |= {name: self.layouts[name] for name in asked}
         merger = Planner(cascade, inner.extents, own, self.descriptors, self.moving, self.supposed)
+        merger.lives |= known
+        merger.shapes |= {name: self.shapes[name] for name in asked}
+        merger.dtypes |= {name: self.dtypes[name] for name in asked}
         return kernel, merger, merger.groups()
 
     def written(self, name: str, groups: Sequence[Group | Rest]) -> Tensor:

@@ -22,6 +22,7 @@ from cascade import trial
 from cascade.backends.triton.emit import Source, emit
 from cascade.backends.triton.offline import Failure, StaticFacts, facts
 from cascade.backends.triton.partition import Rest
+from cascade.backends.triton.picks import with_picks
 from cascade.backends.triton.plan import Dot, Kernel, Load, every_op
 from cascade.backends.triton.planner import Planner
 from cascade.backends.triton.standalone import contiguous
@@ -89,6 +90,7 @@ SHIPPED = (
     Shipped("routing", programs.ROUTE, {"T": 65536, "N": 256}),
     Shipped("gemm", programs.MATMUL, {"M": 8192, "N": 4096, "K": 4096}),
     Shipped("gemm, bias, gelu", programs.MATMUL_GELU, {"M": 8192, "N": 4096, "K": 4096}),
+    Shipped("linear, cross-entropy", programs.LINEAR_LOSS, {"T": 8192, "D": 4096, "V": 128256}),
     Shipped("batched gemm", programs.MATMUL_BATCHED, {"B": 16, "M": 2048, "N": 2048, "K": 2048}),
 )
 VERSIONS = ("3.9", "3.6")
@@ -137,7 +139,7 @@ def planner_of(shipped: Shipped) -> Planner:
         param.name: contiguous([s if isinstance(s, int) else shipped.sizes[s] for s in param.shape], types[param.name])
         for param in cascade.params
     }
-    return Planner(cascade, dict(shipped.sizes), layouts)
+    return Planner(with_picks(cascade, shipped.sizes), dict(shipped.sizes), layouts)
 
 
 def python_of(version: str) -> str:

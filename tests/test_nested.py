@@ -1,0 +1,85 @@
+"""Products over a long rank in a loop for every tile of a stream, and elements picked from what they give.
+
+What counts as long is set low, so that Triton's interpreter gets there. The witness is torch in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import cascade
+from cascade.backends.triton import partition
+from cascade.backends.triton.partition import Group
+from cascade.backends.triton.picks import with_picks
+from cascade.backends.triton.planner import Planner
+from tests.planned import final, planner_for
+
+Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES = ((7, 40, 50), (33, 100, 600))  # rows, reduced rank, words: ragged tiles, a stream that programs share
+HEAD = "cascade c(X[T,D], W[V,D], y: i64[T]) -> P: f32[T] {\n Z[t,v] = sum[d] X[t,d] * W[v,d]\n"
+PLAIN = HEAD + " P[t] = (logsumexp[v] Z[t,v]) - Z[t,y[t]]\n}"
+IGNORING = HEAD + " P[t] = (logsumexp[v] Z[t,v]) - Z[t,y[t]] where y[t] != -100\n}"
+SMOOTH = HEAD + " P[t] = (logsumexp[v] Z[t,v]) - 0.9 * Z[t,y[t]] - 0.1 * (mean[v] Z[t,v])\n}"
+SQUARED = HEAD + " L[t] = logsumexp[v] Z[t,v]\n P[t] = L[t] - Z[t,y[t]] + 0.01 * L[t] * L[t]\n}"
+CAPPED = """cascade c(X[T,D], W[V,D], y: i64[T]) -> P: f32[T] {
+ Z[t,v] = 3.0 * tanh((sum[d] X[t,d] * W[v,d]) / 3.0)
+ P[t] = (logsumexp[v] Z[t,v]) - Z[t,y[t]]
+}"""
+
+
+def lse(z: Tensor) -> Tensor:
+    return torch.logsumexp(z, -1)
+
+
+LOSSES: dict[str, tuple[str, Loss]] = {
+    "cross-entropy": (PLAIN, lambda z, y: F.cross_entropy(z, y, reduction="none")),
+    "ignore index": (IGNORING, lambda z, y: F.cross_entropy(z, y, reduction="none")),
+    "label smoothing": (SMOOTH, lambda z, y: F.cross_entropy(z, y, reduction="none", label_smoothing=0.1)),
+    "z-loss": (SQUARED, lambda z, y: F.cross_entropy(z, y, reduction="none") + 0.01 * lse(z) ** 2),
+    "softcap": (CAPPED, lambda z, y: F.cross_entropy(3.0 * torch.tanh(z / 3.0), y, reduction="none")),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["f32", "f16"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_of_a_linear_layer_store_no_logits(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partition, "PRODUCT_LIMIT", 32)
+    monkeypatch.setattr(partition, "SHORT", 32)
+    text, loss = LOSSES[name]
+    for rows, width, words in SIZES:
+        x = torch.randn(rows, width, device=DEVICE).to(dtype)
+        w = (torch.randn(words, width, device=DEVICE) / width**0.5).to(dtype)
+        y = torch.randint(words, (rows,), device=DEVICE)
+        if name == "ignore index":
+            y[::3] = -100
+        call = cascade.compile(text, backend="triton")
+        found = call(X=x, W=w, y=y)
+        assert "a loop over d: what it sums is never stored" in call.explain()
+        torch.testing.assert_close(found.double(), loss(x.double() @ w.double().T, y), rtol=1e-5, atol=1e-5)
+
+
+def planner_of(text: str, rows: int = 16, width: int = 2048, words: int = 4096) -> Planner:
+    x, w = torch.empty(rows, width, dtype=torch.bfloat16), torch.empty(words, width, dtype=torch.bfloat16)
+    plain = planner_for(final(text), {"X": x, "W": w, "y": torch.empty(rows, dtype=torch.int64)})
+    return Planner(with_picks(plain.cascade, plain.extents), plain.extents, plain.layouts)
+
+
+def test_what_is_stored_anyway_is_summed_in_a_kernel_of_its_own() -> None:
+    """Logits that are a result are made by a plain product: their programs are those of both sides."""
+    planner = planner_of(PLAIN.replace("P: f32[T]", "P: f32[T], Z: f32[T,V]"))
+    assert all(isinstance(group, Group) and not group.arrangement.inner for group in planner.groups())
+
+
+def test_an_element_is_picked_where_that_is_less_than_storing_all() -> None:
+    assert [stmt for stmt in planner_of(PLAIN).cascade.body if "Z_pick" in str(stmt)]
+    few = planner_of(PLAIN, words=1024)  # to go through the reduced rank once a row is more
+    assert not [stmt for stmt in few.cascade.body if "Z_pick" in str(stmt)]

@@ -37,6 +37,7 @@ class Result:
     flops: float = 0.0
     moved: float = 0.0
     first_seconds: float = 0.0  # of ours, from the text to the first result
+    beyond: int = 0  # bytes that a call of ours allocates at most beyond its inputs and results
 
     @property
     def verdict(self) -> str:
@@ -100,7 +101,7 @@ def our_calls(
         result.first_seconds = time.perf_counter() - started
         poison(first)
         del first
-        found = compiled(**sets[0])
+        found = watched(result, compiled, sets[0], device)
         error, worst = errors(workload.found(found, sets[0]), wanted)
         result.error[OURS] = error
         if not finite(found):
@@ -112,6 +113,18 @@ def our_calls(
     if OURS in result.failed:
         return None, []
     return found, [functools.partial(compiled, **inputs) for inputs in sets]
+
+
+def watched(result: Result, compiled: Callable[..., Any], inputs: Inputs, device: torch.device) -> Any:
+    """The results of a call that compiles nothing any more; notes the memory that it takes beyond them."""
+    if device.type != "cuda":
+        return compiled(**inputs)
+    synchronise(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    found = compiled(**inputs)
+    synchronise(device)
+    result.beyond = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+    return found
 
 
 def peer_calls(

@@ -79,6 +79,9 @@ def table_of(name: str, results: Sequence[Result], copy: float) -> Table:
         table.rows.append([result.name, cell(result.ms.get(OURS)), rate(result), *cells, bars, result.verdict or "-"])
         table.data.append({**dataclasses.asdict(result), "verdict": result.verdict})
     table.notes += gathered(results)
+    most = "; ".join(f"{result.beyond / 2**20:.1f} MiB [{result.name}]" for result in results if result.beyond)
+    if most:
+        table.notes.append(f"Memory that a call of ours takes beyond inputs and results: {most}.")
     explained = "In brackets: how many times as fast as the peer ours is; of a bar, 1 and more is enough."
     table.notes.append(f"{explained} A copy moves {copy / 1e12:.2f} TB/s, read and written.")
     return table

@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -141,21 +141,30 @@ class Launcher:
         layouts = {name: layout(tensor) for name, tensor in inputs.items()}
         planner = self.planner(extents, layouts, has_descriptors(inputs))
         device = next((t.device for t in inputs.values()), torch.device("cpu" if interpreted() else "cuda"))
-        bench = None if interpreted() else Bench(device, self.effort, dict(inputs))
+        results = tuple(result.name for result in self.cascade.results)
+        bench = None if interpreted() else Bench(device, self.effort, dict(inputs), results)
         steps = []
         for step in self.steps(planner, self.cascade.name, bench):
             steps.append(step)
             if bench is not None:
                 bench.advance(step)
-        return CallPlan(tuple(result.name for result in self.cascade.results), tuple(steps), device)
+        return CallPlan(results, tuple(steps), device)
 
     def planner(self, extents: Mapping[str, int], layouts: Mapping[str, Layout], descriptors: bool) -> Planner:
-        """The planner of a call, which knows what earlier calls had otherwise."""
+        """The planner of a call, which knows what earlier calls had otherwise.
+
+        An extent is not supposed to be larger where a tile of a product holds its rank whole: it is a number there.
+        """
         moving = self.moving(extents)
-        supposed = {symbol: self.supposed(symbol, extents[symbol]) for symbol in sorted(moving)}
         typed = self.typed({name: layout.dtype for name, layout in layouts.items()})
-        cascade = with_picks(typed, {**extents, **supposed})
-        return Planner(cascade, extents, layouts, descriptors, moving, supposed)
+
+        def supposing(symbols: Collection[str]) -> Planner:
+            supposed = {symbol: self.supposed(symbol, extents[symbol]) for symbol in sorted(symbols)}
+            cascade = with_picks(typed, {**extents, **supposed})
+            return Planner(cascade, extents, layouts, descriptors, moving, supposed)
+
+        plain = supposing(())
+        return supposing(moving - plain.numbers_of_kernels()) if moving else plain
 
     def typed(self, inputs: Mapping[str, DType]) -> Cascade:
         """The cascade with results of the types that they have as written."""
@@ -295,8 +304,7 @@ class CallPlan:
         device = self.device
         for step in self.steps:
             for name, shape, dtype in step.made:
-                made = torch.empty if name in self.results else spaced
-                tensors[name] = made(shape, dtype=dtype, device=device)
+                tensors[name] = allocated(name, shape, dtype, device, self.results)
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 self.run(tensors)
@@ -309,12 +317,15 @@ class CallPlan:
             step(tensors)
 
 
-def spaced(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor between kernels whose rows begin at multiples of 16 elements, whatever its extents.
+def allocated(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, results: Collection[str]
+) -> Tensor:
+    """A tensor that a kernel writes. Its strides are part of every launch: it lies the same wherever it is made.
 
+    Results are contiguous. Of a tensor between kernels rows begin at multiples of 16 elements, whatever its extents:
     Triton compiles anew where a stride is such a multiple and was none before.
     """
-    if len(shape) < 2 or shape[-1] == 1 or not shape[-1] % ALIGNED:
+    if name in results or len(shape) < 2 or shape[-1] == 1 or not shape[-1] % ALIGNED:
         return torch.empty(shape, dtype=dtype, device=device)  # of rows of one element kernels know the stride
     row = -(-shape[-1] // ALIGNED) * ALIGNED
     return torch.empty((*shape[:-1], row), dtype=dtype, device=device)[..., : shape[-1]]
@@ -428,6 +439,7 @@ class Bench:
     device: torch.device
     effort: str
     tensors: dict[str, Tensor]
+    results: tuple[str, ...] = ()  # of the call
 
     def __post_init__(self) -> None:
         if self.effort != "none" and torch.cuda.is_current_stream_capturing():
@@ -438,11 +450,16 @@ class Bench:
         """What is known of the device."""
         return machine_for(torch.cuda.get_device_name(self.device), torch.cuda.get_device_capability(self.device))
 
+    def unset(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor that lies as it does in a call, in which it shows what was never written."""
+        made = allocated(name, shape, dtype, self.device, self.results)
+        return made.copy_(unset(shape, dtype, self.device))
+
     def advance(self, step: KernelStep | RestStep) -> None:
         """Runs a step where there may be something to time, so that later ones find what it makes."""
         if self.effort != "none":
             with torch.cuda.device(self.device):
-                self.tensors |= {name: unset(shape, dtype, self.device) for name, shape, dtype in step.made}
+                self.tensors |= {item[0]: self.unset(*item) for item in step.made}
                 step(self.tensors)
 
     def timer(
@@ -477,7 +494,7 @@ class Bench:
     ) -> tuple[float, dict[str, Tensor]]:
         """The median milliseconds of these steps, and their results, in tensors that held NaN before."""
         made = [item for step in steps for item in step.made]
-        tensors = self.tensors | {name: unset(shape, dtype, self.device) for name, shape, dtype in made}
+        tensors = self.tensors | {item[0]: self.unset(*item) for item in made}
         for step in steps:
             step(tensors)  # compiles
         found = {name: tensors[name].clone() for name in results}

@@ -485,6 +485,11 @@ class Planner:
                 found[size] = self.extents[size]
         return _Static(found)
 
+    def numbers_of_kernels(self) -> frozenset[str]:
+        """The shape symbols that are numbers in some kernel."""
+        groups = (group for group in self.groups() if isinstance(group, Group))
+        return frozenset(symbol for group in groups for symbol in self.static(group).numbers)
+
     def roles(self, group: Group) -> dict[str, Role]:
         """How each rank lies, in the order of dimensions and of the grid."""
         arrangement = group.arrangement

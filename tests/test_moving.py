@@ -1,0 +1,80 @@
+"""Extents that change from call to call: how many kernels they take, and that results stay right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+import cascade
+from benchmarks import programs
+from cascade.backends.triton.launch import Bench, CallPlan, KernelStep, allocated
+
+PRODUCT = "cascade product(X[T,D], W[D,F]) -> Y[T,F] { Y[t,f] = sum[d] X[t,d] * W[d,f] }"
+CAUSAL = programs.attention(where="n <= m")
+
+
+def plans(compiled: Any) -> list[CallPlan]:
+    """The plans of every kind of call, in the order they were made."""
+    (launcher,) = compiled._launchers.values()
+    return list(launcher.plans.values())
+
+
+def texts(compiled: Any) -> set[str]:
+    """The kernels of all calls."""
+    return {step.source.text for plan in plans(compiled) for step in plan.steps if isinstance(step, KernelStep)}
+
+
+@pytest.mark.parametrize("lengths", [(256, 300, 37, 900, 1500, 2, 3000), (1, 2, 3, 17, 64, 65, 100)])
+def test_rows_of_many_lengths_take_two_kernels(lengths: tuple[int, ...]) -> None:
+    compiled: Any = cascade.compile(programs.SOFTMAX, backend="triton")
+    for length in lengths:
+        x = torch.randn(3, length)
+        assert torch.allclose(compiled(X=x).double(), torch.softmax(x.double(), -1), atol=1e-6)
+    assert len(texts(compiled)) == 2  # the first length has its own
+
+
+@pytest.mark.parametrize(("lengths", "most"), [((64, 101, 138, 249, 400), 1), ((1, 2, 31, 130, 16), 2)])
+def test_streams_of_many_lengths_take_few_kernels(lengths: tuple[int, ...], most: int) -> None:
+    compiled: Any = cascade.compile(CAUSAL, backend="triton")
+    for length in lengths:
+        attends(compiled, length, 32)
+    found = {tuple(s.source.text for s in plan.steps if isinstance(s, KernelStep)) for plan in plans(compiled)[1:]}
+    assert len(found) <= most  # beside those of the first length
+
+
+def attends(compiled: Any, length: int, width: int) -> None:
+    """One call against PyTorch's own."""
+    q, k, v = (torch.randn(1, 2, length, width) for _ in range(3))
+    right = scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+    assert torch.allclose(compiled(Q=q, K=k, V=v).double(), right, atol=1e-5)
+
+
+def test_a_rank_that_tiles_hold_whole_is_not_supposed_to_be_longer() -> None:
+    compiled: Any = cascade.compile(CAUSAL, backend="triton")
+    for width in (16, 32, 80):
+        attends(compiled, 40, width)
+        assert len(plans(compiled)[-1].steps) == 1
+
+
+def test_many_batches_of_a_product_take_few_kernels() -> None:
+    compiled: Any = cascade.compile(PRODUCT, backend="triton")
+    w = torch.randn(48, 40)
+    for rows in (8, 1, 2, 5, 16, 60, 64):
+        x = torch.randn(rows, 48)
+        assert torch.allclose(compiled(x, w).double(), x.double() @ w.double(), atol=1e-4)
+    assert len(texts(compiled)) <= 3
+
+
+def test_tensors_lie_the_same_when_timed_and_when_called() -> None:
+    """Strides are arguments that a kernel keeps from its first launch, which may be one that is timed."""
+    device = torch.device("cpu")
+    bench = Bench(device, "none", {}, ("Y",))
+    for name in ("Y", "Z"):
+        for shape in ((), (5,), (3, 1), (2, 7), (4, 16), (2, 3, 40)):
+            found = bench.unset(name, shape, torch.float32)
+            called = allocated(name, shape, torch.float32, device, ("Y",))
+            assert found.stride() == called.stride() and found.shape == called.shape and bool(found.isnan().all())
+            assert name != "Y" or found.is_contiguous()

@@ -223,8 +223,8 @@ class Planner:
         return dataclasses.replace(changed, k=self.number(changed.k)) if isinstance(changed, TopK) else changed
 
     def proving(self) -> dict[str, Size]:
-        """What proofs may use of extents, by rank and by shape symbol: of one that moves, that it is one number."""
-        known: dict[str, Size] = {s: s if s in self.moving else extent for s, extent in self.extents.items()}
+        """What proofs may use of extents, by rank and by shape symbol: of what is supposed, that it is one number."""
+        known: dict[str, Size] = {s: s if s in self.supposed else extent for s, extent in self.extents.items()}
         return {rank: size if isinstance(size, int) else known[size] for rank, size in self.sizes.items()} | known
 
     def numbers(self, name: str) -> tuple[int, ...]:

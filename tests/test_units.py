@@ -154,3 +154,19 @@ def test_a_result_that_is_exponentiated_is_natural() -> None:
     after, _ = with_base_two(cascade, group)
     for name, value in run(cascade, {"X": x}, {}, Precision.REFERENCE).items():
         same(run(after, {"X": x}, {}, Precision.REFERENCE)[name], value, name)
+
+
+def test_what_a_topk_orders_keeps_its_unit() -> None:
+    text = (
+        "cascade c(X[T,D], R[D,N]) -> W[T,2], I[T,2] {\n"
+        " W[t,j], I[t,j] = topk[n, 2] softmax[n] (sum[d] X[t,d] * R[d,n])\n}"
+    )
+    generator = torch.Generator().manual_seed(0)
+    data = {"X": (5, 16), "R": (16, 8)}
+    x = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in data.items()}
+    cascade = final(text)
+    groups = [group for group in planner_for(cascade, x).groups() if isinstance(group, Group)]
+    (group,) = (group for group in groups if "I" in group.names)
+    after, _ = with_base_two(cascade, group)
+    for name, value in run(cascade, x, {}, Precision.REFERENCE).items():
+        same(run(after, x, {}, Precision.REFERENCE)[name], value, name)

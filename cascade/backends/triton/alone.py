@@ -152,9 +152,8 @@ class Maker:
         """The kernels of a cascade that belongs to another kernel."""
         cascade, text = planner.cascade, render(planner.cascade)
         lies = self.lies.setdefault(label, {})
-        inner = Alone(
-            cascade, planner.extents, planner.layouts, False, moving, lies=lies
-        )  # strides change with the sizes
+        # without descriptors: strides change with the sizes
+        inner = Alone(cascade, planner.extents, planner.layouts, False, moving, lies=lies)
         known, groups = self.beside.setdefault(label, (text, inner.groups()))
         for number, group in enumerate(groups):
             if isinstance(group, Rest) or text != known:

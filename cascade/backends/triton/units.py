@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from cascade.backends.triton.products import factors, product
 from cascade.ir import Apply, Const, Einsum, Expr, Fold, FoldInit, FoldMerge, Read, Reduce, Stmt
-from cascade.walk import children, defines, walk, with_children
+from cascade.walk import children, defines, reads, walk, with_children
 
 LOG2E, LN2 = 1.0 / math.log(2.0), math.log(2.0)
 
@@ -29,6 +29,7 @@ def in_base_two(
     own = {name: stmt for stmt in statements if isinstance(stmt, Einsum) for name in defines(stmt)}
     merges = [] if fold is None else [merge.expr for merge in fold.merge]
     changed: set[str] = set()
+    ordered = {name for stmt in statements if not isinstance(stmt, Einsum) for name in reads(stmt)}  # kept as it is
     todo = [
         name
         for expr in [*(stmt.expr for stmt in own.values()), *merges]
@@ -38,7 +39,8 @@ def in_base_two(
     ]
     while todo:
         name = todo.pop().rstrip("'")
-        if name in own and name not in changed and name not in stored and not sums_along(own[name], stream):
+        fixed = name in stored or name in ordered or name in changed or name not in own
+        if not fixed and not sums_along(own[name], stream):
             changed.add(name)
             todo.extend(linear_reads(own[name].expr))
     units = _Units(frozenset(changed))

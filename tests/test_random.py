@@ -25,6 +25,7 @@ from cascade.text import render
 from cascade.values import FROM_TORCH
 from cascade.verify import verify
 from cascade.walk import defines, expressions, walk
+from tests.timing import allowed
 
 PROGRAMS = 2_000
 MUTANTS = 20_000
@@ -161,7 +162,8 @@ def test_random_bytes_and_mutated_programs_give_only_cascade_errors_in_time(part
         except CascadeError as error:
             assert str(error)
             outcomes["refused"] += 1
-        assert time.process_time() - started < SECONDS, data
+        taken = time.process_time() - started
+        assert taken < SECONDS or taken < allowed(SECONDS), data
     assert min(outcomes.values()) > MUTANTS // PARTS // 50, outcomes
 
 

@@ -82,6 +82,7 @@ class _Emitter:
     helpers: dict[str, None] = field(default_factory=dict)
     functions: list[str] = field(default_factory=list)
     prefix: str = "BLOCK"  # of the constants that are tile extents
+    one_by_one: bool = False  # a fallback: one loop that tests all tiles, compiled in half the time, will do
     always_edge: bool = False  # inside a loop all tiles of which are tested
     within_loop: bool = False  # inside a loop over a stream
     edge_end: tuple[int, int] = (0, 0)  # where the last block of lines for edges ends
@@ -126,7 +127,7 @@ class _Emitter:
             self.op(op)
         self.depth -= 1
         self.line("else:  # 0 * NaN is NaN: one by one, so that what is absent takes no part")
-        inner = _Emitter(careful, self.portable, prefix="ONE")
+        inner = _Emitter(careful, self.portable, prefix="ONE", one_by_one=True)
         words = inner.function()
         self.functions.extend(inner.functions)
         self.helpers |= inner.helpers
@@ -722,7 +723,7 @@ class _Emitter:
             self.one_loop(op, "0", size)
             return
         stop = size if op.stop is None else f"tl.minimum({self.text(op.stop, ())}, {size})"
-        if not op.edges or op.inner is None or not self.tells_edges(op):
+        if self.one_by_one or not op.edges or op.inner is None or not self.tells_edges(op):
             if op.stop is None and op.first is None and not isinstance(axis.extent, int):
                 self.assume(f"{size} > 0")
             self.one_loop(op, start, stop)

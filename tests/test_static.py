@@ -22,7 +22,7 @@ from cascade import trial
 from cascade.backends.triton.emit import Source, emit
 from cascade.backends.triton.offline import Failure, StaticFacts, facts
 from cascade.backends.triton.partition import Rest
-from cascade.backends.triton.picks import with_picks
+from cascade.backends.triton.restate import restated
 from cascade.backends.triton.plan import Dot, Kernel, Load, every_op
 from cascade.backends.triton.planner import Planner
 from cascade.backends.triton.standalone import contiguous
@@ -139,7 +139,7 @@ def planner_of(shipped: Shipped) -> Planner:
         param.name: contiguous([s if isinstance(s, int) else shipped.sizes[s] for s in param.shape], types[param.name])
         for param in cascade.params
     }
-    return Planner(with_picks(cascade, shipped.sizes), dict(shipped.sizes), layouts)
+    return Planner(restated(cascade, shipped.sizes, types), dict(shipped.sizes), layouts)
 
 
 def python_of(version: str) -> str:

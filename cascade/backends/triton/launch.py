@@ -29,11 +29,11 @@ from cascade.backends.triton.emit import Argument, Source, emit, permutation
 from cascade.backends.triton.machine import Machine, machine_for
 from cascade.backends.triton.explain import Launch, describe
 from cascade.backends.triton.partition import Group, Rest, power_of_two, reduced_ranks
-from cascade.backends.triton.picks import with_picks
 from cascade.backends.triton.plan import Kernel
 from cascade.backends.triton.plan import Tensor as PlannedTensor
 from cascade.backends.triton.planner import Layout, Planner, Tiling
 from cascade.backends.triton.relaunch import Relaunch, relaunch
+from cascade.backends.triton.restate import restated
 from cascade.backends.triton.tune import Choice, Timer, choose
 from cascade.errors import UnsupportedError
 from cascade.inference import bind_sizes, infer_dtypes, infer_shapes
@@ -156,11 +156,12 @@ class Launcher:
         An extent is not supposed to be larger where a tile of a product holds its rank whole: it is a number there.
         """
         moving = self.moving(extents)
-        typed = self.typed({name: layout.dtype for name, layout in layouts.items()})
+        dtypes = {name: layout.dtype for name, layout in layouts.items()}
+        typed = self.typed(dtypes)
 
         def supposing(symbols: Collection[str]) -> Planner:
             supposed = {symbol: self.supposed(symbol, extents[symbol]) for symbol in sorted(symbols)}
-            cascade = with_picks(typed, {**extents, **supposed})
+            cascade = restated(typed, {**extents, **supposed}, dtypes)
             return Planner(cascade, extents, layouts, descriptors, moving, supposed)
 
         plain = supposing(())

@@ -23,7 +23,7 @@ from cascade.backends.triton.emit import Argument, wrapped
 from cascade.backends.triton.machine import MACHINES
 from cascade.backends.triton.offline import Request
 from cascade.backends.triton.partition import Group, Rest
-from cascade.backends.triton.picks import with_picks
+from cascade.backends.triton.restate import restated
 from cascade.backends.triton.plan import Kernel, Role
 from cascade.backends.triton.planner import Layout, Planner
 from cascade.backends.triton.reference import TORCH, Lines, interval, python_names, reference_lines
@@ -152,7 +152,7 @@ def standalone(subject: Subject, descriptors: bool = True) -> Emission:
     Statements that no kernel computes are written as plain torch. Raises `UnsupportedError` where they cannot be, and
     where there is no kernel at all.
     """
-    subject = dataclasses.replace(subject, final=with_picks(subject.final, subject.sizes))
+    subject = dataclasses.replace(subject, final=restated(subject.final, subject.sizes, subject.types))
     planner = subject.planner(subject.sizes, descriptors)
     return _Writer(subject, planner, planner.groups()).emission()
 

@@ -1,0 +1,175 @@
+"""Computed operands of matrix products, made once and stored where that is less than computing them for every tile.
+
+    Y[t,f] = sum[d] X[t,d] * g[d] * W[f,d]
+    -->  Y_right[f,d] = cast(W[f,d] * g[d], bf16);  Y[t,f] = sum[d] X[t,d] * Y_right[f,d]
+
+A tile of an operand goes from memory to the matrix units by itself; one that is computed takes the way through
+registers, for every tile of the result again. Where the result has few tiles that is still less than to store it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from cascade.backends.triton.partition import ELEMENT, LAUNCH, OPERATIONS, all_ranks
+from cascade.backends.triton.products import factors, matrix_product, product, ranks_of
+from cascade.inference import infer_dtypes, infer_shapes
+from cascade.ir import Apply, Cascade, Cast, Const, DType, Einsum, Expr, Rank, Read, Reduce, Stmt, Target
+from cascade.presence import may_be_absent
+from cascade.walk import defines, fresh, names, reads, walk
+
+COMPUTED = 0.5  # of the time of a product: what it costs that one side of it is computed
+SHORT = (DType.F16, DType.BF16)
+
+
+def with_operands(cascade: Cascade, extents: Mapping[str, int], inputs: Mapping[str, DType]) -> Cascade:
+    """The cascade with operands that are worth storing as statements of their own; itself where there are none.
+
+    `extents` are those of shape symbols, `inputs` the types of the parameters. Other sums of the same terms read the
+    stored operand as well: what is to cancel against the product has been rounded as it was.
+    """
+    program = _Program.of(cascade, extents, inputs)
+    taken = names(cascade)
+    stored: list[_Stored] = []
+    for stmt in cascade.body:
+        for side, terms, other in program.computed_sides(stmt):
+            if program.worth_storing(terms, stmt) and not any(
+                Counter(known.terms) == Counter(terms) for known in stored
+            ):
+                target = Target(fresh(f"{defines(stmt)[0]}_{side}", taken), _ranks(terms))
+                stored.append(_Stored(terms, Einsum(target, program.narrowed(terms, other), span=stmt.span)))
+    if not stored:
+        return cascade
+    body: list[Stmt] = []
+    for stmt in cascade.body:
+        changed = stmt
+        for operand in stored:
+            changed = operand.read_by(changed)
+        wanted = [operand.stmt for operand in stored if operand.stmt.target.name in reads(changed)]
+        body += [made for made in wanted if made not in body]
+        body.append(changed)
+    return dataclasses.replace(cascade, body=tuple(body))
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """Factors of a product, and the statement that stores what they come to."""
+
+    terms: tuple[Expr, ...]
+    stmt: Einsum
+
+    def read_by(self, stmt: Stmt) -> Stmt:
+        """A sum with a read in the place of the factors; any other statement as it is."""
+        if (
+            not isinstance(stmt, Einsum)
+            or stmt.inits
+            or not isinstance(stmt.expr, Reduce)
+            or stmt.expr.reducer != "sum"
+        ):
+            return stmt
+        there = Counter(factors(stmt.expr.body))
+        if not Counter(self.terms) <= there:
+            return stmt
+        rest = (there - Counter(self.terms)).elements()
+        read = Read(self.stmt.target.name, tuple(map(Rank, self.stmt.target.ranks)))
+        return dataclasses.replace(stmt, expr=dataclasses.replace(stmt.expr, body=product([read, *rest])))
+
+
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """A cascade with what decides: extents of ranks, types and origins of tensors."""
+
+    sizes: Mapping[str, int]
+    dtypes: Mapping[str, DType]
+    made: frozenset[str]
+    absent: frozenset[str]
+    short_results: bool
+
+    @classmethod
+    def of(cls, cascade: Cascade, extents: Mapping[str, int], inputs: Mapping[str, DType]) -> _Program:
+        ranks = infer_shapes(cascade).ranks
+        dtypes = infer_dtypes(cascade, inputs)
+        return cls(
+            {rank: size if isinstance(size, int) else extents[size] for rank, size in ranks.items()},
+            dtypes,
+            frozenset(name for stmt in cascade.body for name in defines(stmt)),
+            frozenset(may_be_absent(cascade)),
+            not any(dtypes[result.name] in (DType.F32, DType.F64) for result in cascade.results),
+        )
+
+    def computed_sides(self, stmt: Stmt) -> Iterator[tuple[str, tuple[Expr, ...], tuple[Expr, ...]]]:
+        """The sides of a matrix product that are no tensor as it lies in memory, each with the other side.
+
+        A factor of the reduced rank alone goes to a side that is computed anyway, else to the one of fewer elements.
+        """
+        found = matrix_product(stmt)
+        if found is None or not found.rows or not found.columns:
+            return
+        sides = {
+            "left": [term for term in found.left if ranks_of(term) & found.rows],
+            "right": [term for term in found.right if ranks_of(term) & found.columns],
+        }
+        order = sorted(sides, key=lambda side: (self.is_stored(sides[side]), self.elements(sides[side])))
+        sides[order[0]] += [term for term in (*found.left, *found.right) if term not in sides["left"] + sides["right"]]
+        for side, other in (("left", "right"), ("right", "left")):
+            plain = all(map(self.is_plain, sides[side]))
+            if plain and not (len(sides[side]) == 1 and isinstance(sides[side][0], Read)):
+                yield side, tuple(sides[side]), tuple(sides[other])
+
+    def is_stored(self, terms: Sequence[Expr]) -> bool:
+        """Whether factors are one tensor that the caller gives."""
+        return len(terms) == 1 and isinstance(terms[0], Read) and terms[0].tensor not in self.made
+
+    def is_plain(self, term: Expr) -> bool:
+        """Whether a factor has a value at all of its coordinates."""
+        nodes = [node for node in walk(term) if isinstance(node, Read)]
+        return all(
+            node.tensor not in self.absent and all(isinstance(part, Rank) or _is_quotient(part) for part in node.index)
+            for node in nodes
+        )
+
+    def elements(self, terms: Sequence[Expr]) -> int:
+        """The elements of what factors come to."""
+        return math.prod(self.sizes[rank] for rank in _ranks(terms))
+
+    def worth_storing(self, terms: Sequence[Expr], stmt: Stmt) -> bool:
+        """Whether a product loses more by computing an operand than it takes to write and read it."""
+        lost = COMPUTED * 2 * math.prod(self.sizes[rank] for rank in all_ranks(stmt))
+        return lost > (2 * self.elements(terms) * ELEMENT + LAUNCH) * OPERATIONS
+
+    def narrowed(self, terms: Sequence[Expr], other: Sequence[Expr]) -> Expr:
+        """What factors come to, in the 16 bits of the tensor that they are multiplied with unless results have more."""
+        found = product(terms)
+        own, met = (
+            {self.dtypes[node.tensor] for term in side for node in walk(term) if isinstance(node, Read)}
+            for side in (terms, other)
+        )
+        if not self.short_results:
+            return found if DType.F64 in own else Cast(DType.F32, found)
+        kind = met.pop() if len(met) == 1 else None
+        return Cast(kind, found) if kind in SHORT else found
+
+
+def _ranks(terms: Sequence[Expr]) -> tuple[str, ...]:
+    """The ranks of factors, in the order of the read that has most of them: so the operand lies as that tensor does."""
+    longest = max(
+        (node for term in terms for node in walk(term) if isinstance(node, Read)),
+        key=lambda node: len(ranks_of(node)),
+    )
+    return tuple(
+        dict.fromkeys(node.name for term in (longest, *terms) for node in walk(term) if isinstance(node, Rank))
+    )
+
+
+def _is_quotient(part: Expr) -> bool:
+    """Whether a coordinate is that of a group: a rank divided by a number."""
+    return (
+        isinstance(part, Apply)
+        and part.op == "floordiv"
+        and isinstance(part.args[0], Rank)
+        and isinstance(part.args[1], Const)
+    )

@@ -1,0 +1,138 @@
+"""Operands of products that are stored: which, what they mean, and what the kernels then give.
+
+The witnesses: the interpreter on the cascade before and after, and torch in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import cascade
+from cascade import interp
+from cascade.backends.triton import operands
+from cascade.backends.triton.operands import with_operands
+from cascade.ir import DType, Einsum
+from cascade.text import render_stmt
+from cascade.values import Precision
+from cascade.verify import verify
+from tests.planned import final
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RMS = """cascade c(X[T,D], g[D], W[F,D]) -> Y[T,F] {
+ N[t,d] = X[t,d] * rsqrt(mean[d] X[t,d] * X[t,d] + 1e-6) * g[d]
+ Y[t,f] = N[t,d] * W[f,d]
+}"""
+LAYER = """cascade c(X[T,D], g[D], W[F,D]) -> Y[T,F] {
+ U[t] = mean[d] X[t,d]
+ S[t] = mean[d] (X[t,d] - U[t]) * (X[t,d] - U[t])
+ Y[t,f] = sum[d] (X[t,d] - U[t]) * rsqrt(S[t] + 1e-6) * g[d] * W[f,d]
+}"""
+GELU = "cascade c(X[T,D], W[D,F]) -> Y[T,F] { Y[t,f] = sum[d] gelu(X[t,d]) * W[d,f] }"
+TWICE = """cascade c(X[T,D], A[D,F], B[D,F]) -> Y[T,F] {
+ Y[t,f] = (sum[d] tanh(X[t,d]) * A[d,f]) * (sum[d] tanh(X[t,d]) * B[d,f])
+}"""
+SCALED = "cascade c(X[T,D], W: i8[F,D], s[F,G]) -> Y[T,F] { Y[t,f] = sum[d] X[t,d] * W[f,d] * s[f,d // 8] }"
+FILTERED = "cascade c(X[T,D], m[T,D], W[D,F]) -> Y[T,F] { Y[t,f] = sum[d] X[t,d] * m[t,d] * W[d,f] where d <= t }"
+CASES = {"rms": RMS, "layer": LAYER, "gelu": GELU, "twice": TWICE, "scaled": SCALED, "filtered": FILTERED}
+SIZES = {"T": 21, "D": 40, "F": 33, "G": 5}
+
+
+def inputs_of(text: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    found: dict[str, Tensor] = {}
+    for param in final(text).params:
+        shape = [SIZES[str(size)] for size in param.shape]
+        if param.dtype is DType.I8:
+            found[param.name] = torch.randint(-8, 8, shape, generator=generator, dtype=torch.int8)
+        else:
+            found[param.name] = (torch.randn(shape, generator=generator) + 0.5).to(dtype)
+    return found
+
+
+def expected(name: str, given: Mapping[str, Tensor]) -> Tensor:
+    x = {key: value.double() for key, value in given.items()}
+    match name:
+        case "rms":
+            return F.rms_norm(x["X"], x["g"].shape, x["g"], 1e-6) @ x["W"].T
+        case "layer":
+            return F.layer_norm(x["X"], x["g"].shape, x["g"], None, 1e-6) @ x["W"].T
+        case "gelu":
+            return F.gelu(x["X"]) @ x["W"]
+        case "twice":
+            return (x["X"].tanh() @ x["A"]) * (x["X"].tanh() @ x["B"])
+        case "scaled":
+            return x["X"] @ (x["W"] * x["s"].repeat_interleave(8, 1)).T
+    return torch.tril(x["X"] * x["m"]) @ x["W"]
+
+
+def types_of(given: Mapping[str, Tensor], short: DType) -> dict[str, DType]:
+    return {name: DType.I8 if value.dtype is torch.int8 else short for name, value in given.items()}
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storing costs nothing."""
+    monkeypatch.setattr(operands, "OPERATIONS", 0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_stored_changes_no_meaning(name: str, always: None) -> None:
+    plain, given = final(CASES[name]), inputs_of(CASES[name], torch.float64)
+    stored = with_operands(plain, SIZES, types_of(given, DType.F64))
+    verify(stored)
+    assert len(stored.body) == len(plain.body) + 1  # once, for both products of `twice` too
+    (before,), (after,) = (interp.run(it, given, precision=Precision.REFERENCE).values() for it in (plain, stored))
+    torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["f32", "f16"])
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_of_stored_operands_compute_what_torch_does(name: str, dtype: torch.dtype, always: None) -> None:
+    given = {key: value.to(DEVICE) for key, value in inputs_of(CASES[name], dtype).items()}
+    call = cascade.compile(CASES[name], backend="triton")
+    found, wanted = call(**given), expected(name, given)
+    assert "_left" in call.explain() or "_right" in call.explain()
+    limit = 1e-5 if dtype is torch.float32 else 4e-3
+    assert float((found.double() - wanted).norm() / wanted.norm()) < limit
+
+
+def stored_at(text: str, sizes: Mapping[str, int]) -> dict[str, str]:
+    """The statements that are new at some sizes, as text."""
+    plain = final(text)
+    types = {p.name: p.dtype or DType.BF16 for p in plain.params}
+    new = [stmt for stmt in with_operands(plain, sizes, types).body if stmt not in plain.body]
+    return {stmt.target.name: render_stmt(stmt) for stmt in new if isinstance(stmt, Einsum)}
+
+
+def test_an_operand_is_stored_for_many_rows_and_computed_for_few() -> None:
+    wide = {"D": 4096, "F": 4096}
+    many = stored_at(RMS, {"T": 8192, **wide})
+    assert (
+        many["Y_sum_right"] == "Y_sum_right[f,d] = cast(W[f,d] * g[d], bf16)"
+    )  # the smaller side: that of the weights
+    assert many["Y_sum"] == "Y_sum[t,f] = sum[d] Y_sum_right[f,d] * X[t,d]"
+    assert stored_at(RMS, {"T": 16, **wide}) == {}
+    assert "Y_sum_left" in stored_at(RMS, {"T": 2048, "D": 8192, "F": 16384})
+
+
+def test_what_cancels_against_a_product_reads_what_it_reads() -> None:
+    """The mean's part of a norm: weights rounded for the product and weights summed are the same."""
+    many = stored_at(LAYER, {"T": 8192, "D": 4096, "F": 4096})
+    assert many["Y_sum_1"] == "Y_sum_1[f] = sum[d] Y_sum_right[f,d]"
+
+
+def test_an_operand_keeps_its_digits_where_a_result_has_them() -> None:
+    many = stored_at(RMS.replace("Y[T,F]", "Y: f32[T,F]"), {"T": 8192, "D": 4096, "F": 4096})
+    assert many["Y_sum_right"] == "Y_sum_right[f,d] = cast(W[f,d] * g[d], f32)"
+
+
+@pytest.mark.parametrize("operand", ["X[I[t],d] * g[d]", "X[t,d + 1] * g[d]"], ids=["picked", "moved"])
+def test_what_may_lie_outside_of_a_tensor_is_not_stored(operand: str) -> None:
+    text = f"cascade c(X[T,D], I: i32[T], g[D], W[D,F]) -> Y[T,F] {{ Y[t,f] = sum[d] {operand} * W[d,f] }}"
+    plain = stored_at(text, {"T": 8192, "D": 4096, "F": 65536})
+    assert plain == {}

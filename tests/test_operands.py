@@ -101,6 +101,30 @@ def test_kernels_of_stored_operands_compute_what_torch_does(name: str, dtype: to
     assert float((found.double() - wanted).norm() / wanted.norm()) < limit
 
 
+NIBBLES = "select(d % 2 == 0, P[f,d // 2] % 16, P[f,d // 2] // 16 % 16) - 8"
+BYTES = {
+    "column": "cascade c(X[T,D], W: i8[F,D], s[F]) -> Y[T,F] { Y[t,f] = sum[d] X[t,d] * W[f,d] * s[f] }",
+    "group": SCALED,
+    "nibbles": "cascade c(X[T,D], P: i8[F,E], s[F,G]) -> Y[T,F] "
+    f"{{ Y[t,f] = sum[d] X[t,d] * cast({NIBBLES}, f16) * s[f,d // 8] }}",
+}
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_weights_of_few_bits_are_widened_on_their_way_into_a_product(name: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, weights = torch.randn(19, 64, generator=generator).half(), torch.randint(-8, 8, (48, 64), generator=generator)
+    scales = torch.rand(48, 1 if name == "column" else 8, generator=generator).half()
+    packed = (weights + 8)[:, ::2] + 16 * (weights + 8)[:, 1::2]
+    given = {"X": x, "s": scales[:, 0] if name == "column" else scales}
+    given |= {"P": packed.to(torch.uint8).view(torch.int8)} if name == "nibbles" else {"W": weights.to(torch.int8)}
+    call = cascade.compile(BYTES[name], backend="triton")
+    found = call(**{key: value.to(DEVICE) for key, value in given.items()})
+    assert "tl.dot" in "".join(call.sources().values()) and "_right[" not in call.explain()
+    wanted = x.double() @ (weights * scales.double().repeat_interleave(64 // scales.shape[1], 1)).T
+    assert float((found.double().cpu() - wanted).norm() / wanted.norm()) < 1e-3
+
+
 def stored_at(text: str, sizes: Mapping[str, int]) -> dict[str, str]:
     """The statements that are new at some sizes, as text."""
     plain = final(text)

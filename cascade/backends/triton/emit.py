@@ -412,6 +412,11 @@ class _Emitter:
                 row = spell.NATURAL[expr.op]
                 words = [self.bracketed(piece, row, position) for position, piece in enumerate(pieces)]
                 return _Piece(row.text.format(*words), axes, row.infix, False)
+            by = expr.args[1].value if isinstance(expr.args[1], Const) else 0
+            if by > 0 and int(by).bit_count() == 1:  # shifts and bits round down
+                lower = words[0] if pieces[0].level == ATOM else f"({words[0]})"
+                bits = f">> {int(by).bit_length() - 1}" if expr.op == "floordiv" else f"& {int(by) - 1}"
+                return _Piece(f"({lower} {bits})", axes, ATOM, False)
             self.helpers.setdefault("floor_divide" if expr.op == "floordiv" else "floor_modulo")
         return _Piece(spell.INTEGER[expr.op].format(*words), axes, ATOM, False)
 

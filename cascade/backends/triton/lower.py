@@ -1068,12 +1068,18 @@ class _Lowering:
             return None
         if {rows} - set().union(*map(self.index_axes, left)) or {columns} - set().union(*map(self.index_axes, right)):
             return None
-        if any(self.type_of_tensor(name) not in FLOATS for t in (*left, *right) for name in _tensors(t)):
+        if not self.multiplied(left) or not self.multiplied(right):
             return None
         pieces = [rank for rank, _ in self.setting.pieces.get(over, ((over, 0),))]
         if min(self.axis(rank).tile for rank in (rows, columns, *pieces)) < SMALLEST_SIDE:
             return None
         return left, right, rest
+
+    def multiplied(self, terms: Sequence[Expr]) -> bool:
+        """Whether a side can be in a short float type: floats, and bytes as they are stored, which lose nothing."""
+        if len(terms) == 1 and isinstance(terms[0], Read):
+            return self.type_of(terms[0]) in FLOATS or self.type_of(terms[0]) is DType.I8
+        return self.type_of(product(terms)) in FLOATS
 
     def operands(
         self, stmt: Einsum, left_terms: list[Expr], right_terms: list[Expr], axes: tuple[str, ...], over: str
@@ -1085,7 +1091,7 @@ class _Lowering:
         assert isinstance(stmt.expr, Reduce)
         known = merged(self.tests(conjuncts(stmt.where)), *map(self.peek, (*left_terms, *right_terms)))
         inside = tuple(test for test in known if self.concerns(test, stmt.expr.ranks))
-        narrow = self.narrow([*left_terms, *right_terms])
+        narrow = self.narrow(left_terms, right_terms)
         left, left_live = self.side(stmt, "left", left_terms, inside, (axes[0], over), narrow, over)
         right, right_live = self.side(stmt, "right", right_terms, inside, (over, axes[1]), narrow, over)
         live = merged(left_live, right_live, inside)
@@ -1127,7 +1133,7 @@ class _Lowering:
                 self.zeroed[value.expr.name] = merged(own, value.live)
                 return value.expr, merged(value.live, own)
         value = self.expression(product(terms))
-        expr = value.expr
+        expr = value.expr.arg if isinstance(value.expr, Cast) and value.expr.dtype is narrow else value.expr
         wide = tuple(test for test in merged(value.live, own) if self.reaches(test, (over,)))
         if wide and not (value.absent == 0.0 and set(wide) <= set(value.live)):
             expr = self.kept(stmt, expr, wide, 0.0)
@@ -1152,17 +1158,25 @@ class _Lowering:
                 self.ops.append(Keep(variable, axes, self.mask(chosen, edge).name, 0.0, edge))
         return Local(variable)
 
-    def narrow(self, terms: Sequence[Expr]) -> DType:
+    def narrow(self, left: Sequence[Expr], right: Sequence[Expr]) -> DType:
         """The type in which a matrix product multiplies: that of its data, or of what was computed for it.
 
         Computed operands are rounded to the type of the data they meet where nothing that is stored is any finer.
         """
-        names = [name for term in terms for name in _tensors(term) if self.setting.dtypes[name] in FLOATS]
-        data = {self.setting.dtypes[name] for name in names if name not in self.values}
+        terms = [*left, *right]
         if self.fine_results() and not all(isinstance(term, Read) for term in terms):
             return DType.F32
+        met = [side for side, other in ((left, right), (right, left)) if self.is_data(side) and not self.is_data(other)]
+        terms = [*met[0]] if met and self.short_results() else terms
+        names = [name for term in terms for name in _tensors(term) if self.setting.dtypes[name] in FLOATS]
+        data = {self.setting.dtypes[name] for name in names if name not in self.values}
         kinds = data if data and self.short_results() else {self.setting.dtypes[name] for name in names}
         return DType.F32 if len(kinds) != 1 or DType.F64 in kinds else kinds.pop()
+
+    def is_data(self, terms: Sequence[Expr]) -> bool:
+        """Whether a side is floats as they lie in memory."""
+        found = terms[0] if len(terms) == 1 else None
+        return isinstance(found, Read) and found.tensor not in self.values and self.type_of(found) in FLOATS
 
     def fine_results(self) -> bool:
         """Whether some float that is stored is one of 32 bits in the cascade: no operand is rounded for it."""
@@ -1345,6 +1359,8 @@ class _Lowering:
                 return wider(*map(self.type_of, expr.args))
             case Cast():
                 return computed(expr.dtype)
+            case Read():
+                return self.type_of_tensor(expr.tensor)
             case _:
                 return DType.I32
 

@@ -15,6 +15,7 @@ from benchmarks.reductions import slice_of
 from benchmarks.workload import Bar, Inputs, Peer, Workload, normal
 
 EPS = 1e-6
+GROUP = 128  # columns of 4-bit weights that share a scale
 ROWS = (8192, 16)  # of activations: many, and those of a few sequences that are decoded
 
 
@@ -46,6 +47,20 @@ def loss(inputs: Inputs) -> Tensor:
     return F.cross_entropy(linear(inputs).float(), inputs["y"], reduction="none")
 
 
+def widened(inputs: Inputs) -> Tensor:
+    """The weights that bytes and their scales stand for: one scale a row, or two numbers a byte and a scale a group."""
+    weights, scales = inputs["W"], inputs["s"]
+    if scales.dim() == 1:
+        return weights * scales[:, None]
+    numbers = torch.stack([weights.int() % 16, weights.int() // 16 % 16], -1).flatten(1) - 8
+    return numbers * scales.repeat_interleave(numbers.shape[1] // scales.shape[1], 1)
+
+
+def few_bits(inputs: Inputs) -> Tensor:
+    """A linear layer of such weights."""
+    return F.linear(inputs["X"], widened(inputs).to(inputs["X"].dtype))
+
+
 def exactly(maths: Callable[[Inputs], Tensor], rows: tuple[str, ...]) -> Callable[[Inputs], Tensor]:
     """Sixteen rows in float64."""
 
@@ -65,7 +80,7 @@ def found(out: Tensor, inputs: Inputs) -> Tensor:
 
 def table(device: torch.device, options: Any) -> Iterator[Workload]:
     """The table `layers`."""
-    width, hidden, words = (32, 48, 100) if options.tiny else (4096, 14336, 128256)
+    width, hidden, words = (256, 48, 100) if options.tiny else (4096, 14336, 128256)
     for rows in (24, 3) if options.tiny else ROWS:
         many = rows in (24, ROWS[0])
         bars = (Bar(1.0, peer="torch.compile"), Bar(1 / 1.12, peer="product") if many else Bar(ms=0.021))
@@ -76,6 +91,7 @@ def table(device: torch.device, options: Any) -> Iterator[Workload]:
             peers = plain(maths, device) | {"product": Peer(linear, checked=False)}
             title, flops = f"{name} {rows} {width} {width}", 2.0 * rows * width * width
             yield Workload(title, text, normed(rows, width), exactly(maths, ("X",)), found, peers, bars, flops)
+        yield from quantised(rows, width, device)
         yield gated(rows, width, hidden, device, (Bar(1.0, peer="torch.compile") if many else Bar(ms=0.09),))
     yield losses(24 if options.tiny else ROWS[0], width, words, device)
 
@@ -86,6 +102,28 @@ def normed(rows: int, width: int) -> Callable[[torch.Generator], Inputs]:
         "X": normal(generator, rows, width), "g": normal(generator, width),
         "W": normal(generator, width, width) / width**0.5,
     }  # fmt: skip
+
+
+def quantised(rows: int, width: int, device: torch.device) -> Iterator[Workload]:
+    """A linear layer of weights in 8 bits and in 4, beside the product of weights in 16."""
+
+    def inputs(bits: int) -> Callable[[torch.Generator], Inputs]:
+        def made(generator: torch.Generator) -> Inputs:
+            stored = torch.randint(-128, 128, (width, width * bits // 8), generator=generator, device=generator.device)
+            scales = normal(generator, width).abs() if bits == 8 else normal(generator, width, width // GROUP).abs()
+            return {
+                "X": normal(generator, rows, width), "W": stored.to(torch.int8), "s": scales / 16 / width**0.5,
+            }  # fmt: skip
+
+        return made
+
+    wide = torch.empty(width, width, dtype=torch.bfloat16, device=device)
+    peers = plain(few_bits, device) | {"product": Peer(lambda inputs: F.linear(inputs["X"], wide), checked=False)}
+    for bits, text, bar in ((8, programs.INT8_LINEAR, 1.0), (4, programs.INT4_LINEAR, 2.5)):
+        bars = (Bar(1.0, peer="torch.compile"), Bar(bar if rows <= ROWS[1] else 1 / 1.12, peer="product"))
+        title = f"int{bits} linear {rows} {width} {width}"
+        flops = 2.0 * rows * width * width
+        yield Workload(title, text, inputs(bits), exactly(few_bits, ("X",)), found, peers, bars, flops)
 
 
 def gated(rows: int, width: int, hidden: int, device: torch.device, bars: tuple[Bar, ...]) -> Workload:

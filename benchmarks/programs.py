@@ -156,6 +156,19 @@ cascade layernorm_linear(X[T,D], g[D], W[F,D]) -> Y[T,F] {
 }
 """
 
+INT8_LINEAR = """
+cascade int8_linear(X[T,D], W: i8[F,D], s[F]) -> Y[T,F] {
+    Y[t,f] = sum[d] X[t,d] * W[f,d] * s[f]
+}
+"""
+
+INT4_LINEAR = """
+cascade int4_linear(X[T,D], W: i8[F,E], s[F,G]) -> Y: bf16[T,F] {
+    Q[f,d] = cast(select(d % 2 == 0, W[f,d // 2] % 16, W[f,d // 2] // 16 % 16) - 8, bf16)
+    Y[t,f] = X[t,d] * Q[f,d] * s[f,d // 128]
+}
+"""
+
 GATED_MLP = """
 cascade gated_mlp(X[T,D], G[F,D], U[F,D], W[D,F]) -> Y[T,D] {
     H[t,f] = silu(sum[d] X[t,d] * G[f,d]) * (sum[d] X[t,d] * U[f,d])

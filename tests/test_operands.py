@@ -101,6 +101,21 @@ def test_kernels_of_stored_operands_compute_what_torch_does(name: str, dtype: to
     assert float((found.double() - wanted).norm() / wanted.norm()) < limit
 
 
+@pytest.mark.parametrize("operations", [230, 0], ids=["computed", "stored"])
+def test_terms_beyond_a_shorter_tensor_are_left_out(operations: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales for 32 of 40 columns, and a map of the weights between: what has none is no term of the sum."""
+    monkeypatch.setattr(operands, "OPERATIONS", operations)
+    text = SCALED.replace("{ Y", "{ Q[f,d] = 0.5 * W[f,d]; Y").replace("* W[f,d] * s", "* Q[f,d] * s")
+    given = inputs_of(SCALED, torch.float32)
+    given["s"] = given["s"][:, :4].contiguous()
+    call = cascade.compile(text, backend="triton")
+    found = call(**{key: value.to(DEVICE) for key, value in given.items()})
+    assert ("_right" in call.explain()) == (operations == 0)
+    x = {key: value.double() for key, value in given.items()}
+    wanted = x["X"][:, :32] @ (0.5 * x["W"][:, :32] * x["s"].repeat_interleave(8, 1)).T
+    torch.testing.assert_close(found.double().cpu(), wanted, rtol=1e-5, atol=1e-4)
+
+
 NIBBLES = "select(d % 2 == 0, P[f,d // 2] % 16, P[f,d // 2] // 16 % 16) - 8"
 BYTES = {
     "column": "cascade c(X[T,D], W: i8[F,D], s[F]) -> Y[T,F] { Y[t,f] = sum[d] X[t,d] * W[f,d] * s[f] }",

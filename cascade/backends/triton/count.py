@@ -525,12 +525,18 @@ class _Count:
                     isinstance(arg, Apply) and arg.op == "mul" and part == together
                     for arg, part in zip(expr.args, parts, strict=True)
                 )
-                self.lanes(together, 0.0 if fused else LANES.get(expr.op, 1.0), run)
+                self.lanes(together, 0.0 if fused else _lanes(expr), run)
                 if expr.op in SPECIAL:
                     self.exps += SPECIAL[expr.op] * self.computed(together, run)
                 return together
             case _:
                 raise AssertionError(f"{type(expr).__name__} is lowered before it is counted")
+
+
+def _lanes(expr: Apply) -> float:
+    """Lanes that an operation takes per element: a quotient by a power of two is a shift, its remainder the bits."""
+    by = expr.args[-1].value if expr.op in ("floordiv", "mod") and isinstance(expr.args[-1], Const) else 0
+    return 1.0 if by > 0 and int(by).bit_count() == 1 else LANES.get(expr.op, 1.0)
 
 
 def _held(tensor: Tensor, sizes: Mapping[str, int]) -> float:

@@ -97,7 +97,7 @@ class _Program:
             {rank: size if isinstance(size, int) else extents[size] for rank, size in ranks.items()},
             dtypes,
             frozenset(name for stmt in cascade.body for name in defines(stmt)),
-            frozenset(may_be_absent(cascade)),
+            frozenset(may_be_absent(cascade)) - _maps(cascade),
             not any(dtypes[result.name] in (DType.F32, DType.F64) for result in cascade.results),
         )
 
@@ -125,7 +125,7 @@ class _Program:
         return len(terms) == 1 and isinstance(terms[0], Read) and terms[0].tensor not in self.made
 
     def is_plain(self, term: Expr) -> bool:
-        """Whether a factor has a value at all of its coordinates."""
+        """Whether a factor has a value at all of its coordinates, or these tell where it has none."""
         nodes = [node for node in walk(term) if isinstance(node, Read)]
         return all(
             node.tensor not in self.absent and all(isinstance(part, Rank) or _is_quotient(part) for part in node.index)
@@ -163,6 +163,15 @@ def _ranks(terms: Sequence[Expr]) -> tuple[str, ...]:
     return tuple(
         dict.fromkeys(node.name for term in (longest, *terms) for node in walk(term) if isinstance(node, Rank))
     )
+
+
+def _maps(cascade: Cascade) -> frozenset[str]:
+    """The tensors that are maps of parameters: coordinates alone say where they are absent."""
+    found = {param.name for param in cascade.params}
+    for stmt in cascade.body:
+        if isinstance(stmt, Einsum) and stmt.where is None and not stmt.inits and found.issuperset(reads(stmt)):
+            found |= set() if any(isinstance(node, Reduce) for node in walk(stmt.expr)) else {stmt.target.name}
+    return frozenset(found)
 
 
 def _is_quotient(part: Expr) -> bool:

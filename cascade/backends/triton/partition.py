@@ -125,7 +125,29 @@ def _placed(stmt: Stmt, found: list[_Growing], cascade: Cascade, extents: Mappin
     _, at, ahead = max(options)
     found[at].add(stmt)
     behind = [place for place in range(at + 1, len(found)) if place not in ahead]
-    return [found[place] for place in (*range(at), *ahead, at, *behind)]
+    ordered = [found[place] for place in (*range(at), *ahead, at, *behind)]
+    return _joined(ordered, found[at], needed, cascade, extents)
+
+
+def _joined(
+    found: list[_Growing], last: _Growing, needed: Set[str], cascade: Cascade, extents: Mapping[str, int]
+) -> list[_Growing]:
+    """The groups with those in one that a statement of the last needs and that lie over programs as it does.
+
+    Nothing had them together before: each reads other data. Products keep their kernels, and the tiles these want.
+    """
+    for group in found[: found.index(last)][::-1]:
+        between = found[found.index(group) + 1 : found.index(last)]
+        if group.reason is not None or needed.isdisjoint(group.made) or any(map(matrix_product, group.statements)):
+            continue
+        if any(map(matrix_product, last.statements)) or any(not group.made.isdisjoint(g.needed) for g in between):
+            continue
+        merged = _Growing.of((*group.statements, *last.statements), None)
+        lying = [arrange(each.statements, cascade, extents) for each in (group, last, merged)]
+        if len({None if a is None else (frozenset(a.shared), a.stream) for a in lying}) == 1:
+            found = [merged if each is last else each for each in found if each is not group]
+            last = merged
+    return found
 
 
 def _ahead(at: int, needed: Set[str], found: Sequence[_Growing]) -> list[int] | None:

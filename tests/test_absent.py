@@ -91,6 +91,48 @@ def test_a_part_of_which_one_frame_is_infinite_was_seen(parts: int, monkeypatch:
     torch.testing.assert_close(found, wanted.float())
 
 
+LIKE_NOTHING = {  # elements that are what stands for an absent one, behind elements that are absent
+    "argmax": ("I[M] fill -1", "I[m] = argmax[n] X[m,n] where n > 3 * m", -math.inf),
+    "argmin": ("I[M] fill -1", "I[m] = argmin[n] X[m,n] where n > 3 * m", math.inf),
+    "argmax of integers": ("I[M] fill -1", "I[m] = argmax[n] J[m,n] where n > 3 * m", -(2**31)),
+    "argmax of long integers": ("I[M] fill -1", "I[m] = argmax[n] L[m,n] where n > 3 * m", -(2**63)),
+    "max of integers": ("A[M]", "A[m] = max[n] J[m,n] where n > 3 * m", -(2**31)),
+    "max of long integers": ("A[M]", "A[m] = max[n] L[m,n] where n > 3 * m", -(2**63)),
+    "min of long integers": ("A[M]", "A[m] = min[n] L[m,n] where n > 3 * m", 2**63 - 1),
+    "topk": ("V[M,3] fill 7, I[M,3] fill -1", "V[m,z], I[m,z] = topk[n, 3] X[m,n] where n > 3 * m", -math.inf),
+    "topk of short floats": ("V[M,3] fill 7, I[M,3]", "V[m,z], I[m,z] = topk[n, 3] H[m,n] where n > 3 * m", -math.inf),
+}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("name", LIKE_NOTHING)
+def test_what_is_present_is_told_from_what_is_absent(
+    name: str, streamed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, line, value = LIKE_NOTHING[name]
+    letter = next(letter for letter in "XJLH" if f"{letter}[m,n]" in line)
+    kind = {"X": torch.float32, "J": torch.int32, "L": torch.int64, "H": torch.float16}[letter]
+    declared = {"X": "f32", "J": "i32", "L": "i64", "H": "f16"}[letter]
+    text = f"cascade c({letter}: {declared}[M,N]) -> {results} {{\n    {line}\n}}"
+    if streamed:
+        monkeypatch.setattr(planner, "LONG_ROW", 16)
+    data = torch.full((16, 40), value, dtype=kind)
+    wanted = run(parse_cascade(text), {letter: data}, precision=Precision.REFERENCE)
+    found = call_of(Chosen(final(text)))(**{letter: data.to(DEVICE)})
+    for ours, right in zip(found, wanted.values(), strict=True):
+        assert torch.equal(ours.cpu().to(right.dtype), right), (ours, right)
+
+
+def test_a_nan_of_any_sign_is_the_largest() -> None:
+    text = "cascade c(X[M,N]) -> V[M,3], I[M,3] {\n    V[m,z], I[m,z] = topk[n, 3] X[m,n] where n > m\n}"
+    data = torch.randn((5, 40), generator=torch.Generator().manual_seed(0))
+    data[:, 20], data[:, 30] = -torch.tensor(math.nan), math.nan
+    values, places = call_of(Chosen(final(text)))(X=data.to(DEVICE))
+    wanted = run(parse_cascade(text), {"X": data}, precision=Precision.REFERENCE)
+    assert torch.equal(places.cpu(), wanted["I"]) and places[0, :2].tolist() == [20, 30]
+    torch.testing.assert_close(values.cpu(), wanted["V"].float(), equal_nan=True)
+
+
 # --- live coordinates ------------------------------------------------------------------------------------------------
 
 

@@ -716,7 +716,7 @@ def _made(op: Op) -> tuple[str, ...]:
         case Redo():
             return (op.name, op.after)
         case TopKept():
-            return (op.values, op.coords)
+            return (op.values, op.coords, *((op.there,) if op.there else ()))
         case Carry():
             return tuple(name for name, _ in op.pairs)
         case Loop() | Store():

@@ -664,11 +664,6 @@ class _Emitter:
             case "any" | "all":
                 reduce = {"any": "max", "all": "min"}[op.reducer]
                 return f"tl.{reduce}(({text}).to(tl.int32), {axis})"
-            case "argmax" | "argmin" if self.piece(op.expr).real:  # a NaN is the extreme, as it is in torch
-                self.helpers.setdefault(f"{op.reducer}_nan")
-                return f"{op.reducer}_nan({text}, {axis})"
-            case "argmax" | "argmin":
-                return f"tl.{op.reducer}({text}, {axis}, tie_break_left=True)"
             case _:
                 self.helpers.setdefault("times")
                 return f"tl.reduce({text}, {axis}, times)"
@@ -691,9 +686,13 @@ class _Emitter:
         low = "0x7FFF" if short else "0x7FFFFFFF"
         size = self.block(op.over)
         self.line("# an integer whose order is that of the values, the lower coordinate first among equals")
+        least = "-2147483648" if short else "-9223372036854775808"
         self.line(f"{key} = {bits}")
         self.line(f"{key} = {key} ^ (({key} >> 31) & {low})")
+        self.line(f"{key} = tl.where({base} == {base}, {key}, {low})  # a NaN, of any sign, is the largest")
         self.line(f"{key} = ({key}.to({wide}) << {shift}) | ({size} - 1 - {column})")
+        if op.live is not None:
+            self.line(f"{key} = tl.where({self.text(Local(op.live), axes)}, {key}, {least})")
         count = f"{op.values}_best"
         self.line(f"{count} = tl.zeros({self.dims(op.axes)}, {wide})")
         kept = self.text(Rank(op.kept), op.axes)
@@ -703,9 +702,9 @@ class _Emitter:
         self.line(f"for i in tl.static_range({op.count}):")
         self.line(f"    top = tl.max({key}, {place})")
         self.line(f"    {count} = tl.where({kept} == i, {top_out}, {count})")
-        self.line(
-            f"    {key} = tl.where({key} == {top_in}, {'-2147483648' if short else '-9223372036854775808'}, {key})"
-        )
+        self.line(f"    {key} = tl.where({key} == {top_in}, {least}, {key})")
+        if op.there is not None:
+            self.line(f"{op.there} = {count} != {least}")
         self.line(f"{op.coords} = ({size} - 1 - ({count} & {hex((1 << shift) - 1)})).to(tl.int32)")
         value = f"({count} >> {shift}).to(tl.int32)"
         self.line(f"{op.values}_bits = {value}")
@@ -888,7 +887,9 @@ class _Emitter:
             body.insert(0, "        " + self.whereabouts(self.kernel.axis(op.rank)))
         every = tuple(every_op(op.body))
         made = {inner.name for inner in every if isinstance(inner, (Load, Let, Mask, Dot, Fold))}
-        made |= {name for inner in every if isinstance(inner, TopKept) for name in (inner.values, inner.coords)}
+        for inner in every:
+            if isinstance(inner, TopKept):
+                made |= {inner.values, inner.coords, *((inner.there,) if inner.there else ())}
         made -= set(op.carried)
         made |= {name for inner in every if isinstance(inner, Scan) for name in inner.names}
         made |= {one for inner in every if isinstance(inner, Redo) for one, _ in inner.picks}

@@ -40,6 +40,7 @@ from cascade.walk import children, defines, reads, rewrite, substitute, targets,
 SAMPLES = (0.75, -1.25, 3.5)  # stand for any finite number where it is asked what an expression comes to
 LARGEST_TILE = 1 << 20  # elements
 SMALLEST_SIDE = 16  # of a matrix product
+EXACT = 1 << 53  # no integer beyond it is told from its neighbours as a float
 MOST_FACTORS = 4  # of a power that is written as a product
 
 
@@ -432,7 +433,7 @@ class _Lowering:
         """The type in which a reduction accumulates."""
         if reducer in ("any", "all"):
             return DType.BOOL
-        if reducer in ("argmax", "argmin"):
+        if reducer in COORDINATES:
             raise unsupported(f"{reducer} over a rank that is streamed")
         return computed(self.setting.dtypes[name])
 
@@ -599,6 +600,8 @@ class _Lowering:
             found = self.dot(stmt, axes)
             if found is not None:
                 return dataclasses.replace(found, live=merged(found.live, outside))
+        if reducer in COORDINATES:
+            return self.coordinate(stmt)
         expr, over, live_after = self.elements(stmt)
         if not over:
             return Value(expr, live_after)
@@ -607,9 +610,34 @@ class _Lowering:
             variable = self.variable(stmt.target.name, axes, self.type_of(raw))
             self.ops.append(Fold(variable, axes, reducer, over, raw, self.nan_matters(stmt)))
             return Value(product([Local(variable), factor]), live_after)
-        dtype = DType.I32 if reducer in ("argmax", "argmin") else self.type_of(expr)
-        variable = self.variable(stmt.target.name, axes, dtype)
+        variable = self.variable(stmt.target.name, axes, self.type_of(expr))
         self.ops.append(Fold(variable, axes, reducer, over, expr, self.nan_matters(stmt)))
+        return Value(Local(variable), live_after)
+
+    def coordinate(self, stmt: Einsum) -> Value:
+        """The first coordinate of a present extreme, or of a NaN: the least of those whose element is the extreme.
+
+        What stands for an absent element does not tell it from a present one, which may be -inf as well.
+        """
+        assert isinstance(stmt.expr, Reduce)
+        name, (rank,), axes = stmt.target.name, stmt.expr.ranks, self.spread(stmt.target.ranks)
+        expr, over, live_after = self.elements(stmt)
+        if not over:
+            return Value(Rank(rank), live_after)
+        best = Local(self.variable(f"{name}_best", axes, self.type_of(expr)))
+        real = self.type_of(expr) in FLOATS
+        self.ops.append(Fold(best.name, axes, COORDINATES[stmt.expr.reducer], over, expr, nan=real))
+        chosen = Apply("eq", (expr, best))
+        if real:
+            chosen = Apply("or", (chosen, Apply("ne", (expr, expr))))
+        last = self.axis(rank).tile - 1
+        found: Expr = Apply("select", (chosen, Rank(rank), Const(last)))
+        live = merged(self.expression(stmt.expr.body).live, self.filters(stmt)[0], self.tails(stmt.expr.ranks))
+        tests = tuple(test for test in live if self.reaches(test, over))
+        if tests:
+            found = self.kept(stmt, found, tests, last)
+        variable = self.variable(name, axes, DType.I32)
+        self.ops.append(Fold(variable, axes, "min", over, found))
         return Value(Local(variable), live_after)
 
     def filters(self, stmt: Einsum) -> tuple[tuple[Expr, ...], tuple[Expr, ...]]:
@@ -707,9 +735,10 @@ class _Lowering:
             chosen = tuple(test for test in tests if self.is_edge(test) == edge)
             if chosen:
                 self.ops.append(Keep(local.name, axes, self.mask(chosen, edge).name, fill, edge))
+        exact = math.isinf(wanted) or abs(wanted) <= EXACT
         for name in shared:
             value = self.values[name]
-            self.values[name] = Value(value.expr, value.live, float(wanted))
+            self.values[name] = Value(value.expr, value.live, float(wanted) if exact else None)
         return product([local, factor]) if factor != Const(1.0) else local
 
     def note_edges(self, stmt: Einsum, live: Sequence[Expr]) -> None:
@@ -827,11 +856,6 @@ class _Lowering:
         live = merged(body.live, self.tests(conjuncts(stmt.where)), self.tails((stmt.rank,)))
         source = body.expr if isinstance(body.expr, Local) else self.let(f"{stmt.values.name}_body", body.expr)
         tests = tuple(test for test in live if self.reaches(test, (stmt.rank,)))
-        if tests and not (body.absent == -math.inf and set(tests) <= set(body.live)):
-            source = self.let(f"{stmt.values.name}_kept", source)
-            self.ops.append(
-                Keep(source.name, self.variables[source.name][0], self.mask(tests, False).name, -math.inf, False)
-            )
         if not isinstance(stmt.k, int):
             raise unsupported("a topk whose count is not a number", stmt)
         kept = next(rank for rank in stmt.values.ranks if rank not in ranks_of(stmt.body))
@@ -839,16 +863,17 @@ class _Lowering:
         coords = self.variable(stmt.coords.name, axes, DType.I32)
         bits = 16 if isinstance(stmt.body, Read) and self.setting.dtypes[stmt.body.tensor] in SHORT_FLOATS else 32
         assert isinstance(source, Local)
-        self.ops.append(TopKept(values, coords, axes, stmt.rank, kept, stmt.k, source.name, bits))
+        size = self.size(stmt.rank)
+        short = bool(tests) or size is None or size < stmt.k
+        there = self.variable(f"{stmt.values.name}_there", axes, DType.BOOL) if short else None
+        mask = self.mask(tests, False).name if tests else None
+        self.ops.append(TopKept(values, coords, axes, stmt.rank, kept, stmt.k, source.name, bits, mask, there))
         outside = tuple(test for test in live if test not in tests)
         if not self.axis(kept).exact and not self.axis(kept).single:
             outside = merged(outside, (self.tail(kept),))
+        present = outside if there is None else merged(outside, (Local(there),))
         for target, variable in ((stmt.values, values), (stmt.coords, coords)):
-            there = outside
-            size = self.size(stmt.rank)
-            if tests or size is None or size < stmt.k:
-                there = merged(outside, (Apply("gt", (Local(values), Const(-math.inf))),))
-            self.values[target.name] = Value(Local(variable), there)
+            self.values[target.name] = Value(Local(variable), present)
 
     def size(self, rank: str) -> int | None:
         """The extent of a rank where the kernel is made for it alone."""
@@ -1503,6 +1528,7 @@ RESERVED = frozenset(keyword.kwlist) | {
 }  # fmt: skip
 """Names that mean something in the text of a kernel."""
 SHORT_FLOATS = (DType.BF16, DType.F16)
+COORDINATES = {"argmax": "max", "argmin": "min"}  # and the extreme that stands there
 LOGICAL = ("and", "or", "not", "eq", "ne", "select")
 GROWING = dict.fromkeys(("sum", "prod"), (DType.BOOL, DType.I8, DType.I32))
 """Types of elements that a reduction of a tile would overflow."""
@@ -1574,7 +1600,7 @@ def uses(op: Op) -> Iterator[str]:
         case Seen():
             yield op.mask
         case TopKept():
-            yield op.source
+            yield from (op.source, *((op.live,) if op.live else ()))
         case Carry():
             yield from (new for _, new in op.pairs)
         case Start():
@@ -1625,14 +1651,13 @@ def reducer_of(stmt: Stmt) -> str:
 
 def identity(reducer: str, dtype: DType) -> float | int | bool:
     """What a reduction does not see."""
-    if reducer in ("argmax", "argmin"):
-        return -math.inf if reducer == "argmax" else math.inf
-    value = REDUCERS[reducer].identity
+    value = REDUCERS[COORDINATES.get(reducer, reducer)].identity
     assert value is not None
     if dtype in FLOATS:
         return float(value)
     if isinstance(value, float) and math.isinf(value):
-        return int(math.copysign(2**31 - 1, value)) if dtype is not DType.I64 else int(math.copysign(2**62, value))
+        half = 1 << 8 * BYTES[dtype] - 1
+        return half - 1 if value > 0 else -half
     return value
 
 

@@ -196,7 +196,10 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class TopKept:
-    """`values`, `coords` := the `count` largest along an axis, sorted, ties to the lower coordinate."""
+    """`values`, `coords` := the `count` largest along an axis, sorted, ties to the lower coordinate.
+
+    Those where the mask `live` fails take no part; `there` := whether so many are left.
+    """
 
     values: str
     coords: str
@@ -206,6 +209,8 @@ class TopKept:
     count: int
     source: str
     bits: int  # of the values: 16 where they are exactly numbers of 16 bits, else 32
+    live: str | None
+    there: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,7 +391,8 @@ def render_op(op: Op) -> list[str]:
             always = "" if op.edge else "always "
             return [f"{always}{_over(op.name, op.axes)} = {op.name} or any[{','.join(op.over)}] {op.mask}"]
         case TopKept():
-            return [f"{_over(op.values, op.axes)}, {op.coords} = topk[{op.over}, {op.count}] {op.source}"]
+            tests = f" if {op.live}" if op.live else ""
+            return [f"{_over(op.values, op.axes)}, {op.coords} = topk[{op.over}, {op.count}] {op.source}{tests}"]
         case Carry():
             return [f"{', '.join(a for a, _ in op.pairs)} = {', '.join(b for _, b in op.pairs)}"]
         case Start():

@@ -285,12 +285,17 @@ class _Speller:
             body = _Piece(f"torch.nn.functional.pad({body.text}, (0, {count}), value=-math.inf)", order, ATOM, True)
         self.lines.append(f"ordered = torch.sort({body.text}, dim=-1, descending=True, stable=True)")
         after = (*order[:-1], kept)
-        found = None
-        if live is not None or short:
-            self.lines.append(f"there = torch.gather(there, -1, ordered.indices)[..., :{count}]")
-            found = _Piece("there", after)
-        self.define(stmt.values, _Piece(f"ordered.values[..., :{count}]", after, ATOM, True, live=found))
-        self.define(stmt.coords, _Piece(f"ordered.indices[..., :{count}]", after, live=found))
+        if live is None and not short:
+            self.define(stmt.values, _Piece(f"ordered.values[..., :{count}]", after, ATOM, True))
+            self.define(stmt.coords, _Piece(f"ordered.indices[..., :{count}]", after))
+            return
+        self.lines.append("there = torch.gather(there, -1, ordered.indices)  # a value may be what stands for none")
+        self.lines.append("first = torch.sort(there.byte(), dim=-1, descending=True, stable=True).indices")
+        for name, part in (("values", "ordered.values"), ("coords", "ordered.indices"), ("there", "there")):
+            self.lines.append(f"{name} = torch.gather({part}, -1, first)[..., :{count}]")
+        found = _Piece("there", after)
+        self.define(stmt.values, _Piece("values", after, ATOM, True, live=found))
+        self.define(stmt.coords, _Piece("coords", after, live=found))
 
     # --- reductions --------------------------------------------------------------------------------------------------
 
@@ -323,8 +328,11 @@ class _Speller:
         if live is not None and not (expr.reducer == "sum" and piece.zeroed and mask is None):
             body = _Piece(f"torch.where({text}, {body.text}, {fill})", order)
         if expr.reducer in ("argmax", "argmin"):
-            flat = body.atom if len(expr.ranks) == 1 else f"{body.atom}.flatten({-len(expr.ranks)})"
-            return _Piece(f"{flat}.{expr.reducer}(-1)", kept, live=some)
+            if live is None:
+                return _Piece(f"{body.atom}.{expr.reducer}(-1)", kept)
+            best = f"{body.atom}.a{expr.reducer.removeprefix('arg')}(-1, keepdim=True)"
+            chosen = f"({body.atom} == {best}) | ({body.atom} != {body.atom})"
+            return _Piece(f"({_atom(text)} & ({chosen})).byte().argmax(-1)", kept, live=some)
         if expr.reducer == "prod" and len(expr.ranks) > 1:
             return _Piece(f"{body.atom}.flatten({-len(expr.ranks)}).prod(-1)", kept, ATOM, real, live=some)
         verb = {"max": "amax", "min": "amin"}.get(expr.reducer, expr.reducer)

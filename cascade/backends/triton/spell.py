@@ -119,18 +119,6 @@ def clamped(x, low, high):
     x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
 """,
-    "argmax_nan": """@triton.jit
-def argmax_nan(x, AXIS: tl.constexpr):
-    broken = (x != x).to(tl.int32)
-    first = tl.argmax(broken, AXIS, tie_break_left=True)
-    return tl.where(tl.max(broken, AXIS) > 0, first, tl.argmax(x, AXIS, tie_break_left=True))
-""",
-    "argmin_nan": """@triton.jit
-def argmin_nan(x, AXIS: tl.constexpr):
-    broken = (x != x).to(tl.int32)
-    first = tl.argmax(broken, AXIS, tie_break_left=True)
-    return tl.where(tl.max(broken, AXIS) > 0, first, tl.argmin(x, AXIS, tie_break_left=True))
-""",
     "sigmoid_approx": """@triton.jit
 def sigmoid(x):
     d = 1.0 + tl.exp2(x * -1.4426950408889634)

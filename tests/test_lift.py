@@ -1002,6 +1002,39 @@ def test_a_state_that_differs_along_another_folded_rank_stays_where_it_is(reduce
     )
 
 
+REST = {  # where the rest of a map is absent, or has a rank that the element does not have: nothing of it may be lost
+    "count": ("A[K]", "R = max[n] X[n] where X[n] > 100", "A[k] = count[n] max(Y[k,n], R)"),
+    "count along a rank of the state": ("A[K]", "R[k] = max[n] X[n] * B[k]", "A[k] = count[n] (X[n] - R[k])"),
+    "count beside a factor": ("A[K]", "R[k] = max[n] Y[k,n] * Q", "A[k] = count[n] (Y[k,n] - R[k])"),
+    "argmax": ("A[]", "R = max[n] X[n] where X[n] > 100", "A = argmax[n] (X[n] + R)"),
+    "argmax along a rank of the state": ("A[K]", "R[k] = max[n] X[n] * B[k]", "A[k] = argmax[n] (X[n] - R[k])"),
+    "topk": ("V[2], A[2]", "R = max[n] X[n] where X[n] > 100", "V[z], A[z] = topk[n, 2] (X[n] + R)"),
+    "topk along a rank": ("V[2,K], A[2,K]", "R[k] = max[n] X[n] * B[k]", "V[z,k], A[z,k] = topk[n, 2] (X[n] - R[k])"),
+    "product along a rank": ("A[K]", "R[k] = max[n] X[n] * B[k]", "A[k] = prod[n] X[n] * R[k]"),
+    "extreme along a rank": ("A[K]", "R[k] = max[n] X[n] * B[k]", "A[k] = max[n] (X[n] - R[k])"),
+}
+
+
+@pytest.mark.parametrize("name", REST)
+def test_the_rest_of_a_map_keeps_its_absence_and_its_ranks(name: str) -> None:
+    results, first, second = REST[name]
+    filled = re.sub(r"\]", "] fill -1", results)
+    lines = ("Q = B[0] where B[0] > 100", first, second)
+    source = parse_cascade(cascade(f"c(X[N], Y[K,N], B[K]) -> {filled}", *lines))
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"X": (7,), "Y": (3, 7), "B": (3,)}
+    given = {p.name: torch.randn(shapes[p.name], generator=generator) for p in source.params}
+    wanted = run(source, given, {}, Precision.REFERENCE)
+    for result, found in run(run_pipeline(source).final, given, {}, Precision.REFERENCE).items():
+        assert torch.allclose(found.double(), wanted[result].double()), (result, found, wanted[result])
+
+
+def test_a_count_about_an_average_of_the_same_elements_is_lifted() -> None:
+    head, average = "c(X[M,N], L: i32[M]) -> C[M]", "R[m] = (sum[n] V[m,n]) / count[n] V[m,n]"
+    text = cascade(head, "V[m,n] = X[m,n] where n < L[m]", average, "C[m] = count[n] (V[m,n] - R[m])")
+    assert not lifting(text).blocked
+
+
 # --- without computer algebra ----------------------------------------------------------------------------------------
 
 FRAMED = Apply("exp", (Apply("sub", (Local("x0"), Local("r0"))),))

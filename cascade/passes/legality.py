@@ -79,6 +79,32 @@ class Domains:
             return frozenset((node,))
         return frozenset((substitute(stmt.where, actual),))
 
+    def apart(self, expr: Expr, own: frozenset[Expr], where: Expr | None) -> frozenset[Expr]:
+        """What decides without the rank whether an expression has a value: reads that may be absent, and filters.
+
+        A reduction over the rank is present with any of its elements; so it decides nothing itself where it has one
+        wherever `own` and the filter `where` hold.
+        """
+        found: set[Expr] = set()
+        for node in walk(expr):
+            if isinstance(node, Read) and self.reads_absent(node):
+                found |= self._apart(node, own, where)
+        return frozenset(found)
+
+    def _apart(self, node: Read, own: frozenset[Expr], where: Expr | None) -> frozenset[Expr]:
+        stmt = self.maps.get(node.tensor)
+        alone = frozenset[Expr]() if self._decides(node) else frozenset((node,))
+        if stmt is None or not all(isinstance(i, Rank) for i in node.index):
+            return alone
+        actual = dict(zip(stmt.target.ranks, node.index, strict=True))
+        tested = None if stmt.where is None else substitute(stmt.where, actual)
+        body = substitute(stmt.expr, actual)
+        if isinstance(body, Reduce):
+            covers = tested in (None, where) and self.of(body.body) <= own
+            return self.apart(body.body, own, where) if self.rank in body.ranks and covers else alone
+        filters = () if tested is None or any(n == Rank(self.rank) for n in walk(tested)) else (tested,)
+        return self.apart(body, own, where) | frozenset(filters)
+
     def reads_absent(self, node: Read) -> bool:
         """Whether a read may be absent."""
         return node.tensor in self.absent or any(not isinstance(i, Rank) for i in node.index)

@@ -257,7 +257,7 @@ class Lifter:
         """The accumulators under a filter; None where one has a value at other coordinates than the whole map."""
         maker = self.makers.setdefault(trip, Maker(self.rank, self.taken, self.partial, self.named))
         before = dict(maker.known)
-        present = self.present(expr, (self.rank,), atoms)
+        present = next(self.present(expr, (self.rank,), atoms), None)
         try:
             made = maker.of(found.families, concrete, stmt, where, self.steady(where), self.size(expr, where), present)
         except NoAccumulator:
@@ -284,7 +284,8 @@ class Lifter:
         if self.domains.of(element) != self.domains.of(expr) or not set(stmt.expr.ranks) <= set(free_ranks(element)):
             raise Refused("domain", "its base has a value at other coordinates than the power")
         made = Made(deferred=[substitute(e, {}, atoms.parts) for e in (power, factor) if e is not None])
-        state = Target(fresh(f"{stmt.target.name}_prod", self.taken), stmt.target.ranks)
+        kept = tuple(rank for rank in stmt.target.ranks if rank in _bound(element, where))
+        state = Target(fresh(f"{stmt.target.name}_prod", self.taken), kept)
         made.statements.append(Einsum(state, dataclasses.replace(stmt.expr, body=element), where))
         made.states.append(state.name)
         made.merges[state.name] = read(state, "'")
@@ -308,7 +309,8 @@ class Lifter:
     def counted(self, stmt: Einsum | TopK, expr: Expr, where: Expr | None, atoms: Atoms) -> Made:
         """How many coordinates are present does not depend on values: those of a part of the element are counted."""
         assert isinstance(stmt, Einsum) and isinstance(stmt.expr, Reduce)
-        part = self.present(expr, stmt.expr.ranks, atoms)
+        fitting = self.present(expr, stmt.expr.ranks, atoms)
+        part = next((part for part in fitting if self.stands_for(part, expr, where, stmt)), None)
         if part is None:
             raise Refused("domain", "no part of the element is present where all of it is")
         made = Made(value=read(stmt.target))
@@ -317,12 +319,21 @@ class Lifter:
         made.merges[stmt.target.name] = read(stmt.target, "'")
         return made
 
-    def present(self, expr: Expr, ranks: Sequence[str], atoms: Atoms) -> Expr | None:
-        """A part of the element that has the ranks, and a value wherever the whole map has one."""
+    def present(self, expr: Expr, ranks: Sequence[str], atoms: Atoms) -> Iterator[Expr]:
+        """The parts of the element that have the ranks, and a value wherever along the rank the whole map has one."""
         whole = self.domains.of(expr)
         parts = (part for name, part in atoms.parts.items() if name.startswith("x"))
-        fitting = (p for p in parts if self.domains.of(p) == whole and set(ranks) <= set(free_ranks(p)))
-        return next(fitting, None)
+        return (p for p in parts if self.domains.of(p) == whole and set(ranks) <= set(free_ranks(p)))
+
+    def stands_for(self, part: Expr, expr: Expr, where: Expr | None, stmt: Einsum | TopK) -> bool:
+        """Whether a part of a map may be reduced in its place where no value of the rest is asked for.
+
+        It has the ranks that are kept, and is absent wherever the rest is, without the rank as well.
+        """
+        kept = {rank for target in targets(stmt) for rank in target.ranks} & _bound(expr, where)
+        own = self.domains.of(expr)
+        apart = self.domains.apart(expr, own, where) <= self.domains.apart(part, own, where)
+        return apart and kept <= _bound(part, where)
 
     def levels_inlined(self, body: Expr) -> Expr:
         """The operand of an accumulator with the maps that were made for it taken in."""
@@ -350,14 +361,17 @@ class Lifter:
         value = concrete(found.inner)
         if self.domains.of(value) != self.domains.of(expr):
             raise Refused("domain", "its value has other coordinates than the map around it")
-        strict = reducer in ("topk", "argmax", "argmin")
+        strict, target = reducer in ("topk", "argmax", "argmin"), targets(stmt)[0]
         if strict and not found.strict:
             raise Refused("order law", f"the map may make different elements equal, and {reducer} tells them apart")
+        if strict and not self.stands_for(value, expr, where, stmt):
+            raise Refused("domain", "the map around its value may be absent where the value is not")
         flipped = {"max": "min", "min": "max", "argmax": "argmin", "argmin": "argmax"}
         if found.direction < 0 and reducer == "topk":
             raise Refused("order law", "the map is decreasing, and topk keeps the largest")
-        made, target = Made(), targets(stmt)[0]
-        state = Target(fresh(f"{target.name}_{'top' if strict else reducer}", self.taken), target.ranks)
+        made = Made()
+        kept = target.ranks if strict else tuple(rank for rank in target.ranks if rank in _bound(value, where))
+        state = Target(fresh(f"{target.name}_{'top' if strict else reducer}", self.taken), kept)
         if isinstance(stmt, TopK):
             made.statements.append(dataclasses.replace(stmt, values=state, body=value, where=where))
             made.states += [state.name, stmt.coords.name]
@@ -645,6 +659,11 @@ def _live(cascade: Cascade, body: Sequence[Stmt], merges: Mapping[str, Expr]) ->
             moved = merges.get(name)
             wanted += [n.tensor.rstrip("'") for n in walk(moved) if isinstance(n, Read)] if moved is not None else []
     return [stmt for stmt in body if seen & set(defines(stmt))]
+
+
+def _bound(expr: Expr, where: Expr | None) -> set[str]:
+    """The ranks that an expression or its filter depends on."""
+    return {*free_ranks(expr), *(() if where is None else free_ranks(where))}
 
 
 def _indexed(expr: Expr | None) -> set[str]:

@@ -139,6 +139,14 @@ MENDED: dict[str, tuple[str, dict[str, int], str]] = {
         " A[b,k] = sum[n] X[n,b,k] where D[n] == 1\n S[k] = sum[b] A[b,k]\n"
         " T[k,m] = sum[b] A[b,k] * Y[b,m]\n Z[k,m] = T[k,m] / S[k]\n}", {"N": 1, "B": 20, "K": 18, "M": 17}, "own",
     ),
+    "either of two": (
+        "cascade c(X: f32[N,M], L_n: i32[M]) -> A[N,M] fill -1, B[M] fill -1, C[M] fill 0.5 {\n"
+        " Q[n,m] = X[n,m] where n < L_n[m]\n A[n,m] = Q[n,m] ?? X[n+4,m]\n"
+        " B[m] = count[n] (Q[n,m] ?? X[n+4,m])\n C[m] = sum[n] (X[n+4,m] ?? Q[n,m])\n}", {"N": 8, "M": 5}, "own",
+    ),
+    "a count of what a number stands for": (
+        "cascade c(X: f32[M,N]) -> A[N] {\n A[n] = count[m] (X[m,n+n] ?? 0.5)\n}", {"M": 3, "N": 31}, "own",
+    ),
     "no parameter": ("cascade c() -> Y[E] with e = E {\n Y[e] = e // 2 + 0.5\n}", {"E": 5}, "own"),
     "the largest inside a loop": (
         "cascade c(X: f32[B,K,E], F: f32[E,N], G: f32[B,E]) -> A[B,N] {\n"

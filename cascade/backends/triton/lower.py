@@ -1327,21 +1327,22 @@ class _Lowering:
         return Value(Local(variable))
 
     def default(self, expr: Apply) -> Value:
-        """The first operand where it is present, else the second."""
+        """The first operand where it is present, else the second: present where either is."""
         first, second = map(self.expression, expr.args)
         if not first.live:
             return first
         mask = self.mask(first.live, False)
-        return Value(Apply("select", (mask, first.expr, second.expr)), second.live)
+        return Value(Apply("select", (mask, first.expr, second.expr)), either(first.live, second.live))
 
     def peek(self, expr: Expr) -> tuple[Expr, ...]:
         """The tests of an expression, without making anything for it."""
-        found: tuple[Expr, ...] = ()
-        for node in walk(expr):
-            if isinstance(node, Read):
-                known = self.values.get(node.tensor)
-                found = merged(found, known.live if known else self.load_tests(node))
-        return found
+        parts = tuple(map(self.peek, children(expr)))
+        if isinstance(expr, Apply) and expr.op == "default":
+            return either(*parts)
+        if not isinstance(expr, Read):
+            return merged(*parts)
+        known = self.values.get(expr.tensor)
+        return merged(known.live if known else self.load_tests(expr), *parts)
 
     def index_axes(self, index: Expr) -> tuple[str, ...]:
         """The dimensions of an expression: a quotient by a multiple of the tile is one number for the whole tile."""
@@ -1702,6 +1703,16 @@ def join(reducer: str, old: Expr, new: Expr) -> Expr:
 def merged(*groups: Sequence[Expr]) -> tuple[Expr, ...]:
     """Tests of several sources, each once."""
     return tuple(dict.fromkeys(test for group in groups for test in group))
+
+
+def either(first: tuple[Expr, ...], second: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    """The tests that hold where all of the first or all of the second do."""
+    common = tuple(test for test in first if test in second)
+    sides = [tuple(test for test in tests if test not in common) for tests in (first, second)]
+    if not all(sides):
+        return common
+    whole = [functools.reduce(lambda a, b: Apply("and", (a, b)), side) for side in sides]
+    return (*common, Apply("or", tuple(whole)))
 
 
 def is_scaled(expr: Expr) -> bool:

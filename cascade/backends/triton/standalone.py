@@ -46,9 +46,9 @@ POINTS, RAGGED = 3, 144  # extents for the interpreter: of ranks with one coordi
 TAKEN = (
     "torch", "triton", "tl", "math", "TensorDescriptor", "run", "reference", "main", "accept", "descriptor",
     "largest_error", "sizes", "grid", "device", "tensor", "there", "body", "ordered", "key", "name", "ours", "wanted",
-    "first", "values", "coords", "error", "wrong", "zip", "print", "int", "ValueError", "SystemExit", "sys",
-    "STATIC", "BF16", "TORCH_BF16", "inputs", "cuda", "allowed", "results", "moved", "milliseconds", "flops", "rates", "sum", "any", "dict", "t",
-    "min", "max", "programs",
+    "first", "values", "coords", "error", "wrong", "zip", "print", "int", "ValueError", "SystemExit", "sys", "STATIC",
+    "BF16", "TORCH_BF16", "inputs", "cuda", "allowed", "results", "moved", "milliseconds", "flops", "rates", "sum",
+    "any", "dict", "t", "min", "max", "programs",
 )  # fmt: skip
 """What a file itself calls things; a tensor, rank or symbol of that name is written with a line behind it."""
 

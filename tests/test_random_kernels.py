@@ -147,6 +147,10 @@ MENDED: dict[str, tuple[str, dict[str, int], str]] = {
     "a count of what a number stands for": (
         "cascade c(X: f32[M,N]) -> A[N] {\n A[n] = count[m] (X[m,n+n] ?? 0.5)\n}", {"M": 3, "N": 31}, "own",
     ),
+    "a number that may be absent": (
+        "cascade c(D: i32[K]) -> A[K] fill -1, B: i64[K] fill -1, C[] fill -1 {\n A[k] = 1.5 where D[k] == 1 and k < K\n"
+        " B[k] = 3000000000 where D[k] == 1 and k < K\n C = 2 where D[0] == 1\n}", {"K": 20}, "own",
+    ),
     "no parameter": ("cascade c() -> Y[E] with e = E {\n Y[e] = e // 2 + 0.5\n}", {"E": 5}, "own"),
     "the largest inside a loop": (
         "cascade c(X: f32[B,K,E], F: f32[E,N], G: f32[B,E]) -> A[B,N] {\n"

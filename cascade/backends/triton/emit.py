@@ -24,8 +24,6 @@ from cascade.ops import OPS, Kind
 
 
 ADD = SPELLINGS["add"]
-NARROW = 2**16  # integers below meet coordinates and sizes in 32 bits
-WIDENED = ("add", "sub", "mul", "floordiv", "mod")
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,8 +338,12 @@ class _Emitter:
                 return _Piece(self.size(expr.name), (), ATOM, False)
             case Local():
                 return self.local(expr)
+            case Cast(arg=Const(value=value)):
+                return _Piece(f"tl.full([], {number(value)}, {TYPES[expr.dtype]})", (), ATOM, expr.dtype in FLOATS)
             case Cast():
                 inner = self.piece(expr.arg)
+                if not inner.axes and expr.dtype not in FLOATS:  # of a number or an argument as well
+                    return _Piece(f"tl.cast({inner.text}, {TYPES[expr.dtype]})", (), ATOM, False)
                 atom = inner.text if inner.level == ATOM else f"({inner.text})"
                 text = self.converted(atom, expr.dtype)
                 short = expr.dtype in FLOATS and expr.dtype is not DType.F32
@@ -374,8 +376,6 @@ class _Emitter:
         if (whole := self.quotient(expr)) is not None:
             return _Piece(whole, (), PRODUCT, False)
         pieces = [self.piece(arg) for arg in expr.args]
-        if not any(piece.real for piece in pieces):
-            pieces = [widened(expr.op, arg, piece) for arg, piece in zip(expr.args, pieces, strict=True)]
         together = self.order({rank for piece in pieces for rank in piece.axes})
         largest = max(pieces, key=lambda piece: len(piece.axes))
         axes = largest.axes if set(largest.axes) == set(together) else together
@@ -1024,8 +1024,9 @@ class _Emitter:
         tensor = self.tensor(op.tensor)
         expr = self.enclosed(op.expr, op.axes)
         if op.live:
-            live = self.all_of(op.live, op.axes)
-            expr = f"tl.where({live}, {self.text(op.expr, op.axes)}, {number(op.fill)})"
+            whole = isinstance(op.expr, Const) and type(op.expr.value) is int and tensor.dtype not in FLOATS
+            chosen = self.text(Cast(tensor.dtype, op.expr) if whole else op.expr, op.axes)  # two numbers have no type
+            expr = f"tl.where({self.all_of(op.live, op.axes)}, {chosen}, {number(op.fill)})"
         piece = self.piece(op.expr)
         if piece.axes != op.axes and set(piece.axes) != set(op.axes) and op.axes:
             expr = f"tl.broadcast_to({expr}, {self.dims(op.axes)})"
@@ -1063,7 +1064,7 @@ class _Emitter:
 
     def cast(self, text: str, dtype: DType, op: Store) -> str:
         known = self.variable(op.expr.name) if isinstance(op.expr, Local) else None
-        if isinstance(op.expr, Const) or (known is None and not re.search(r"[A-Za-z_]", text)):
+        if (isinstance(op.expr, Const) and not op.live) or (known is None and not re.search(r"[A-Za-z_]", text)):
             return text if not op.axes else f"tl.full({self.dims(op.axes)}, {text}, {TYPES[dtype]})"
         if known is not None and known[1] is dtype and not op.live:
             return op.expr.name if isinstance(op.expr, Local) and known[0] == op.axes else text
@@ -1103,14 +1104,6 @@ def number(value: float | int | bool) -> str:
     return repr(value)
 
 
-def widened(op: str, expr: Expr, piece: _Piece) -> _Piece:
-    """An operand of integers; a large number has 64 bits, so that what is computed or compared with it has as many."""
-    large = isinstance(expr, Const) and abs(expr.value) >= NARROW
-    if not isinstance(expr, Const) or not large or not (op in WIDENED or SPELLINGS[op].infix == COMPARE):
-        return piece
-    return _Piece(f"tl.full([], {expr.value}, tl.int64)", (), ATOM, False)
-
-
 def wrapped(head: str, words: Sequence[str], tail: str, width: int = 110) -> list[str]:
     """A call or definition on one line, or its words on indented lines."""
     line = head + ", ".join(words) + tail
@@ -1132,6 +1125,8 @@ def never_negative(expr: Expr) -> bool:
             return True
         case Const():
             return expr.value >= 0
+        case Cast():
+            return never_negative(expr.arg)
         case Apply(op="max"):
             return any(map(never_negative, expr.args))
         case Apply(op="add" | "mul" | "min" | "floordiv" | "mod"):

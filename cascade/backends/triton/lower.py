@@ -27,6 +27,7 @@ from cascade.backends.triton.plan import (
 )  # fmt: skip
 from cascade.backends.triton.products import factors, folded, matrix_product, product, ranks_of
 from cascade.backends.triton.recurrence import carried, composition, ends, is_last, stepped
+from cascade.backends.triton.widths import Interval, fits, interval, values_of
 from cascade.errors import Diagnostic, UnsupportedError
 from cascade.inference import FLOATS
 from cascade.ir import (
@@ -102,6 +103,7 @@ class _Lowering:
     values: dict[str, Value] = field(default_factory=dict)  # by tensor; `R'` is a state before this tile
     loaded: dict[tuple[object, ...], Local] = field(default_factory=dict)
     variables: dict[str, tuple[tuple[str, ...], DType]] = field(default_factory=dict)
+    ranges: dict[str, Interval] = field(default_factory=dict)  # of integer variables of which more is known than a type
     names: set[str] = field(default_factory=set)
     ops: list[Op] = field(default_factory=list)  # where ops go at the moment
     outer: list[list[Op]] = field(default_factory=list)  # of the enclosing blocks, outermost first
@@ -564,6 +566,8 @@ class _Lowering:
         axes, dtype = self.shape(expr) if axes is None else axes, self.type_of(expr)
         variable = self.variable(name, axes, dtype)
         self.ops.append(Let(variable, axes, expr))
+        if dtype not in FLOATS:
+            self.ranges[variable] = interval(expr, self.values_of)
         return Local(variable)
 
     def tests(self, conditions: Sequence[Expr]) -> tuple[Expr, ...]:
@@ -637,6 +641,7 @@ class _Lowering:
         if tests:
             found = self.kept(stmt, found, tests, last)
         variable = self.variable(name, axes, DType.I32)
+        self.ranges[variable] = 0, last
         self.ops.append(Fold(variable, axes, "min", over, found))
         return Value(Local(variable), live_after)
 
@@ -731,6 +736,7 @@ class _Lowering:
         if local is None or not shared or not own or set(spread) != set(self.variables[local.name][0]):
             local, shared = self.let(f"{defines(stmt)[0]}_kept", raw, spread), []
         axes = self.variables[local.name][0]
+        self.ranges.pop(local.name, None)
         for edge in (False, True):
             chosen = tuple(test for test in tests if self.is_edge(test) == edge)
             if chosen:
@@ -834,10 +840,7 @@ class _Lowering:
         stream = self.group.arrangement.stream
         if not tests and not (self.streaming and stream in ranks):
             sizes = [extent_expr(self.setting.extents[rank]) for rank in ranks]
-            found = sizes[0]
-            for size in sizes[1:]:
-                found = Apply("mul", (found, size))
-            return Value(folded(found), outside)
+            return Value(self.expression(product(sizes)).expr, outside)
         axes, over = self.spread(stmt.target.ranks), self.spread(ranks)
         every = merged(tests, self.tails(ranks))
         self.note_edges(stmt, every)
@@ -1236,7 +1239,8 @@ class _Lowering:
                 return self.expression(power)
             case Apply():
                 parts = [self.expression(arg) for arg in expr.args]
-                joined = folded(self.cheaper(self.counted(Apply(expr.op, tuple(part.expr for part in parts)))))
+                applied = self.counted(Apply(expr.op, tuple(part.expr for part in parts)))
+                joined = self.widened(folded(self.cheaper(applied)))
                 data = frozenset(tile for part in parts for tile in part.data)
                 return Value(joined, merged(*(part.live for part in parts)), absent_value(expr.op, parts), data)
             case Reduce():
@@ -1262,6 +1266,41 @@ class _Lowering:
         if expr.op in ("min", "max"):
             return Apply({"min": "and", "max": "or"}[expr.op], expr.args)
         return Apply(expr.op, tuple(Cast(DType.I32, a) if t else a for a, t in zip(expr.args, truths, strict=True)))
+
+    def widened(self, expr: Expr) -> Expr:
+        """An operation on integers with operands of a type that holds its result: that of its data where it does."""
+        if not isinstance(expr, Apply) or expr.op in ("and", "or", "not") or OPS[expr.op].kind is Kind.FLOAT:
+            return expr
+        chosen = expr.args[1:] if expr.op == "select" else expr.args
+        types = [self.type_of(arg) for arg in chosen]
+        now = wider(*types)
+        if now is DType.BOOL or now in FLOATS:
+            return expr
+        found = interval(expr, self.values_of)
+        dtype = next((t for t in (now, wider(now, DType.I32)) if fits(found, t)), DType.I64)
+        short = DType.I8 in types and any(isinstance(arg, Const) for arg in chosen)  # Triton gives a number that type
+
+        def typed(arg: Expr) -> Expr:
+            if isinstance(arg, Const):
+                return Cast(DType.I64, arg) if self.type_of(arg) is DType.I64 else arg
+            return Cast(dtype, arg) if (dtype is not now or short) and self.type_of(arg) is not dtype else arg
+
+        return Apply(expr.op, (*expr.args[: len(expr.args) - len(chosen)], *map(typed, chosen)))
+
+    def values_of(self, expr: Expr) -> Interval:
+        """The integers that a coordinate, a size or a variable can be."""
+        match expr:
+            case Rank():
+                return 0, max(self.most(expr.name) - 1, 0)
+            case Extent():
+                return 0, self.most(expr.name)
+            case Local() if expr.name in self.ranges:
+                return self.ranges[expr.name]
+            case Local() if expr.name not in self.variables:  # an end of a tile: m_first
+                rank, _, _ = expr.name.rpartition("_")
+                return 0, self.most(rank) + self.axis(rank).tile
+            case _:
+                return values_of(self.type_of(expr))
 
     def power(self, expr: Apply) -> Expr | None:
         """A small power as a product; None where floats are raised to any other one."""
@@ -1314,7 +1353,7 @@ class _Lowering:
         return rewrite(expr, lambda node: Cast(DType.F32, node) if isinstance(node, Rank) else node)
 
     def most(self, rank: str) -> int:
-        """The extent of a rank, or what it does not exceed where it changes from call to call."""
+        """The extent of a rank or shape symbol, or what it does not exceed where it changes from call to call."""
         size = self.setting.numbers[rank]
         return size if isinstance(size, int) else self.setting.most[size]
 
@@ -1371,8 +1410,9 @@ class _Lowering:
         """The type in which a lowered expression is computed."""
         match expr:
             case Const():
-                kinds = {bool: DType.BOOL, int: DType.I32, float: DType.F32}
-                return kinds[type(expr.value)]
+                if type(expr.value) is int:
+                    return DType.I32 if fits((expr.value, expr.value), DType.I32) else DType.I64
+                return DType.BOOL if isinstance(expr.value, bool) else DType.F32
             case Local():
                 return computed(self.variables[expr.name][1]) if expr.name in self.variables else DType.I32
             case Apply(op="select"):
@@ -1657,8 +1697,7 @@ def identity(reducer: str, dtype: DType) -> float | int | bool:
     if dtype in FLOATS:
         return float(value)
     if isinstance(value, float) and math.isinf(value):
-        half = 1 << 8 * BYTES[dtype] - 1
-        return half - 1 if value > 0 else -half
+        return values_of(dtype)[value > 0]
     return value
 
 

@@ -250,6 +250,7 @@ class Planner:
         plain = tuple(map(render_stmt, statements))
         if self.short(group):
             kept = (*self.stored(group, groups), *(stmt.target.name for stmt in stepped(statements)))
+            kept += tuple(name for name in group.names if self.dtypes[name] not in FLOATS)
             statements, fold, changed = in_base_two(statements, fold, kept, group.arrangement.stream)
         fixed = dataclasses.replace(group, statements=statements, fold=fold)
         stored = self.stored(group, groups)

@@ -40,7 +40,7 @@ def in_base_two(
     while todo:
         name = todo.pop().rstrip("'")
         fixed = name in stored or name in ordered or name in changed or name not in own
-        if not fixed and not sums_along(own[name], stream):
+        if not fixed and not sums_along(own[name], stream) and takes_factors(own[name].expr):
             changed.add(name)
             todo.extend(linear_reads(own[name].expr))
     units = _Units(frozenset(changed))
@@ -51,6 +51,11 @@ def in_base_two(
 def sums_along(stmt: Einsum, rank: str | None) -> bool:
     """Whether a statement is a sum over a rank."""
     return isinstance(stmt.expr, Reduce) and stmt.expr.reducer == "sum" and rank in stmt.expr.ranks
+
+
+def takes_factors(expr: Expr) -> bool:
+    """Whether a factor can go into an expression or stand beside it: most reductions can have neither."""
+    return not isinstance(expr, Reduce) or expr.reducer in ("max", "min", "sum")
 
 
 def linear_reads(expr: Expr) -> Iterator[str]:

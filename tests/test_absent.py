@@ -91,6 +91,26 @@ def test_a_part_of_which_one_frame_is_infinite_was_seen(parts: int, monkeypatch:
     torch.testing.assert_close(found, wanted.float())
 
 
+ENTROPY = """cascade c(X[M,N]) -> A[M] {
+    P[m,n] = softmax[n] X[m,n]
+    L[m] = logsumexp[n] X[m,n]
+    A[m] = sum[n] P[m,n] * (L[m] - X[m,n])
+}"""
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_a_part_that_is_all_infinite_keeps_its_nan(parts: int, tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0 times infinity is NaN, also where the tiles that have it are all -inf: they are seen, not nothing."""
+    monkeypatch.setattr(planner, "LONG_ROW", 16)
+    inputs = {"X": torch.randn((3, 40), generator=torch.Generator().manual_seed(0)).to(DEVICE)}
+    inputs["X"][1, : 16 * tiles] = -math.inf
+    (found,) = call_of(Chosen(final(ENTROPY), parts=parts))(**inputs)
+    wanted = run(parse_cascade(ENTROPY), inputs, precision=Precision.REFERENCE)["A"]
+    assert wanted[1].isnan() and wanted[0].isfinite()
+    torch.testing.assert_close(found, wanted.float(), equal_nan=True)
+
+
 LIKE_NOTHING = {  # elements that are what stands for an absent one, behind elements that are absent
     "argmax": ("I[M] fill -1", "I[m] = argmax[n] X[m,n] where n > 3 * m", -math.inf),
     "argmin": ("I[M] fill -1", "I[m] = argmin[n] X[m,n] where n > 3 * m", math.inf),

@@ -1710,7 +1710,8 @@ def guarded_merge(merge: FoldMerge, group: Group) -> Expr:
     """What an older state counts for; nothing where it has seen nothing, also if its merge would not say so.
 
     exp(R' - R) is 0 where R' is -inf; (R' - R) * D' is not a number, so R' is asked first. Of several maxima all are
-    asked: elements may have been seen of which one of them is -inf.
+    asked: elements may have been seen of which one of them is -inf. Where all of them are, what was seen may have made
+    the state NaN or infinite, which is kept: one that has seen nothing is what it began as.
     """
 
     def empty(sample: float) -> Callable[[Expr], float]:
@@ -1728,7 +1729,8 @@ def guarded_merge(merge: FoldMerge, group: Group) -> Expr:
     maxima = dict.fromkeys(node for node in old if reducer_of(owner(group, node.tensor[:-1])) == "max")
     if not maxima:
         raise unsupported(f"the merge of {merge.target.name} with a state that has seen nothing")
-    tests: list[Expr] = [Apply("eq", (node, Const(-math.inf))) for node in maxima]
+    own = Read(f"{merge.target.name}'", tuple(map(Rank, merge.target.ranks)))
+    tests: list[Expr] = [*(Apply("eq", (node, Const(-math.inf))) for node in maxima), Apply("eq", (own, Const(wanted)))]
     return Apply("select", (functools.reduce(lambda a, b: Apply("and", (a, b)), tests), Const(wanted), merge.expr))
 
 

@@ -5,6 +5,7 @@ What counts as long is set low, so that Triton's interpreter gets there. The wit
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -15,10 +16,12 @@ from torch.nn import functional as F
 
 import cascade
 from cascade.backends.triton import partition
+from cascade.backends.triton.launch import Bench, Groups, Launcher
 from cascade.backends.triton.partition import Group
 from cascade.backends.triton.picks import with_picks
-from cascade.backends.triton.planner import Planner
-from tests.planned import final, planner_for
+from cascade.backends.triton.planner import Planner, Tiling
+from tests.planned import call_of, final, planner_for
+from tests.tolerance import filled_with_nan
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,6 +68,41 @@ def test_losses_of_a_linear_layer_store_no_logits(
         found = call(X=x, W=w, y=y)
         assert "a loop over d: what it sums is never stored" in call.explain()
         torch.testing.assert_close(found.double(), loss(x.double() @ w.double().T, y), rtol=1e-5, atol=1e-5)
+
+
+class Wide(Launcher):
+    """A launcher whose inner tiles are far longer than the rank they go through."""
+
+    nested = 0  # kernels with such a tile
+
+    def tiling(self, planner: Planner, label: str, group: Group, groups: Groups, bench: Bench | None) -> Tiling:
+        own = dataclasses.replace(planner.default_tiling(group), parts=1)
+        if not group.arrangement.inner:
+            return own
+        self.nested += 1
+        tiles = dict(own.tiles) | dict.fromkeys(group.arrangement.inner, 128)
+        return dataclasses.replace(own, tiles=tuple(tiles.items()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["f32", "f16", "bf16"])
+@pytest.mark.parametrize("width", [9, 16])
+def test_an_inner_rank_far_shorter_than_its_tile(
+    width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By pointers and by descriptors, in memory that is NaN beyond: nothing of it is seen."""
+    monkeypatch.setattr(partition, "PRODUCT_LIMIT", 8)
+    monkeypatch.setattr(partition, "SHORT", 8)
+    around = [torch.full((rows + 20, 64), torch.nan, dtype=dtype, device=DEVICE) for rows in (7, 50)]
+    x, w = (whole[: len(whole) - 20, :width] for whole in around)
+    x.normal_()
+    w.normal_()
+    y = torch.randint(50, (7,), device=DEVICE)
+    launcher = Wide(final(PLAIN))
+    with filled_with_nan():
+        (found,) = call_of(launcher)(X=x, W=w, y=y)
+    loss = F.cross_entropy(x.double() @ w.double().T, y, reduction="none")
+    torch.testing.assert_close(found.double(), loss, rtol=1e-5, atol=1e-5)
+    assert launcher.nested
 
 
 def planner_of(text: str, rows: int = 16, width: int = 2048, words: int = 4096) -> Planner:

@@ -7,6 +7,8 @@ import torch
 
 from cascade.backends.triton.lower import _Lowering
 from cascade.frontend.build import parse_cascade
+from cascade.inference import infer_dtypes
+from cascade.pipeline import run_pipeline
 from tests.planned import final, only_group, planner_for
 from tests.random_kernels import Case, Finding, examine, inputs_of, near, random_case, shrink, unlucky
 from tests.tolerance import judge_all, standard
@@ -234,6 +236,18 @@ def test_a_wrong_kernel_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -> 
 def test_coordinates_are_no_short_floats() -> None:
     planner = planner_for(final("cascade c() -> Y[B] with b = B {\n Y[b] = exp(b / B)\n}"), {}, {"B": 31})
     assert not planner.short(only_group(planner)), "an exponent in base two would be seen in 32 bits"
+
+
+def test_passes_keep_types() -> None:
+    """What lifting moves or splits has the type that it has as written."""
+    for seed in range(FIRST, FIRST + 40):
+        case = random_case(seed)
+        if case is None:
+            continue
+        source = parse_cascade(case.text)
+        given = {param.name: param.dtype for param in source.params if param.dtype is not None}
+        before, after = (infer_dtypes(cascade, given) for cascade in (source, run_pipeline(source, check=0).final))
+        assert not {name for name in before.keys() & after.keys() if before[name] is not after[name]}, case
 
 
 def test_the_same_seed_gives_the_same_program() -> None:

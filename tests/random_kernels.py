@@ -190,7 +190,7 @@ class Writer:
             self.rng.shuffle(kept)
         text = f"{reducer}[{','.join(over)}] ({term})" if reducer else term.text
         kind = {"any": "b", "all": "b", "count": "i", "argmax": "i", "argmin": "i"}.get(reducer, term.kind)
-        kind = "i" if kind == "b" and reducer in ("sum", "prod") else kind
+        kind = "i" if kind == "b" and reducer in ("sum", "prod") else "f" if reducer == "mean" else kind
         exact = kind != "f" or (term.exact and reducer in ("", "max", "min"))
         known = Known(f"V{len(self.made)}", tuple(kept), kind, exact)
         filtered = f" where {self.test([*kept, *over])}" if where and (kept or over) and self.chance(0.35) else ""

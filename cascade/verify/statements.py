@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from cascade.errors import Diagnostic, Note, Span, quoted_list
 from cascade.inference import FLOATS, MAX_ELEMENTS, amount, declarations, fold, kept_ranks, shape_text
 from cascade.ir import (
-    Apply, Call, Cast, Const, DType, Einsum, Expr, Extent, Rank, Read, Reduce,
+    Apply, Call, Cast, Const, DType, Einsum, Expr, Extent, Function, Local, Rank, Read, Reduce,
     Result, TopK, Use,
 )  # fmt: skip
 from cascade.ops import OPS, Kind
@@ -286,6 +286,8 @@ class _Kinds:
     """The kinds of the tensors so far, and what was found wrong on the way."""
 
     tensors: dict[str, KindOf]
+    functions: Mapping[str, Function]  # those that expressions may use
+    params: Mapping[str, KindOf] = field(default_factory=dict)  # inside of one of them
     findings: list[Diagnostic] = field(default_factory=list)
 
     def combine(self, node: Expr, args: list[KindOf]) -> KindOf:
@@ -310,8 +312,19 @@ class _Kinds:
                 return INT if args[0] is BOOL else args[0]
             case Reduce(reducer="max" | "min"):
                 return args[0]
+            case Local():
+                return self.params.get(node.name)
+            case Use() if node.function in self.functions:
+                return self.used(node.function, args)
             case _:
                 return None
+
+    def used(self, name: str, args: list[KindOf]) -> KindOf:
+        """The kind of a `def` applied to operands of these kinds; what is wrong inside of it is told elsewhere."""
+        function = self.functions[name]
+        others = {other: known for other, known in self.functions.items() if other != name}  # one that uses itself ends
+        inner = _Kinds({}, others, dict(zip(function.params, args, strict=False)))
+        return fold(function.body, inner.combine)
 
     def index(self, read: Read, args: list[KindOf]) -> None:
         for index, kind in zip(read.index, args, strict=True):
@@ -347,7 +360,9 @@ class _Kinds:
 
 def check_kinds(program: Program) -> Iterator[Diagnostic]:
     """C216, C217: indices are integers, and conditions are conditions, as far as that is known before a call."""
-    kinds = _Kinds({decl.name: kind_of_type(decl.dtype) for decl in reversed(declarations(program.cascade))})
+    functions = {name: item for name, item in program.definitions.items() if isinstance(item, Function)}
+    declared = {decl.name: kind_of_type(decl.dtype) for decl in reversed(declarations(program.cascade))}
+    kinds = _Kinds(declared, functions)
     for fact in program.facts:
         stmt = fact.stmt
         if isinstance(stmt, Call):

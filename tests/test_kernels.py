@@ -246,6 +246,13 @@ def test_overflow_is_judged_by_what_fits_the_type() -> None:
     assert judge(torch.tensor([torch.inf, -torch.inf, 65504, torch.inf, 1]).half(), gold, eager).ok  # on the brink
 
 
+def test_what_hardware_flushes_is_no_error() -> None:
+    gold = torch.tensor([[2.0**-128, 2.0**-130]], dtype=torch.float64)
+    eager = gold.bfloat16()
+    assert judge(torch.zeros_like(eager), gold, eager).ok
+    assert not judge(torch.zeros_like(eager), gold * 16, eager * 16).ok
+
+
 def test_the_rule_is_the_one_of_the_compiler() -> None:
     generator = torch.Generator().manual_seed(0)
     gold = torch.randn(17, 29, generator=generator).double()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cascade.backends.triton.bounds import conjuncts
 from cascade.backends.triton.index import Index, index_of
+from cascade.backends.triton.launch import KernelStep
 from cascade.frontend.build import parse_cascade
 from cascade.inference import infer_dtypes, infer_shapes
 from cascade.interp import Precision, run
@@ -244,3 +245,54 @@ def test_the_bounds_are_in_the_plan() -> None:
         set(run(kernel.index.cascade, {"doc": documents(130, 2, 0, "steps")}, kernel.index.sizes, Precision.COMPUTE))
         == results
     )
+
+
+# --- one kernel ------------------------------------------------------------------------------------------------------
+
+GROUPS = attention("doc[b,n] == group[b,m] and kind[n] <= level[b,h,m] and n <= m + 3",
+                   params=", doc: i64[B,N], group: i64[B,M], kind: i32[N], level: i64[B,H,M]")  # fmt: skip
+COUNTED = (
+    DOCUMENT.text.replace("doc: i64", "start: i64")
+    .replace("    S[", "    doc[b,n] = sum[k] select(k <= n, start[b,k], 0)\n    S[", 1)
+)  # fmt: skip
+
+
+def steps_of(text: str, inputs: Tensors) -> list[str]:
+    """The kernels of a call, in order."""
+    chosen = Chosen(prepared(text)[1], tile=16)
+    plan = chosen.plan(inputs, {})
+    assert plan is not None
+    assert all(isinstance(step, KernelStep) for step in plan.steps)
+    return [step.kernel.name for step in plan.steps if isinstance(step, KernelStep)]
+
+
+def leveled(length: int) -> Tensors:
+    """Inputs of a program with two tests on data, of different ranks."""
+    generator = torch.Generator().manual_seed(length)
+    q, k, v = (torch.randn(2, 3, length, 8, generator=generator) for _ in range(3))
+    kind = torch.randint(0, 4, (length,), generator=generator).int().sort().values
+    level = torch.randint(0, 4, (2, 3, length), generator=generator)
+    doc, group = documents(length, 2, length, "steps"), documents(length, 2, length, "steps")
+    return {"Q": q, "K": k, "V": v, "doc": doc, "group": group, "kind": kind, "level": level}
+
+
+@pytest.mark.parametrize("length", [17, 70])
+@pytest.mark.parametrize("text", [DOCUMENT.text, CAUSAL, LEVELS], ids=["document", "causal", "levels"])
+def test_documents_take_one_kernel_before(text: str, length: int) -> None:
+    assert steps_of(text, drawn(DOCUMENT, length)) == ["attention_bounds", "attention"]
+
+
+@pytest.mark.parametrize("length", [17, 70])
+def test_two_tests_of_different_ranks_take_one_kernel_before(length: int) -> None:
+    inputs = leveled(length)
+    assert steps_of(GROUPS, inputs) == ["attention_bounds", "attention"]
+    attend(GROUPS, inputs, tile=16)
+
+
+def test_data_that_a_kernel_before_makes() -> None:
+    for length in (17, 70):
+        inputs = {name: tensor for name, tensor in drawn(DOCUMENT, length).items() if name != "doc"}
+        start = torch.rand(2, length, generator=torch.Generator().manual_seed(length)) < 0.1
+        names = steps_of(COUNTED, inputs | {"start": start.long()})
+        assert names == ["attention_0", "attention_1_bounds", "attention_1"]
+        attend(COUNTED, inputs | {"start": start.long()}, tile=16)

@@ -45,8 +45,8 @@ class Alone(Planner):
         known = self.lies.get(group.names)
         return Planner.roles(self, group) if known is None else dict(known)
 
-    def index(self, group: Group, axes: Sequence[Axis]) -> Index | None:
-        return Planner.index(self, group, axes) if self.indexed else None
+    def index(self, group: Group, axes: Sequence[Axis], groups: Sequence[Group | Rest]) -> Index | None:
+        return Planner.index(self, group, axes, groups) if self.indexed else None
 
 
 Lives: TypeAlias = Mapping[str, tuple[tuple[str, ...], tuple[Expr, ...]]]
@@ -143,7 +143,7 @@ class Maker:
             extents = {**extents, **kernel.index.sizes}
             self.counted |= kernel.index.counts
             moving = planner.moving | set(kernel.index.sizes)
-            yield from self.others(planner.indexer(kernel.index), f"{label}_bounds", moving)
+            yield from self.others(planner.indexer(kernel.index, groups), f"{label}_bounds", moving)
         yield Launch(kernel, emit(kernel), made, extents)
         if merger is not None:
             yield from self.others(merger, f"{label}_merge", planner.moving)

@@ -5,12 +5,15 @@
          and the stretch of tiles where every pair is equal, which needs no test
 
 The index is a cascade like any other and is planned as one. It is exact for what is sorted, wide but right otherwise.
+All its tables have the same ranks, and so has what they are made of: a program finds the ends of all tiles of n for its
+tiles of m itself. So one launch makes all tables, where another would take longer than what is read again.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cascade.backends.triton.products import ranks_of
 from cascade.ir import (
@@ -29,7 +32,6 @@ from cascade.ir import (
     Reduce,
     Result,
     Size,
-    Stmt,
     Target,
 )
 from cascade.walk import fresh, substitute, walk
@@ -88,30 +90,21 @@ def index_of(
 
     `rows` are the tiled ranks, `tiles` coordinates per tile, `numbers` the extents of ranks in this call.
     """
-    body: list[Stmt] = []
-    entries: dict[Expr, Entry] = {}
-    results: list[Result] = []
-    added: dict[str, tuple[str, int]] = {}
-    given: list[Given] = []
-    pairs: list[Fuse] = []
-    taken = set(sizes) | set(shapes) | set(numbers)
-    for test in tests:
-        sides = _sides(test, stream, rows, dtypes)
-        if sides is None:
-            continue
-        maker = _Maker(stream, tiles, sizes, taken, added, given, pairs)
-        entry, made, bounds = maker.bounds(sides)
-        entries[test] = entry
-        body.extend(made)
-        results.extend(bounds)
-    if not entries:
+    found = {test: sides for test in tests if (sides := _sides(test, stream, rows, dtypes)) is not None}
+    if not found:
         return None
+    own = sorted({rank for one in found.values() for rank in ranks_of(one.column) | ranks_of(one.row)} - {stream})
+    points, tiled = (tuple(rank for rank in own if (rank in tiles) is inside) for inside in (False, True))
+    maker = _Maker(stream, points, tiled, tiles, sizes, set(sizes) | set(shapes) | set(numbers))
+    entries = {test: maker.bounds(sides) for test, sides in found.items()}
     read = dict.fromkeys(n.tensor for test in entries for n in walk(test) if isinstance(n, Read))
     params = tuple(Param(name, dtypes[name], shapes[name]) for name in read)
-    cascade = Cascade("bounds", params, tuple(results), tuple(body), tuple(pairs), given=tuple(given))
-    counted = {symbol: -(-numbers[rank] // tile) for symbol, (rank, tile) in added.items()}
-    counts = {symbol: (sizes[rank], tile) for symbol, (rank, tile) in added.items()}
-    return Index(cascade, entries, counted, counts, {result.name: result.shape for result in results})
+    cascade = Cascade(
+        "bounds", params, tuple(maker.results), tuple(maker.body), maker.schedule(), given=tuple(maker.given)
+    )
+    counted = {symbol: -(-numbers[rank] // tile) for symbol, (rank, tile) in maker.added.items()}
+    counts = {symbol: (sizes[rank], tile) for symbol, (rank, tile) in maker.added.items()}
+    return Index(cascade, entries, counted, counts, {result.name: result.shape for result in maker.results})
 
 
 def _sides(test: Expr, stream: str, rows: Collection[str], dtypes: Mapping[str, DType]) -> _Sides | None:
@@ -131,32 +124,35 @@ def _sides(test: Expr, stream: str, rows: Collection[str], dtypes: Mapping[str, 
     return None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Maker:
-    """What makes the statements of an index; `taken`, `added`, `given` and `pairs` grow as names are used."""
+    """What makes the statements of an index. Where `together`, each is made anew for all coordinates of the tables."""
 
     stream: str
+    points: tuple[str, ...]  # the ranks of all tables: one coordinate at a time, and tiles of others
+    tiled: tuple[str, ...]
     tiles: Mapping[str, int]
     sizes: Mapping[str, Size]
     taken: set[str]
-    added: dict[str, tuple[str, int]]
-    given: list[Given]
-    pairs: list[Fuse]
+    body: list[Einsum] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
+    added: dict[str, tuple[str, int]] = field(default_factory=dict)
+    given: list[Given] = field(default_factory=list)
+    pairs: list[Fuse] = field(default_factory=list)
+    counting: dict[str, str] = field(default_factory=dict)  # by rank: the rank that counts its tiles
+    known: dict[tuple[Expr, str], tuple[Expr, Expr]] = field(default_factory=dict)  # least and largest values
 
-    def bounds(self, sides: _Sides) -> tuple[Entry, list[Stmt], list[Result]]:
-        """The statements for one test, and the four results that they give."""
-        points = sorted((ranks_of(sides.column) | ranks_of(sides.row)) - set(self.tiles))
-        tiled = sorted(ranks_of(sides.row) & set(self.tiles))
-        column, row = self.tile_rank(self.stream), self.tile_rank(tiled[0]) if tiled else None
-        low, high, made = self.ends(sides.column, self.stream, column, "column")
-        row_low, row_high, more = self.ends(sides.row, tiled[0] if tiled else None, row, "row")
+    def bounds(self, sides: _Sides) -> Entry:
+        """Makes the statements for one test, and the four results that they give."""
+        column, ranks = self.tile_rank(self.stream), (*self.points, *map(self.tile_rank, self.tiled))
+        inside = next(iter(ranks_of(sides.row) & set(self.tiles)), None)
+        low, high = self.ends(sides.column, self.stream, "column")
+        row_low, row_high = self.ends(sides.row, inside, "row")
         possible, sure = _conditions(sides.op, low, high, row_low, row_high)
-        ranks = (*points, *((row,) if row else ()))
         count = Extent(self.symbol(column))
         names = [fresh(f"{self.stream}_{what}", self.taken) for what in ("first", "stop", "whole", "until", "wholes")]
         first, stop, whole, until, wholes = names
         at = tuple(map(Rank, ranks))
-        statements: list[Stmt] = [*made, *more]
         for name, reducer, test, there, other in (
             (first, "min", possible, Rank(column), count),
             (stop, "max", possible, Apply("add", (Rank(column), Const(1))), Const(0)),
@@ -165,59 +161,70 @@ class _Maker:
             (wholes, "sum", sure, Const(1), Const(0)),
         ):
             chosen = Apply("select", (test, there, other))
-            statements.append(Einsum(Target(name, ranks), Reduce(reducer, (column,), chosen)))
+            self.body.append(Einsum(Target(name, ranks), Reduce(reducer, (column,), chosen)))
         together = fresh(f"{self.stream}_together", self.taken)
         contiguous = Apply("eq", (Read(wholes, at), Apply("sub", (Read(until, at), Read(whole, at)))))
         end = Apply("select", (contiguous, Read(until, at), Read(whole, at)))
-        statements.append(Einsum(Target(together, ranks), end))
+        self.body.append(Einsum(Target(together, ranks), end))
         shape = tuple(self.sizes.get(rank, self.symbol(rank)) for rank in ranks)
-        index: tuple[Expr, ...] = tuple(map(Rank, points))
-        if tiled:
-            index = (*index, Apply("floordiv", (Rank(tiled[0]), Const(self.tiles[tiled[0]]))))
-        results = [Result(name, DType.I32, shape) for name in (first, stop, whole, together)]
-        return Entry(first, stop, whole, together, index, self.tiles[self.stream]), statements, results
+        self.results.extend(Result(name, DType.I32, shape) for name in (first, stop, whole, together))
+        tile_of = (Apply("floordiv", (Rank(rank), Const(self.tiles[rank]))) for rank in self.tiled)
+        return Entry(first, stop, whole, together, (*map(Rank, self.points), *tile_of), self.tiles[self.stream])
+
+    def schedule(self) -> tuple[Fuse, ...]:
+        """All statements in one trip over a rank of the tables: one kernel; and the ends of tiles in pairs."""
+        names = tuple(stmt.target.name for stmt in self.body)
+        ranks = (*self.points, *map(self.tile_rank, self.tiled))
+        return (*(Fuse(names, rank) for rank in ranks[-1:]), *self.pairs)
 
     def tile_rank(self, rank: str) -> str:
         """The rank that counts the tiles of another."""
-        name = fresh(f"{rank}_tile", self.taken)
-        self.added[self.symbol(name)] = (rank, self.tiles[rank])
-        self.given.append(Given(name, self.symbol(name)))
-        return name
+        if rank not in self.counting:
+            name = self.counting[rank] = fresh(f"{rank}_tile", self.taken)
+            self.added[self.symbol(name)] = (rank, self.tiles[rank])
+            self.given.append(Given(name, self.symbol(name)))
+        return self.counting[rank]
 
     def symbol(self, rank: str) -> str:
         """The shape symbol of a rank that the index adds."""
         return rank.upper()
 
-    def ends(self, expr: Expr, rank: str | None, tile: str | None, what: str) -> tuple[Expr, Expr, list[Einsum]]:
+    def extent(self, rank: str) -> Expr:
+        """The extent of a rank of the index."""
+        size = self.sizes.get(rank, self.symbol(rank))
+        return Extent(size) if isinstance(size, str) else Const(size)
+
+    def ends(self, expr: Expr, rank: str | None, what: str) -> tuple[Expr, Expr]:
         """The least and the largest value of an expression over each tile of a rank."""
-        if rank is None or tile is None:
-            return expr, expr, []
-        inner = fresh(f"{rank}_in_tile", self.taken)
+        if rank is None:
+            return expr, expr
+        if (expr, rank) in self.known:
+            return self.known[expr, rank]
+        inner, tile = fresh(f"{rank}_in_tile", self.taken), self.tile_rank(rank)
         self.given.append(Given(inner, self.tiles[rank]))
         place = Apply("add", (Apply("mul", (Rank(tile), Const(self.tiles[rank]))), Rank(inner)))
         body = substitute(expr, {rank: place})
-        ranks = (*sorted(ranks_of(expr) - {rank}), tile)
+        tiled = (other for other in map(self.tile_rank, self.tiled) if other != tile)
+        over = (*self.points, tile, *tiled)  # last is what lies side by side in the tables: programs have tiles of it
+        bound = ranks_of(expr) | {tile}
+        anew = [Apply("lt", (Rank(other), self.extent(other))) for other in over if other not in bound]
+        where = conjunction(anew) if anew else None
         found: list[Expr] = []
-        made: list[Einsum] = []
+        names: list[str] = []
         for reducer in ("min", "max"):
             name = fresh(f"{what}_{reducer}", self.taken)
-            made.append(Einsum(Target(name, ranks), Reduce(reducer, (inner,), body)))
-            found.append(Read(name, tuple(map(Rank, ranks))))
-        self.pairs.append(Fuse(tuple(stmt.target.name for stmt in made), inner))
-        return found[0], found[1], made
+            self.body.append(Einsum(Target(name, over), Reduce(reducer, (inner,), body), where))
+            names.append(name)
+            found.append(Read(name, tuple(map(Rank, over))))
+        self.pairs.append(Fuse(tuple(names), inner))
+        return self.known.setdefault((expr, rank), (found[0], found[1]))
 
 
 def _conditions(op: str, low: Expr, high: Expr, row_low: Expr, row_high: Expr) -> tuple[Expr, Expr]:
     """Whether `column op row` holds for some pair of two tiles, and whether for all of them."""
 
-    def both(*parts: Expr) -> Expr:
-        found = parts[0]
-        for part in parts[1:]:
-            found = Apply("and", (found, part))
-        return found
-
-    meet = both(Apply("le", (row_low, high)), Apply("le", (low, row_high)))
-    one = both(Apply("eq", (row_low, row_high)), Apply("eq", (low, high)), Apply("eq", (low, row_low)))
+    meet = conjunction([Apply("le", (row_low, high)), Apply("le", (low, row_high))])
+    one = conjunction([Apply("eq", (row_low, row_high)), Apply("eq", (low, high)), Apply("eq", (low, row_low))])
     match op:
         case "eq":
             return meet, one
@@ -227,6 +234,11 @@ def _conditions(op: str, low: Expr, high: Expr, row_low: Expr, row_high: Expr) -
             return Apply(op, (low, row_high)), Apply(op, (high, row_low))
         case _:
             return Apply(op, (high, row_low)), Apply(op, (low, row_high))
+
+
+def conjunction(tests: Sequence[Expr]) -> Expr:
+    """Whether all of some tests hold."""
+    return functools.reduce(lambda a, b: Apply("and", (a, b)), tests)
 
 
 def widest(op: str, ends: Sequence[Expr | None]) -> Expr | None:

@@ -224,23 +224,23 @@ class Launcher:
                 shared = planner.split(label, group, groups, tiling)
         if shared is not None:
             kernel, merger, _ = shared
-            yield from self.before(planner, kernel, label, by_model)
+            yield from self.before(planner, kernel, label, groups, by_model)
             made = tuple((item.tensor.name, *place(item.tensor, merger)) for item in kernel.partial)
             yield KernelStep(kernel, emit(kernel, portable=interpreted()), merger.extents, made)
             yield from self.steps(merger, f"{label}_merge", by_model)
             return
         kernel = planner.kernel(label, group, groups, dataclasses.replace(tiling, parts=1))
-        yield from self.before(planner, kernel, label, by_model)
+        yield from self.before(planner, kernel, label, groups, by_model)
         tensors = (planner.written(made, groups) for made in planner.stored(group, groups))
         made = tuple((tensor.name, *place(tensor, planner)) for tensor in tensors)
         yield KernelStep(kernel, emit(kernel, portable=interpreted()), planner.extents, made)
 
     def before(
-        self, planner: Planner, kernel: Kernel, label: str, bench: Bench | None
+        self, planner: Planner, kernel: Kernel, label: str, groups: Groups, bench: Bench | None
     ) -> Iterator[KernelStep | RestStep]:
         """What a kernel needs computed first: bounds of its loops that depend on data."""
         if kernel.index is not None:
-            yield from self.steps(planner.indexer(kernel.index), f"{label}_bounds", bench)
+            yield from self.steps(planner.indexer(kernel.index, groups), f"{label}_bounds", bench)
 
     def tiling(self, planner: Planner, label: str, group: Group, groups: Groups, bench: Bench | None) -> Tiling:
         """The tiles of a group's kernel: the planner's own in the interpreter, else by the model or by timing."""

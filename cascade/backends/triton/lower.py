@@ -609,6 +609,7 @@ class _Lowering:
         expr, over, live_after = self.elements(stmt)
         if not over:
             return Value(expr, live_after)
+        axes = self.spread(set(axes) & {*self.shape(expr), *over})  # what is the same along others is folded once
         if is_scaled(expr) and reducer in ("max", "min", "sum"):
             raw, factor = split_scale(expr)
             variable = self.variable(stmt.target.name, axes, self.type_of(raw))

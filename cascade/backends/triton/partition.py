@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
+from cascade.backends.triton.bounds import conjuncts
 from cascade.backends.triton.products import matrix_product
 from cascade.backends.triton.recurrence import composition, is_last, refusal, stepped
 from cascade.inference import infer_shapes
@@ -417,6 +418,10 @@ def held(stmt: Stmt, whole: set[str], extents: Mapping[str, int]) -> int:
     """The elements of the largest tile of a statement over these ranks."""
     product = matrix_product(stmt)
     groups: list[set[str] | frozenset[str]] = [set(all_ranks(stmt))]
+    if isinstance(stmt, Einsum) and isinstance(stmt.expr, Reduce):  # what is the same along a rank is folded once
+        tests = [test for test in conjuncts(stmt.where) if set(stmt.expr.ranks) & set(free_ranks(test))]
+        elements = {rank for expr in (stmt.expr.body, *tests) for rank in free_ranks(expr)}
+        groups = [elements | set(stmt.expr.ranks), set(stmt.target.ranks)]
     if isinstance(stmt, TopK):
         groups = [set(stmt.values.ranks), set(all_ranks(stmt)) - set(stmt.values.ranks) | {stmt.rank}]
     if product is not None:

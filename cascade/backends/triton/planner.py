@@ -265,7 +265,7 @@ class Planner:
         results = {n: self.result(n) for n in stored}
         extents = {rank: static.size(self.sizes[rank]) for rank in self.sizes}
         numbers = self.proving()
-        index = self.index(fixed, axes)
+        index = self.index(fixed, axes, groups)
         entries = {} if index is None else index.entries
         for table, shape in ({} if index is None else index.shapes).items():
             tensors[table] = Tensor(table, DType.I32, shape, (*(None for _ in shape[1:]), 1))
@@ -344,8 +344,11 @@ class Planner:
             elif tests:
                 self.lives[name] = (ranks[name], tests)
 
-    def index(self, group: Group, axes: Sequence[Axis]) -> Index | None:
-        """The index for filters of a group that compare data along its stream; None where there are none."""
+    def index(self, group: Group, axes: Sequence[Axis], groups: Sequence[Group | Rest]) -> Index | None:
+        """The index for filters of a group that compare data along its stream; None where there are none.
+
+        The data is given, or made whole by kernels before.
+        """
         stream = group.arrangement.stream
         if stream is None:
             return None
@@ -358,15 +361,14 @@ class Planner:
             if loop_bounds([test], stream, rows).rest
         )
         tiles = {axis.rank: axis.advance for axis in axes if axis.role in (Role.TILE, Role.STREAM)}
-        params = {name: self.dtypes[name] for name in self.layouts}
-        read = {node.tensor for test in tests for node in walk(test) if isinstance(node, Read)}
-        if not tests or not read <= set(params):
-            return None
-        return index_of(tests, stream, rows, tiles, self.sizes, self.actual, self.shapes, self.dtypes)
+        own = {*group.names, *self.absent}
+        known = [t for t in tests if own.isdisjoint(node.tensor for node in walk(t) if isinstance(node, Read))]
+        return index_of(known, stream, rows, tiles, self.sizes, self.actual, self.shapes, self.dtypes)
 
-    def indexer(self, index: Index) -> Planner:
+    def indexer(self, index: Index, groups: Sequence[Group | Rest]) -> Planner:
         """The planner of an index."""
-        layouts = {param.name: self.layouts[param.name] for param in index.cascade.params}
+        read = [param.name for param in index.cascade.params]
+        layouts = {name: self.layouts.get(name) or self.made(name, groups) for name in read}
         extents = {**self.extents, **index.sizes}
         return Planner(index.cascade, extents, layouts, self.descriptors, self.moving, self.supposed)
 

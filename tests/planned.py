@@ -57,10 +57,14 @@ def emitted(kernel: Kernel) -> str:
 
 @dataclass(slots=True, eq=False)
 class Chosen(Launcher):
-    """A launcher whose streams go in tiles of `tile` coordinates, and are shared by `parts` programs where they can."""
+    """A launcher whose streams go in tiles of `tile` coordinates, and are shared by `parts` programs where they can.
+
+    With `even` by as many on average, where data says how much a coordinate has of the stream.
+    """
 
     tile: int = 16
     parts: int = 1
+    even: bool = False
     shared: int = 0  # groups whose stream was shared
 
     def tiling(self, planner: Planner, label: str, group: Group, groups: Groups, bench: Bench | None) -> Tiling:
@@ -70,7 +74,7 @@ class Chosen(Launcher):
             return tiling
         parts = self.parts if divisible(group, planner.stored(group, groups)) else 1
         self.shared += parts > 1
-        return with_stream(tiling, stream, self.tile, parts)
+        return dataclasses.replace(with_stream(tiling, stream, self.tile, parts), even=self.even)
 
 
 def with_stream(tiling: Tiling, stream: str, tile: int, parts: int) -> Tiling:

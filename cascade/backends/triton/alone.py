@@ -168,6 +168,7 @@ class Maker:
             considered = candidates(planner, group)
             if not shared:
                 considered = tuple(dict.fromkeys(dataclasses.replace(tiling, parts=1) for tiling in considered))
+            considered = tuple(tiling for tiling in considered if not tiling.even)  # as many parts as a batch has rows
             found = ranked(planner, label, group, groups, self.machine, considered)
             own = dataclasses.replace(planner.default_tiling(group), parts=1)
             planner.lives, planner.hidden = lives, hidden

@@ -71,7 +71,8 @@ def _plan(step: Launch) -> Iterator[str]:
 def tiles_text(tiling: Tiling) -> str:
     """Tiles and how they are launched: `128 m x 64 n, 4 warps, 2 stages`."""
     tiles = " x ".join(f"{tile} {rank}" for rank, tile in tiling.tiles) or "one coordinate"
-    parts = f", in {tiling.parts} parts" if tiling.parts > 1 else ""
+    even = " on average, all as long" if tiling.even else ""
+    parts = f", in {tiling.parts} parts{even}" if tiling.parts > 1 else ""
     options = tiling.options
     order = f", {options.grouped} tiles beside each other" if options.grouped else ""
     order += f", {plural(options.resident, 'program')} of each SM for all" if options.resident else ""

@@ -27,6 +27,7 @@ from cascade.backends.triton.plan import (
 )  # fmt: skip
 from cascade.backends.triton.products import factors, folded, matrix_product, product, ranks_of
 from cascade.backends.triton.recurrence import carried, composition, ends, is_last, stepped
+from cascade.backends.triton.shares import Shares
 from cascade.backends.triton.widths import Interval, fits, interval, values_of
 from cascade.errors import Diagnostic, UnsupportedError
 from cascade.inference import FLOATS
@@ -64,6 +65,7 @@ class Setting:
     within: Mapping[str, int] = field(default_factory=dict)
     """Where coordinates of tiles are gone through one by one: how many make a tile, also of the stream."""
     split: str | None = None  # the rank that counts the parts of the stream, where each program has one of them
+    shares: Shares | None = None  # where parts are of equal length for all coordinates of a rank together
     most: Mapping[str, int] = field(default_factory=dict)  # what shape symbols do not exceed that are no numbers above
 
 
@@ -136,7 +138,7 @@ class _Lowering:
             self.storeevery_op(trips)
         else:
             self.store_partial(trips, self.setting.split)
-        self.ops = [without_edges(op) for op in live_ops(self.ops)]
+        self.ops = [*self.whose_part(), *(without_edges(op) for op in live_ops(self.ops))]
         used = {op.tensor for op in every_op(self.ops) if isinstance(op, (Load, Store))}
         return Kernel(
             self.name,
@@ -151,6 +153,15 @@ class _Lowering:
             partial=tuple(self.partial),
             live=tuple((name, self.values[name].live) for name in self.setting.results if name in self.values),
         )
+
+    def whose_part(self) -> list[Op]:
+        """Which coordinate the part at hand belongs to, where a table says so."""
+        shares = self.setting.shares
+        if shares is None or self.setting.within:
+            return []
+        rank = shares.uneven.rank
+        self.variables[rank] = ((), DType.I32)
+        return [Load(rank, shares.whose, (Rank(shares.part),), (), (), (), None)]
 
     def words_of_the_text(self) -> set[str]:
         """The names that the text of the kernel makes of tensors and ranks: arguments, places, ends of tiles."""
@@ -194,6 +205,8 @@ class _Lowering:
     def store_part(self, name: str, expr: Expr, part: str, ranks: tuple[str, ...], live: tuple[Expr, ...] = ()) -> None:
         """Writes one state to a tensor of its own, in the type it is carried in."""
         dtype = DType.I8 if self.type_of(expr) is DType.BOOL else self.type_of(expr)
+        if self.setting.shares is not None:  # the part tells
+            ranks = tuple(rank for rank in ranks if rank != self.setting.shares.uneven.rank)
         shape = tuple(self.setting.extents[rank] for rank in (part, *ranks))
         tensor = Tensor(f"{name}_part", dtype, shape, (*(None for _ in ranks), 1) if ranks else (1,))
         self.partial.append(Partial(name, tensor, ranks, live))
@@ -346,7 +359,7 @@ class _Lowering:
         if self.setting.split is not None and self.setting.within:  # the part of the whole tile, not of one coordinate
             visited = loop_bounds([test for test in known if test in common], stream, [*tiled, *self.setting.within])
             firsts[0], stops[0] = (self.of_tile(bound) for bound in (visited.first, visited.stop))
-        first, stop = self.share(stream, self.bound(widest("max", firsts)), self.bound(widest("min", stops)))
+        first, stop = self.share(stream, widest("max", firsts), widest("min", stops))
         return Loop(
             stream,
             first,
@@ -383,7 +396,12 @@ class _Lowering:
 
     def share(self, stream: str, first: Expr | None, stop: Expr | None) -> tuple[Expr | None, Expr | None]:
         """The program's part of what is visited: equal numbers of tiles, the last part may have fewer."""
-        part, axis = self.setting.split, self.axis(stream)
+        part, axis, shares = self.setting.split, self.axis(stream), self.setting.shares
+        if shares is not None:
+            if (first, stop) != (shares.uneven.first, shares.uneven.stop):
+                raise unsupported("parts of equal length where loops differ in what they visit")
+            return self.bound(shares.read(shares.begins)), self.bound(shares.read(shares.ends))
+        first, stop = self.bound(first), self.bound(stop)
         if part is None:
             return first, stop
         tile, size = Const(self.setting.within.get(stream, axis.tile)), extent_expr(axis.extent)

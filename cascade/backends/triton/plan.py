@@ -53,6 +53,7 @@ class Axis:
     exact: bool
     parts: int = 1
     step: int = 0  # 0: the whole tile
+    told: str = ""  # the part of the stream at which a table has the coordinate: no dimension of the grid
 
     @property
     def single(self) -> bool:
@@ -316,7 +317,8 @@ class Kernel:
     @property
     def grid(self) -> tuple[Axis, ...]:
         """The axes that programs are spread over."""
-        return tuple(axis for axis in self.axes if axis.role in (Role.POINT, Role.TILE) or axis.parts > 1)
+        spread = (axis for axis in self.axes if not axis.told)
+        return tuple(axis for axis in spread if axis.role in (Role.POINT, Role.TILE) or axis.parts > 1)
 
 
 def every_op(ops: Sequence[Op]) -> Iterator[Op]:
@@ -340,7 +342,7 @@ def render_kernel(kernel: Kernel) -> str:
     lines = [f"kernel {kernel.name} {{"]
     for axis in kernel.axes:
         tile = "" if axis.role is Role.POINT else f" by {axis.tile}"
-        shared = f" in {axis.parts} parts" if axis.parts > 1 else ""
+        shared = f" in {axis.parts} parts" if axis.parts > 1 else f" of {axis.told}" if axis.told else ""
         lines.append(
             f"    {axis.role.value} {axis.rank} = {axis.extent}{tile}{shared}{'' if axis.exact else ' ragged'}"
         )

@@ -20,10 +20,12 @@ from cascade.backends.triton.partition import (
     Group, Rest, Trips, all_ranks, fold_along, held, partition, power_of_two, reduced_ranks, steps_singly,
 )  # fmt: skip
 from cascade.backends.triton.plan import BYTES, Axis, Kernel, Options, Role, Tensor
-from cascade.backends.triton.products import matrix_product
+from cascade.backends.triton.products import matrix_product, ranks_of
 from cascade.backends.triton.recurrence import in_pairs, stepped
+from cascade.backends.triton.shares import Shares, Uneven, shares_of, tables_of
 from cascade.backends.triton.split import divisible, merging
 from cascade.backends.triton.units import in_base_two
+from cascade.errors import UnsupportedError
 from cascade.inference import FLOATS, infer_dtypes, infer_shapes
 from cascade.ir import (
     Cascade, Const, DType, Einsum, Expr, Extent, Given, Local, Param, Rank, Read, Reduce, Result, Size, Stmt, TopK,
@@ -58,6 +60,7 @@ class Tiling:
     tiles: tuple[tuple[str, int], ...]
     options: Options = field(default=Options())
     parts: int = 1  # programs that share a streamed rank; their states are merged by a second kernel
+    even: bool = False  # where data says how much a coordinate has: so many on average, each with as many tiles
 
     def of(self, rank: str) -> int:
         """The tile of a rank."""
@@ -238,7 +241,13 @@ class Planner:
         return self.lowered(name, group, groups, tiling)[0]
 
     def lowered(
-        self, name: str, group: Group, groups: Sequence[Group | Rest], tiling: Tiling, part: str | None = None
+        self,
+        name: str,
+        group: Group,
+        groups: Sequence[Group | Rest],
+        tiling: Tiling,
+        part: str | None = None,
+        shares: Shares | None = None,
     ) -> tuple[Kernel, Group]:
         """The kernel of a group, `part` counting the programs that share its stream; the group as it was lowered."""
         static = self.static(group)
@@ -265,7 +274,11 @@ class Planner:
         results = {n: self.result(n) for n in stored}
         extents = {rank: static.size(self.sizes[rank]) for rank in self.sizes}
         numbers = self.proving()
-        index = self.index(fixed, axes, groups)
+        if shares is None:
+            index = self.index(fixed, axes, groups)
+        else:
+            axes = tuple(dataclasses.replace(a, told=part or "") if a.rank == shares.uneven.rank else a for a in axes)
+            index = self.tables(fixed, shares, tiling)
         entries = {} if index is None else index.entries
         for table, shape in ({} if index is None else index.shapes).items():
             tensors[table] = Tensor(table, DType.I32, shape, (*(None for _ in shape[1:]), 1))
@@ -278,7 +291,7 @@ class Planner:
         lives = {n: self.lives[n] for n in names if n in self.lives}
         setting = Setting(
             axes, tensors, dtypes, results, extents, numbers, tiling.options, entries, lives, split=part,
-            most=self.typical,
+            shares=shares, most=self.typical,
         )  # fmt: skip
         try:
             kernel = lower(name, fixed, self.in_pieces(setting, group))
@@ -372,18 +385,61 @@ class Planner:
         extents = {**self.extents, **index.sizes}
         return Planner(index.cascade, extents, layouts, self.descriptors, self.moving, self.supposed)
 
+    def uneven(self, group: Group) -> Uneven | None:
+        """What data says of how much of the stream is visited at the coordinates of one rank; None where it does not.
+
+        It is what is given that says so, and each program has one coordinate of the rank.
+        """
+        stream = group.arrangement.stream
+        if stream is None:
+            return None
+        roles = self.roles(group)
+        tests = [t for stmt in group.statements if isinstance(stmt, Einsum) for t in conjuncts(stmt.where)]
+        tests = [test for test in dict.fromkeys(tests) if stream in ranks_of(test)]
+        whole = [rank for rank, role in roles.items() if role in (Role.TILE, Role.WHOLE)]
+        found = loop_bounds(tests, stream, whole)
+        if found.stop is None:
+            return None
+        nodes = [n for end in (found.first, found.stop) if end is not None for n in walk(end)]
+        read = {node.tensor for node in nodes if isinstance(node, Read)}
+        ranks = {node.name for node in nodes if isinstance(node, Rank)}
+        known = {size for name in read for size in self.shapes[name]}
+        bound = all(node.name in known for node in nodes if isinstance(node, Extent | Local))
+        if not read or not read <= set(self.layouts) or len(ranks) != 1 or not bound:
+            return None
+        (rank,) = ranks
+        return Uneven(rank, found.first, found.stop) if roles.get(rank) is Role.POINT else None
+
+    def tables(self, group: Group, shares: Shares, tiling: Tiling) -> Index:
+        """What computes the tables of parts."""
+        stream = group.arrangement.stream
+        assert stream is not None
+        count, tile = self.actual[shares.part], tiling.of(stream)
+        return tables_of(shares, tiling.parts, tile, self.sizes, count, self.shapes, self.dtypes)
+
     def split(
         self, name: str, group: Group, groups: Sequence[Group | Rest], tiling: Tiling
     ) -> tuple[Kernel, Planner, tuple[Group | Rest, ...]]:
-        """The kernel of a group whose stream is shared by `tiling.parts` programs, and the planner of what merges."""
+        """The kernel of a group whose stream is shared by `tiling.parts` programs, and the planner of what merges.
+
+        Where parts are to be even, by so many for each coordinate on average; a row that ends has one that is shorter.
+        """
         stream = group.arrangement.stream
         assert stream is not None
+        uneven = self.uneven(group) if tiling.even else None
+        count = tiling.parts if uneven is None else (tiling.parts + 1) * self.actual[uneven.rank]
         part, parts = fresh(f"{stream}_part", set(self.sizes)), fresh(f"{stream.upper()}_PARTS", set(self.extents))
         inner = copy.copy(self)
-        inner.sizes, inner.ranks = {**self.sizes, part: parts}, {**self.ranks, part: tiling.parts}
-        inner.actual = {**self.actual, part: tiling.parts}
-        inner.extents = {**self.extents, parts: tiling.parts}
-        kernel, fixed = inner.lowered(name, group, groups, tiling, part)
+        inner.sizes, inner.ranks = {**self.sizes, part: parts}, {**self.ranks, part: count}
+        inner.actual = {**self.actual, part: count}
+        inner.extents = {**self.extents, parts: count}
+        shares = None if uneven is None else shares_of(uneven, part, {*self.sizes, *self.shapes})
+        try:
+            kernel, fixed = inner.lowered(name, group, groups, tiling, part, shares)
+        except UnsupportedError:
+            if shares is None:
+                raise
+            return self.split(name, group, groups, dataclasses.replace(tiling, even=False))
         stored = [
             dataclasses.replace(self.result(result), dtype=self.written(result, groups).dtype)
             for result in self.stored(group, groups)
@@ -392,8 +448,9 @@ class Planner:
         if any(isinstance(n, Read) and n.tensor in unkept for i in kernel.partial for t in i.live for n in walk(t)):
             raise unsupported("states in parts under a test on what their kernel makes")
         cascade = merging(
-            f"{name}_merge", fixed, kernel.partial, part, stored, self.shapes, inner.sizes, inner.extents, self.dtypes
-        )
+            f"{name}_merge", fixed, kernel.partial, part, stored, self.shapes, inner.sizes, inner.extents,
+            self.dtypes, shares,
+        )  # fmt: skip
         known = {param.name: self.lives[param.name] for param in cascade.params if param.name in self.lives}
         asked = {n.tensor for _, tests in known.values() for t in tests for n in walk(t) if isinstance(n, Read)}
         if unseen := [
@@ -404,6 +461,7 @@ class Planner:
         for item in kernel.partial:
             shape = tuple(inner.number(size) for size in item.tensor.shape)
             layouts[item.tensor.name] = Layout(shape, contiguous(shape), item.tensor.dtype, True)
+        layouts |= dict.fromkeys(() if shares is None else shares.tables, Layout((count,), (1,), DType.I32, True))
         own = {param.name: layouts.get(param.name) or self.made(param.name, groups) for param in cascade.params}
         own |= {name: self.layouts[name] for name in asked}
         merger = Planner(cascade, inner.extents, own, self.descriptors, self.moving, self.supposed)

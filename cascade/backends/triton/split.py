@@ -17,6 +17,7 @@ from cascade.backends.triton.lower import guarded_merge, reducer_of
 from cascade.backends.triton.partition import Group, Trips
 from cascade.backends.triton.plan import Partial
 from cascade.backends.triton.recurrence import stepped
+from cascade.backends.triton.shares import Shares
 from cascade.ir import (
     Apply,
     Cascade,
@@ -25,6 +26,8 @@ from cascade.ir import (
     Einsum,
     Expr,
     Extent,
+    Fold,
+    Given,
     Local,
     Param,
     Rank,
@@ -64,26 +67,34 @@ def merging(
     sizes: Mapping[str, Size],
     extents: Mapping[str, int],
     dtypes: Mapping[str, DType],
+    shares: Shares | None = None,
 ) -> Cascade:
     """The cascade that merges what programs have left of a group, and goes on from there to its results.
 
-    `shapes` and `dtypes` are those of tensors, `sizes` the extents of ranks, `extents` the numbers of symbols.
+    `shapes` and `dtypes` are those of tensors, `sizes` the extents of ranks, `extents` the numbers of symbols. With
+    `shares` a coordinate has those of all parts that its tables name.
     """
     trips = Trips.of(group)
     tensors = {item.state: item for item in partial}
     flags = [item for item in partial if trips.kind.get(item.state) != "state"]
-    body: list[Stmt] = [_seen(item, part) for item in flags]
-    seen = {item.state: Read(item.state, tuple(map(Rank, item.ranks))) for item in flags}
+    at: Expr = Rank(part) if shares is None else shares.place
+    body: list[Stmt] = [_seen(item, part) for item in flags] if shares is None else []
+    seen: dict[str, Expr] = {item.state: Read(item.state, tuple(map(Rank, item.ranks))) for item in flags}
+    if shares is not None:  # part by part, so that one trip is enough
+        seen = {item.state: _flag(item, at) for item in flags}
     for stmt in group.statements:
         kind = trips.kind[defines(stmt)[0]]
         if kind == "state":
             assert isinstance(stmt, Einsum)
             tests = (seen[t.name] if isinstance(t, Local) else t for t in tensors[stmt.target.name].live)
-            body.append(_merged(stmt, group, tensors, part, _all_of(tests)))
+            own = () if shares is None else (shares.own,)
+            body.append(_merged(stmt, group, tensors, part, at, _all_of((*tests, *own))))
         elif kind in ("of state", "after", "before"):
             body.append(stmt)
     body = _needed(body, {result.name for result in results})
     bound = {size for result in results for size in result.shape} | {sizes[rank] for i in partial for rank in i.ranks}
+    if shares is not None:
+        dtypes, shapes = {**dtypes, shares.before: DType.I32}, {**shapes, shares.before: (sizes[part],)}
 
     def number(expr: Expr) -> Expr:  # an extent that no tensor of this cascade has
         return Const(extents[expr.name]) if isinstance(expr, Extent) and expr.name not in bound else expr
@@ -99,7 +110,11 @@ def merging(
         else:
             params.append(Param(read, dtypes[read], shapes[read]))
     typed = tuple(dataclasses.replace(result, dtype=result.dtype or dtypes[result.name]) for result in results)
-    return Cascade(name, tuple(params), typed, tuple(body))
+    if shares is None:
+        return Cascade(name, tuple(params), typed, tuple(body))
+    return Cascade(
+        name, tuple(params), typed, tuple(body), _folded(body, group, part), given=(Given(part, sizes[part]),)
+    )
 
 
 def _needed(body: Sequence[Stmt], results: Collection[str]) -> list[Stmt]:
@@ -119,14 +134,34 @@ def _all_of(tests: Iterable[Expr]) -> Expr | None:
     return functools.reduce(lambda a, b: Apply("and", (a, b)), known) if known else None
 
 
+def _folded(body: Sequence[Stmt], group: Group, part: str) -> tuple[Fold, ...]:
+    """The fold of a group over parts instead of the stream: a coordinate may have any number of them."""
+    fold, made = group.fold, [name for stmt in body for name in defines(stmt)]
+    if fold is None:
+        return ()
+    update, final = (tuple(name for name in made if name in names) for names in (fold.update, fold.finalize))
+    return (dataclasses.replace(fold, rank=part, update=update, finalize=final),)
+
+
+def _flag(item: Partial, at: Expr) -> Expr:
+    """Whether anything was present in a part: flags are stored as integers."""
+    return Apply("gt", (Read(item.tensor.name, (at, *map(Rank, item.ranks))), Const(0)))
+
+
 def _seen(item: Partial, part: str) -> Einsum:
-    """Whether anything was present in any part: flags are stored as integers."""
-    stored = Read(item.tensor.name, (Rank(part), *map(Rank, item.ranks)))
-    return Einsum(Target(item.state, item.ranks), Reduce("any", (part,), Apply("gt", (stored, Const(0)))))
+    """Whether anything was present in any part."""
+    return Einsum(Target(item.state, item.ranks), Reduce("any", (part,), _flag(item, Rank(part))))
 
 
-def _merged(stmt: Einsum, group: Group, partial: Mapping[str, Partial], part: str, where: Expr | None) -> Einsum:
-    """A state as the reduction over the parts of what each of them counts for."""
+def _merged(
+    stmt: Einsum,
+    group: Group,
+    partial: Mapping[str, Partial],
+    part: str,
+    at: Expr,
+    where: Expr | None,
+) -> Einsum:
+    """A state as the reduction over the parts, which lie `at` some place, of what each of them counts for."""
     name, ranks = stmt.target.name, stmt.target.ranks
     expr: Expr = Read(f"{name}'", tuple(map(Rank, ranks)))
     for merge in group.fold.merge if group.fold else ():
@@ -135,7 +170,9 @@ def _merged(stmt: Einsum, group: Group, partial: Mapping[str, Partial], part: st
 
     def parted(node: Expr) -> Expr:
         if isinstance(node, Read) and node.tensor.endswith("'"):
-            return Read(partial[node.tensor[:-1]].tensor.name, (Rank(part), *node.index))
+            item = partial[node.tensor[:-1]]
+            kept = tuple(at for at in node.index if isinstance(at, Rank) and at.name in item.ranks)
+            return Read(item.tensor.name, (at, *kept))
         return node
 
     reducer = {"count": "sum"}.get(reducer_of(stmt), reducer_of(stmt))  # what is counted in parts adds up

@@ -36,7 +36,7 @@ from cascade.errors import UnsupportedError
 from cascade.passes.memo import load, store
 from cascade.text import render, render_stmt
 
-VERSION = "2"  # of entries on disk; another one whenever a choice may change
+VERSION = "3"  # of entries on disk; another one whenever a choice may change
 QUICK = 6  # candidates that are timed with little effort
 SHOWN = 4  # candidates besides the chosen one that a choice remembers
 SMALLEST = 16  # side of a matrix product
@@ -92,6 +92,7 @@ EXACT_NESTED = (
 )  # fmt: skip
 FINER = (32, 1)  # times as many parts of a stream as fill a GPU: with more the last round of programs is shorter
 FEWEST = 4  # tiles of a part, so that its beginning and its end count for little
+AVERAGE = 0.5  # of the longest row: how long rows are where data says so, as far as is known before it is seen
 BESIDE = 8  # tiles of one side: what runs at a time reads about as much of either side
 
 
@@ -122,8 +123,11 @@ def candidates(planner: Planner, group: Group) -> tuple[Tiling, ...]:
     base = planner.default_tiling(group)
     found: Iterable[Tiling] = (_with_products if planner.products(group) else _rows)(planner, group, base)
     shared: list[Tiling] = []
+    uneven = planner.uneven(group) is not None
     for tiling in (*found, base):
-        shared.extend(dataclasses.replace(tiling, parts=each) for each in _parts(planner, group, tiling))
+        for each in _parts(planner, group, tiling):
+            ways = (True, False) if uneven and each > 1 else (False,)
+            shared.extend(dataclasses.replace(tiling, parts=each, even=even) for even in ways)
     return tuple(dict.fromkeys(shared))
 
 
@@ -276,7 +280,8 @@ def ranked(
     """The candidates that can run with what the model says of them, the fastest first.
 
     Plans that differ in nothing but numbers are made once: lowering takes far longer than counting. Of a shared stream
-    the programs are counted, not what merges their states: that is one short launch more.
+    the programs are counted, not what merges their states: that is one short launch more. Even parts take another one,
+    and as long as the rows of a batch are on average; others wait for the longest row.
     """
     plans: dict[object, Kernel | None] = {}
     found: list[tuple[Tiling, Estimate]] = []
@@ -285,7 +290,7 @@ def ranked(
         key = _form(planner, group, axes, tiling)
         if key not in plans:
             try:
-                plans[key] = planner.kernel(name, group, groups, dataclasses.replace(tiling, parts=1))
+                plans[key] = planner.kernel(name, group, groups, dataclasses.replace(tiling, parts=1, even=False))
             except UnsupportedError:
                 plans[key] = None
         kernel = plans[key]
@@ -294,7 +299,9 @@ def ranked(
         sizes = {**planner.typical, **(kernel.index.sizes if kernel.index else {})}
         predicted = predict(machine, _retiled(kernel, axes, tiling), sizes)
         if tiling.parts > 1:
-            predicted = dataclasses.replace(predicted, time_us=predicted.time_us + machine.launch_us)
+            spread = AVERAGE if tiling.even else 1.0
+            launches = machine.launch_us * (1 + tiling.even)
+            predicted = dataclasses.replace(predicted, time_us=predicted.time_us * spread + launches)
         if predicted.blocks_per_sm:
             found.append((tiling, predicted))
     return sorted(found, key=lambda pair: round(math.log(pair[1].time_us) / ALIKE))
@@ -467,14 +474,14 @@ def _digest(planner: Planner, group: Group, machine: Machine, versions: Sequence
 def _entry(chosen: Candidate) -> object:
     """A candidate as the numbers that are written."""
     options = dataclasses.astuple(chosen.tiling.options)
-    return (chosen.tiling.tiles, options, chosen.tiling.parts, chosen.milliseconds)
+    return (chosen.tiling.tiles, options, chosen.tiling.even, chosen.tiling.parts, chosen.milliseconds)
 
 
 def _kept(path: Path, order: Sequence[Candidate]) -> Choice | None:
     """The choice that an entry holds, where it is one of the candidates; tiles of anything else are not believed."""
     entry = load(path)
     for place, one in enumerate(order):
-        if entry is not None and entry[:2] == _entry(one)[:2]:  # type: ignore[index]
-            milliseconds = entry[3]
+        if entry is not None and entry[:3] == _entry(one)[:3]:  # type: ignore[index]
+            milliseconds = entry[4]
             return _chosen(order, place, f"kept from an earlier run: {milliseconds:.4g} ms there")
     return None

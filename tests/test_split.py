@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from cascade.backends.triton import partition, planner
-from cascade.backends.triton.launch import place
+from cascade.backends.triton.launch import KernelStep, place
+from cascade.backends.triton.shares import Uneven, shares_of, tables_of
 from cascade.backends.triton.split import divisible
 from cascade.frontend.build import parse_cascade
 from cascade.interp import Precision, run
-from cascade.ir import Cascade
+from cascade.ir import Cascade, DType, Rank, Read
 from cascade.verify import verify
 from tests.kernel_programs import PROGRAMS, Program, attention
 from tests.planned import Chosen, all_kernels, call_of, final, launch, only_group, planner_for, with_stream
@@ -116,6 +117,107 @@ def test_every_program_here_can_be_shared(streams: None) -> None:
         made = planner_for(prepared(name), draw.inputs(0), draw.given())
         groups = made.groups()
         assert any(isinstance(g, partition.Group) and divisible(g, made.stored(g, groups)) for g in groups), name
+
+
+# --- even parts of ragged batches ------------------------------------------------------------------------------------
+
+UNEVEN = ("ragged", "decode")
+STRETCH = attention("start[b] <= n and n < stop[b]", params=", start: i32[B], stop: i32[B]", results=", L[B,H,M] fill -inf",
+    more="\n    L[b,h,m] = R[b,h,m] + log(D[b,h,m])")  # fmt: skip
+
+
+def batches(rows: int, most: int) -> list[list[int]]:
+    """Lengths of rows: none, one long one among short ones, first, last and alone, all alike, rising."""
+    return [
+        [0] * rows, [most] + [1] * (rows - 1), [3] * (rows - 1) + [most], [0] * (rows - 1) + [most], [17] * rows,
+        [most * row // rows for row in range(rows)], [-4] * rows, [2 * most] * rows,
+    ]  # fmt: skip
+
+
+@functools.cache
+def both(text: str) -> tuple[Cascade, Cascade]:
+    """A program as written, and as the backend gets it."""
+    return parse_cascade(text), final(text)
+
+
+def evenly(text: str, inputs: dict[str, Tensor], parts: int) -> None:
+    """A program in even parts passes, and gives the same bits again."""
+    inputs = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
+    written, made = both(text)
+    launcher = Chosen(made, parts=parts, even=True)
+    call = call_of(launcher)
+    found = call(**inputs)
+    verdict = judge_all(found, standard(written, inputs, {}))
+    assert verdict.ok, f"{parts} parts: {verdict}"
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, call(**inputs), strict=True))
+    (plan,) = launcher.plans.values()
+    assert plan is not None
+    names = [step.kernel.name for step in plan.steps if isinstance(step, KernelStep)]
+    label = names[1]
+    assert names == [f"{label}_bounds", label, f"{label}_merge"]
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("name", UNEVEN)
+def test_ragged_batches_in_even_parts(name: str, parts: int) -> None:
+    program = PROGRAMS[name]
+    inputs = Draw(program, sizes_of(program)).inputs(0)
+    rows = inputs["len"].shape[0]
+    for lengths in batches(rows, LONG["N"])[:: 1 if parts == 3 else 3]:
+        evenly(program.text, inputs | {"len": torch.tensor(lengths, dtype=torch.int32)}, parts)
+
+
+def test_stretches_in_even_parts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(5, 1, n, 8, generator=generator) for n in (3, 90, 90))
+    starts, stops = torch.tensor([0, 40, 17, 60, 89]), torch.tensor([90, 40, 30, 20, 90])
+    for parts in (2, 7):
+        evenly(STRETCH, {"Q": q, "K": k, "V": v, "start": starts.int(), "stop": stops.int()}, parts)
+
+
+def test_the_tables_share_all_tiles_alike() -> None:
+    uneven = Uneven("b", Read("start", (Rank("b"),)), Read("stop", (Rank("b"),)))
+    shapes, types = {"start": ("B",), "stop": ("B",)}, {"start": DType.I32, "stop": DType.I32}
+    shares = shares_of(uneven, "part", ())
+    generator = torch.Generator().manual_seed(0)
+    for rows, each, tile in ((1, 2, 16), (2, 3, 4), (5, 2, 16), (7, 5, 8), (40, 2, 1)):
+        count = (each + 1) * rows
+        index = tables_of(shares, each, tile, {"b": "B", "part": "PARTS"}, count, shapes, types)
+        verify(index.cascade)
+        start, length = (torch.randint(0, most, (rows,), generator=generator) for most in (50, 200))
+        length = length * (torch.rand(rows, generator=generator) < 0.7)
+        data = {"start": start.int(), "stop": (start + length).int()}
+        found = {name: table.tolist() for name, table in run(index.cascade, data, index.sizes).items()}
+        whose, begins, ends, before = (found[name] for name in shares.tables)
+        ends_of = (start + length).tolist()
+        tiles = [-(-end // tile) - first // tile for first, end in zip(start.tolist(), ends_of, strict=True)]
+        longest = max(1, -(-sum(tiles) // (each * rows)))
+        used = [part for part in range(count) if begins[part] < ends[part]]
+        for row in range(rows):
+            mine = range(before[row + 1], before[row + 2])
+            assert all(whose[part] == row for part in mine)
+            covered = [n for part in mine for n in range(begins[part], ends[part])]
+            first = int(start[row]) // tile * tile
+            assert covered == list(range(first, ends_of[row])), (row, covered)
+            used = [part for part in used if part not in mine]
+        assert not used
+        assert all(ends[part] - begins[part] <= longest * tile for part in range(count))
+
+
+def uneven_of(text: str, inputs: dict[str, Tensor]) -> Uneven | None:
+    """What data says of the stream of a program's only group."""
+    made = planner_for(final(text), inputs)
+    return made.uneven(only_group(made))
+
+
+def test_what_is_uneven() -> None:
+    for name in UNEVEN:
+        found = uneven_of(PROGRAMS[name].text, Draw(PROGRAMS[name], PROGRAMS[name].small).inputs(0))
+        assert found is not None and (found.rank, found.first) == ("b", None)
+    for name in ("full", "causal", "document", "paged", "cross"):
+        assert uneven_of(PROGRAMS[name].text, Draw(PROGRAMS[name], PROGRAMS[name].small).inputs(0)) is None, name
+    one = Draw(PROGRAMS["ragged"], {**PROGRAMS["ragged"].small, "B": 1}).inputs(0)
+    assert uneven_of(PROGRAMS["ragged"].text, one) is None, "a row alone is shared evenly as it is"
 
 
 # --- parts without anything ------------------------------------------------------------------------------------------

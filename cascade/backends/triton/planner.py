@@ -93,6 +93,7 @@ class Planner:
     descriptors: bool = True  # whether the device has TMA
     moving: frozenset[str] = frozenset()  # shape symbols that change from call to call: no tile counts on them
     supposed: Mapping[str, int] = field(default_factory=dict)  # of those, extents that are no less: choices suit these
+    merges: bool = False  # what parts of a stream have left: nothing is left to share
     ranks: dict[str, int] = field(init=False)  # the extents that choices are made for
     actual: dict[str, int] = field(init=False)  # those of this call
     sizes: dict[str, Size] = field(init=False)
@@ -408,7 +409,8 @@ class Planner:
         if not read or not read <= set(self.layouts) or len(ranks) != 1 or not bound:
             return None
         (rank,) = ranks
-        return Uneven(rank, found.first, found.stop) if roles.get(rank) is Role.POINT else None
+        several = roles.get(rank) is Role.POINT and self.ranks[rank] > 1
+        return Uneven(rank, found.first, found.stop) if several and self.divisible(group) else None
 
     def tables(self, group: Group, shares: Shares, tiling: Tiling) -> Index:
         """What computes the tables of parts."""
@@ -464,7 +466,7 @@ class Planner:
         layouts |= dict.fromkeys(() if shares is None else shares.tables, Layout((count,), (1,), DType.I32, True))
         own = {param.name: layouts.get(param.name) or self.made(param.name, groups) for param in cascade.params}
         own |= {name: self.layouts[name] for name in asked}
-        merger = Planner(cascade, inner.extents, own, self.descriptors, self.moving, self.supposed)
+        merger = Planner(cascade, inner.extents, own, self.descriptors, self.moving, self.supposed, merges=True)
         merger.lives |= known
         merger.shapes |= {name: self.shapes[name] for name in asked}
         merger.dtypes |= {name: self.dtypes[name] for name in asked}
@@ -761,7 +763,7 @@ class Planner:
 
     def divisible(self, group: Group) -> bool:
         """Whether programs can share the stream of a group."""
-        return divisible(group, self.stored(group, self.groups()))
+        return not self.merges and divisible(group, self.stored(group, self.groups()))
 
     def default_parts(self, group: Group, tiles: Mapping[str, int]) -> int:
         """How many programs share the stream of a group: more than one where there are too few to fill a GPU."""

@@ -126,8 +126,9 @@ def candidates(planner: Planner, group: Group) -> tuple[Tiling, ...]:
     uneven = planner.uneven(group) is not None
     for tiling in (*found, base):
         for each in _parts(planner, group, tiling):
-            ways = (True, False) if uneven and each > 1 else (False,)
-            shared.extend(dataclasses.replace(tiling, parts=each, even=even) for even in ways)
+            if uneven:
+                shared.append(dataclasses.replace(tiling, parts=max(each, 2), even=True))
+            shared.append(dataclasses.replace(tiling, parts=each))
     return tuple(dict.fromkeys(shared))
 
 
@@ -280,9 +281,10 @@ def ranked(
     """The candidates that can run with what the model says of them, the fastest first.
 
     Plans that differ in nothing but numbers are made once: lowering takes far longer than counting. Of a shared stream
-    the programs are counted, not what merges their states: that is one short launch more. Even parts take another one,
-    and as long as the rows of a batch are on average; others wait for the longest row.
+    the programs are counted, not what merges their states: that is one short launch more. Where data says how long
+    rows are, even parts take another one, and as long as rows do on average; others wait for the longest row.
     """
+    uneven = planner.uneven(group) is not None
     plans: dict[object, Kernel | None] = {}
     found: list[tuple[Tiling, Estimate]] = []
     for tiling in considered:
@@ -298,10 +300,14 @@ def ranked(
             continue
         sizes = {**planner.typical, **(kernel.index.sizes if kernel.index else {})}
         predicted = predict(machine, _retiled(kernel, axes, tiling), sizes)
+        if uneven:
+            longer = (
+                0.0 if tiling.even else (1 - AVERAGE) / max(1.0, predicted.waves)
+            )  # the last wave has a longest row
+            predicted = dataclasses.replace(predicted, time_us=predicted.time_us * (AVERAGE + longer))
         if tiling.parts > 1:
-            spread = AVERAGE if tiling.even else 1.0
             launches = machine.launch_us * (1 + tiling.even)
-            predicted = dataclasses.replace(predicted, time_us=predicted.time_us * spread + launches)
+            predicted = dataclasses.replace(predicted, time_us=predicted.time_us + launches)
         if predicted.blocks_per_sm:
             found.append((tiling, predicted))
     return sorted(found, key=lambda pair: round(math.log(pair[1].time_us) / ALIKE))

@@ -275,11 +275,8 @@ class Planner:
         results = {n: self.result(n) for n in stored}
         extents = {rank: static.size(self.sizes[rank]) for rank in self.sizes}
         numbers = self.proving()
-        if shares is None:
-            index = self.index(fixed, axes, groups)
-        else:
-            axes = tuple(dataclasses.replace(a, told=part or "") if a.rank == shares.uneven.rank else a for a in axes)
-            index = self.tables(fixed, shares, tiling)
+        axes = axes if shares is None else _told(axes, shares)
+        index = self.index(fixed, axes, groups) if shares is None else self.tables(fixed, shares, tiling)
         entries = {} if index is None else index.entries
         for table, shape in ({} if index is None else index.shapes).items():
             tensors[table] = Tensor(table, DType.I32, shape, (*(None for _ in shape[1:]), 1))
@@ -806,6 +803,12 @@ class Planner:
             if product is not None:
                 found |= dict(product.grouped)
         return found
+
+
+def _told(axes: Sequence[Axis], shares: Shares) -> tuple[Axis, ...]:
+    """The axes, with the one of which a table has the coordinate."""
+    rank = shares.uneven.rank
+    return tuple(dataclasses.replace(axis, told=shares.part) if axis.rank == rank else axis for axis in axes)
 
 
 def pieces_of(extent: int, exact: bool) -> tuple[int, ...]:

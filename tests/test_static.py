@@ -8,6 +8,7 @@ How many blocks fit on a multiprocessor is written down in `tests/cases/static`,
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import sys
@@ -93,6 +94,9 @@ SHIPPED = (
     Shipped("linear, cross-entropy", programs.LINEAR_LOSS, {"T": 8192, "D": 4096, "V": 128256}),
     Shipped("batched gemm", programs.MATMUL_BATCHED, {"B": 16, "M": 2048, "N": 2048, "K": 2048}),
 )
+SEPARATE = programs.attention(where="doc[b,m] == doc[b,n]", params=", doc: i64[B,M]", square=True)
+RAGGED = programs.decode(4).replace("]) ->", "], len: i32[B]) ->").replace("sqrt(E)", "sqrt(E) where n < len[b]", 1)
+BEFORE = (Shipped("documents", SEPARATE, {**D64, "M": 8192}), Shipped("ragged", RAGGED, {**GROUPED, "B": 32}))
 VERSIONS = ("3.9", "3.6")
 CROWDED = {
     ("3.9", "alibi D128"), ("3.6", "alibi D128"), ("3.6", "window D128"), ("3.6", "rmsnorm"),
@@ -115,13 +119,18 @@ def kernels(planner: Planner, name: str) -> Iterator[Built]:
         assert not isinstance(group, Rest), f"{name}: {group.reason}"
         label = name if len(groups) == 1 else f"{name}_{number}"
         tiling = planner.default_tiling(group)
+        if planner.uneven(group) is not None:
+            tiling = dataclasses.replace(tiling, parts=max(tiling.parts, 2), even=True)
+        merger = None
         if tiling.parts > 1:
             kernel, merger, _ = planner.split(label, group, groups, tiling)
-            yield Built(kernel, emit(kernel))
-            yield from kernels(merger, f"{label}_merge")
         else:
             kernel = planner.kernel(label, group, groups, tiling)
-            yield Built(kernel, emit(kernel))
+        if kernel.index is not None:
+            yield from kernels(planner.indexer(kernel.index, groups), f"{label}_bounds")
+        yield Built(kernel, emit(kernel))
+        if merger is not None:
+            yield from kernels(merger, f"{label}_merge")
 
 
 @functools.cache
@@ -197,6 +206,19 @@ def going_on() -> tuple[Built, ...]:
                 assert kernel.options == tiling.options
                 found.append(Built(kernel, emit(kernel)))
     return tuple(found)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_kernels_before_others_do_not_spill(version: str) -> None:
+    python = python_of(version)
+    wanted = [built for item in BEFORE for built in kernels(planner_of(item), item.name)]
+    names = [one.kernel.name for one in wanted]
+    assert names == ["documents_bounds", "documents", "ragged_bounds", "ragged", "ragged_merge"]
+    for name, found in zip(
+        names, facts([request(b.kernel, b.source) for b in wanted], "sm_90", python, 2), strict=True
+    ):
+        assert isinstance(found, StaticFacts), f"{name}: {found}"
+        assert found.spills == 0 and not found.serialized, f"{name}: {found.spills} bytes, {found.serialized}"
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -155,6 +155,7 @@ def evenly(text: str, inputs: dict[str, Tensor], parts: int) -> None:
     names = [step.kernel.name for step in plan.steps if isinstance(step, KernelStep)]
     label = names[1]
     assert names == [f"{label}_bounds", label, f"{label}_merge"]
+    assert "a table says which part of which b a program has" in launcher.explain()
 
 
 @pytest.mark.parametrize("parts", PARTS)

@@ -54,6 +54,8 @@ def _plan(step: Launch) -> Iterator[str]:
     if nested := [axis.rank for axis in kernel.axes if axis.role is Role.INNER]:
         (stream,) = (axis.rank for axis in kernel.axes if axis.role is Role.STREAM)
         yield f"for each tile of {stream} a loop over {' and over '.join(nested)}: what it sums is never stored"
+    for rank in (axis.rank for axis in kernel.axes if axis.told):
+        yield f"a table says which part of which {rank} a program has: all are as long, however much each {rank} has"
     if kernel.singly:
         (stream,) = (axis.rank for axis in kernel.axes if axis.role is Role.STREAM)
         yield f"one coordinate of {stream} at a time: nothing composes the steps of {', '.join(kernel.singly)}"

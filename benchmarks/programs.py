@@ -176,6 +176,14 @@ cascade gated_mlp(X[T,D], G[F,D], U[F,D], W[D,F]) -> Y[T,D] {
 }
 """
 
+EXPERTS = """
+cascade experts(X[T,D], R[D,N], G[N,D,F], U[N,D,F], V[N,F,D]) -> Y[T,D] {{
+    W[t,j], I[t,j] = topk[n, {chosen}] softmax[n] (sum[d] X[t,d] * R[d,n])
+    H[t,j,f] = silu(sum[d] X[t,d] * G[I[t,j],d,f]) * (sum[d] X[t,d] * U[I[t,j],d,f])
+    Y[t,d] = sum[j] W[t,j] / (sum[j] W[t,j]) * (sum[f] H[t,j,f] * V[I[t,j],f,d])
+}}
+"""
+
 LINEAR_LOSS = """
 cascade linear_loss(X[T,D], W[V,D], y: i64[T]) -> L: f32[T] {
     Z[t,v] = X[t,d] * W[v,d]

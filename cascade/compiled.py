@@ -25,12 +25,13 @@ from cascade.errors import CallError, CommandError, Diagnostic, TraceError
 from cascade.frontend.build import parse_cascade
 from cascade.frontend.tokens import decode
 from cascade.inference import bind_sizes, infer_shapes
-from cascade.ir import Cascade, Const, Directive, DType, Expr, Extent, Fold, Mesh, Size, Split, Stmt, TopK
+from cascade.ir import Cascade, Const, Directive, DType, Expr, Extent, Fold, GroupBy, Mesh, Size, Split, Stmt, TopK
 from cascade.passes.canonicalize import Canonicalize
+from cascade.passes.group_rows import GroupRows, judged
 from cascade.passes.lift import Lift, lift_reductions
 from cascade.passes.report import report, report_text
 from cascade.pipeline import Trace, run_pipeline
-from cascade.text import render
+from cascade.text import render, render_expr
 from cascade.verify import verify
 from cascade.walk import map_expressions, map_fold, rewrite
 from cascade.wording import suggest
@@ -148,6 +149,7 @@ class Compiled:
         for step in self.trace.steps:
             changed = plural(len(step.after.body), "statement")
             lines.append(f"  {step.name}: {'nothing to do' if step.after is step.before else changed}")
+            lines += [f"    {line}" for line in rows_told(step.after)] if step.name == GroupRows.name else []
         launcher = self._launchers.get(id(self.trace))
         kernels = "" if launcher is None else "\n" + launcher.explain()
         return self._report() + "\n" + "\n".join(lines) + "\n\n" + render(self.trace.final) + kernels
@@ -273,6 +275,14 @@ def fitting(trace: Trace, inputs: Mapping[str, Any], sizes: Mapping[str, int]) -
     return next(c for c in reversed(before) if all(item in written for item in c.schedule))
 
 
+def rows_told(cascade: Cascade) -> list[str]:
+    """What is known of products with an operand that data chooses: by which index they are grouped, or why not."""
+    return [
+        f"rows of {one.name} by {render_expr(one.key)}: {f'not grouped, {one.reason}' if one.reason else 'grouped'}"
+        for one in judged(cascade)
+    ]
+
+
 # --- entry points ----------------------------------------------------------------------------------------------------
 
 
@@ -392,7 +402,7 @@ def specialise(cascade: Cascade, sizes: Mapping[str, int], dtype: DType | None =
     def directive(item: Directive) -> Directive:
         if isinstance(item, Fold):
             return map_fold(item, lambda expr: rewrite(expr, constant))
-        if isinstance(item, Mesh):
+        if isinstance(item, Mesh | GroupBy):
             return dataclasses.replace(item, size=number(item.size))
         return dataclasses.replace(item, parts=number(item.parts)) if isinstance(item, Split) and item.parts else item
 

@@ -10,6 +10,8 @@ streaming, stepping and bounded memory with one mechanism:
   into the new state by `merge` before it is folded in. Where a `split` cuts its rank, each part starts from nothing and
   the states of the parts are merged in a tree: a wrong merge changes the numbers.
 * statements that read each other at earlier coordinates of a rank run one coordinate at a time along it.
+* a statement that is grouped by an index (`group {H} by I[t] < N`) goes through its rows value after value, each with
+  the value as one number: where rows do not differ in the index alone, the numbers are others.
 * a statement whose intermediate would be large is evaluated in stretches of one of its ranks.
 
 `Precision.REFERENCE` is the meaning (float64); the other precisions are how the same cascade runs eagerly.
@@ -31,13 +33,13 @@ from cascade import values as v
 from cascade.evaluate import Evaluation, State, Stored, Windows, materialised
 from cascade.inference import FLOATS, bind_sizes, infer_shapes
 from cascade.ir import (
-    Apply, Call, Cascade, DType, Einsum, Expr, Fold, Fuse, Param, Rank, Read, Reduce, Result, Split, Stmt, Target, Tile,
-    TopK, Use,
+    Apply, Call, Cascade, DType, Einsum, Expr, Fold, Fuse, GroupBy, Param, Rank, Read, Reduce, Result, Split, Stmt,
+    Target, Tile, TopK, Use,
 )  # fmt: skip
 from cascade.ops import REDUCERS
 from cascade.order import Group, iterative_rank, members, order_within_step, units
 from cascade.values import Precision, Value
-from cascade.walk import defines, definition, expressions, free_ranks, reads, targets, walk
+from cascade.walk import defines, definition, expressions, free_ranks, reads, rewrite, substitute, targets, walk
 
 __all__ = ["Precision", "run"]
 
@@ -48,6 +50,8 @@ PartState: TypeAlias = dict[str, Partial]
 """The state of a fold over a part of its rank, by the first name that each statement defines; empty for nothing yet."""
 
 EXTREMES = {"argmax": "max", "argmin": "min"}  # what stands behind a coordinate
+
+ROW = "a row"  # the rank along which rows of one value lie: no program can have one of this name
 
 DEFAULT_BLOCK = 64  # coordinates of a fused rank that one block covers, where no tile says otherwise
 MAX_ELEMENTS = 1 << 27  # elements of an intermediate above which a statement is evaluated in stretches
@@ -216,13 +220,61 @@ class _Machine(State):
         here = {rank: windows.get(rank, self.full(rank)) for rank in target.ranks}
         streamed = [rank for rank in _reduced(stmt) if rank in windows and rank not in target.ranks]
         if not streamed:
-            value = Evaluation(self, stmt, windows).statement(stmt.expr)
+            value = self._value(stmt, windows)
             self._write(target, v.expand(value, target.ranks, lengths(here)), here, _low(stmt))
             return
         found = self._partial(stmt, windows)
         if not all(windows[rank][0] == 0 for rank in streamed):
             found = self._joined(stmt, self._held(stmt, here), found)
         self._hold(stmt, found, here)
+
+    def _value(self, stmt: Einsum, windows: Windows) -> Value:
+        """The value of a statement over these windows: as it stands, or by values of an index."""
+        for item in self.cascade.schedule:
+            if isinstance(item, GroupBy) and stmt.target.name in item.statements:
+                return self._by_value(item, stmt, windows)
+        return Evaluation(self, stmt, windows).statement(stmt.expr)
+
+    def _by_value(self, item: GroupBy, stmt: Einsum, windows: Windows) -> Value:
+        """The rows of a statement in the order of an index: those of one value together, gathered and put back."""
+        ranks = tuple(index.name for index in item.key.index if isinstance(index, Rank))
+        here = {rank: windows.get(rank, self.full(rank)) for rank in (*ranks, *stmt.target.ranks)}
+        key = self._slice(Target(item.key.tensor, ranks), {rank: here[rank] for rank in ranks})
+        keys = key.data.reshape(-1)
+        order = torch.sort(keys, stable=True).indices
+        if key.present is not None:
+            order = order[key.present.reshape(-1)[order]]
+        if not len(order):
+            return Evaluation(self, stmt, windows).statement(stmt.expr)
+        others = tuple(rank for rank in stmt.target.ranks if rank not in ranks)
+        counts = torch.unique_consecutive(keys[order], return_counts=True)[1].tolist()
+        found: list[Value] = []
+        for rows in torch.split(order, counts):
+            places = torch.unravel_index(rows, [here[rank][1] - here[rank][0] for rank in ranks])
+            at = {rank: place + here[rank][0] for rank, place in zip(ranks, places, strict=True)}
+            value = self._rows(item, stmt, windows, at, keys[rows[0]])
+            found.append(v.expand(value, (ROW, *others), [len(rows), *lengths({rank: here[rank] for rank in others})]))
+        data = found[0].data.new_zeros((len(keys), *found[0].data.shape[1:]))
+        present = torch.zeros_like(data, dtype=torch.bool)
+        data[order] = torch.cat([value.data for value in found])
+        present[order] = torch.cat([
+            torch.ones_like(value.data, dtype=torch.bool) if value.present is None else value.present for value in found
+        ])  # fmt: skip
+        shape = lengths({rank: here[rank] for rank in (*ranks, *others)})
+        there = None if bool(present.all()) else present.reshape(shape)
+        return Value(data.reshape(shape), (*ranks, *others), found[0].dtype, there, found[0].weak)
+
+    def _rows(self, item: GroupBy, stmt: Einsum, windows: Windows, at: Mapping[str, Tensor], value: Tensor) -> Value:
+        """A statement at some rows of one value of the index, which is a number for all of them."""
+        places = {rank: Read(f"{rank} of {ROW}", (Rank(ROW),)) for rank in at}
+        chosen = Read(f"value of {ROW}", ())
+        self.store |= {places[rank].tensor: Stored(place, DType.I64) for rank, place in at.items()}
+        self.store[chosen.tensor] = Stored(value.to(torch.int64), DType.I64)
+        expr = substitute(rewrite(stmt.expr, lambda node: chosen if node == item.key else node), places)
+        target = Target(stmt.target.name, (ROW, *(rank for rank in stmt.target.ranks if rank not in at)))
+        inside = {rank: window for rank, window in windows.items() if rank not in at}
+        length = len(next(iter(at.values())))
+        return Evaluation(self, replace(stmt, target=target, expr=expr), {**inside, ROW: (0, length)}).statement(expr)
 
     def _top_k(self, stmt: TopK, windows: Windows) -> None:
         here = {rank: windows.get(rank, self.full(rank)) for rank in stmt.values.ranks}
@@ -246,7 +298,7 @@ class _Machine(State):
             best, where = v.top_k(body, stmt.rank, self.extent(stmt.k), self._kept(stmt))
             where = replace(where, data=where.data + windows.get(stmt.rank, (0, 0))[0])
             return v.expand(best, ranks, extents), v.expand(where, ranks, extents)
-        value = v.expand(Evaluation(self, stmt, windows).statement(stmt.expr), ranks, extents)
+        value = v.expand(self._value(stmt, windows), ranks, extents)
         reduction = stmt.expr
         if not isinstance(reduction, Reduce) or reduction.reducer not in EXTREMES:
             return (value,)

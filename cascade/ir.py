@@ -11,7 +11,8 @@
               | Use(function, rank*, Expr*)                softmax[n] x, silu(x): a `def`, of the file or the library
               | Local(name)                                a parameter, inside the body of a `def`
     Function  = name, rank*, name*, Expr                   def mean[n](x) = (sum[n] x) / (count[n] x)
-    Directive = Mesh | Shard | Split | Fuse | Fold | Tile | Stream | Wait
+    Directive = Mesh | Shard | Split | Fuse | Fold | GroupBy | Tile | Stream | Wait
+    GroupBy   = statement*, Read, Size                     group {H} by I[t,j] < N: rows of one value together
     Fold      = rank, state*, FoldInit*, update*, FoldMerge*, finalize*    one trip over n, with a state that is carried
 
 One name means one thing in a cascade: rank variables are lower case and have one extent each, shape symbols are upper
@@ -277,6 +278,19 @@ class Fold(Node):
 
 
 @dataclass(frozen=True, slots=True)
+class GroupBy(Node):
+    """`group {H, P} by I[t,j] < N`: these statements run over t and j in the order of I, rows of one value together.
+
+    What the statements index by `key` is one number for all rows of a value. Values are 0 and more and below `size`,
+    the extent of the dimensions that they index; rows of a value keep their order.
+    """
+
+    statements: tuple[str, ...]
+    key: Read
+    size: Size
+
+
+@dataclass(frozen=True, slots=True)
 class Tile(Node):
     """`tile m = 128, n = 64`: block extents of ranks."""
 
@@ -299,7 +313,7 @@ class Wait(Node):
     on: Part
 
 
-Directive: TypeAlias = Mesh | Shard | Split | Fuse | Fold | Tile | Stream | Wait
+Directive: TypeAlias = Mesh | Shard | Split | Fuse | Fold | GroupBy | Tile | Stream | Wait
 
 
 # --- definitions -----------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The compiler on one page: every pass, in order, and the driver that runs and checks them.
 
     source --inline--> no abbreviations --canonicalize--> one reduction a statement
-           --lift--> fewer trips, a state carried along each --fuse--> what shares a trip, in groups
+           --lift--> fewer trips, a state carried along each --group-rows--> rows that share an operand, together
+           --fuse--> what shares a trip, in groups
 
 Values are immutable, so the trace is the debugger: print after any pass, diff any two steps, stop anywhere and
 interpret. How much is checked between passes is `CASCADE_CHECK`, see `settings.py`.
@@ -24,6 +25,7 @@ from cascade.ir import Cascade
 from cascade.passes.base import Pass, spelling, unknown_pass
 from cascade.passes.canonicalize import Canonicalize
 from cascade.passes.fuse import Fuse
+from cascade.passes.group_rows import GroupRows
 from cascade.passes.inline import Inline
 from cascade.passes.lift import Lift
 from cascade.settings import settings
@@ -34,6 +36,7 @@ PIPELINE: tuple[Pass, ...] = (
     Inline(),  # first: every later pass sees Einsums only, none of the names they were abbreviated with
     Canonicalize(),  # then: one reduction a statement, in dependency order; a pass can count and move whole statements
     Lift(),  # before grouping: reductions that depend on each other share a trip if a state can be carried
+    GroupRows(),  # before trips are shared: a sum over rows and an operand that data chooses becomes two sums
     Fuse(),  # last: statements of one trip run block by block, in the folds that lifting made or in groups
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import assert_never
 
 from cascade.ir import (
@@ -12,28 +12,29 @@ from cascade.order import units
 from cascade.walk import definition, defines, free_ranks
 
 
-def may_be_absent(cascade: Cascade) -> frozenset[str]:
-    """The tensors with a coordinate that is absent for some sizes and data."""
+def may_be_absent(cascade: Cascade, extents: Mapping[str, int] | None = None) -> frozenset[str]:
+    """The tensors with a coordinate that is absent for some data; `extents` are those of ranks, where known."""
     found: set[str] = set()
     for unit in units(cascade.body, ()):
         before = -1
         while before != len(found):  # a cycle feeds itself: go on until nothing is added
             before = len(found)
             for stmt in unit.statements:
-                if _statement(stmt, found, cascade):
+                if _statement(stmt, found, cascade, extents or {}):
                     found.update(defines(stmt))
             if not unit.cyclic:
                 break
     return frozenset(found)
 
 
-def _statement(stmt: Stmt, absent: Collection[str], cascade: Cascade) -> bool:
+def _statement(stmt: Stmt, absent: Collection[str], cascade: Cascade, extents: Mapping[str, int]) -> bool:
     match stmt:
         case Einsum():
             inits = any(lacks(init.expr, absent, None, cascade) for init in stmt.inits)
             return inits or stmt.where is not None or lacks(stmt.expr, absent, stmt.where, cascade)
         case TopK():
-            return True  # fewer coordinates than k leave the rest absent
+            enough = isinstance(stmt.k, int) and extents.get(stmt.rank, 0) >= stmt.k  # fewer leave the rest absent
+            return not enough or stmt.where is not None or lacks(stmt.body, absent, None, cascade)
         case Call():
             return False  # what a cascade gives is filled
         case _:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple, assert_never
 
 from cascade.ir import (
-    Apply, Call, Cascade, Cast, Const, Directive, Einsum, Expr, Extent, Fold, Function, Fuse, Init, Local, Mesh, Param,
-    Part, Rank, Read, Reduce, Result, Shard, Split, Stmt, Stream, Target, Tile, TopK, Use, Wait,
+    Apply, Call, Cascade, Cast, Const, Directive, Einsum, Expr, Extent, Fold, Function, Fuse, GroupBy, Init, Local,
+    Mesh, Param, Part, Rank, Read, Reduce, Result, Shard, Split, Stmt, Stream, Target, Tile, TopK, Use, Wait,
 )  # fmt: skip
 from cascade.ops import LEVEL_COMPARE, LEVEL_PRODUCT, LEVEL_UNARY, LIBRARY_REDUCTIONS, OPS, REDUCERS, Op
 from cascade.walk import children
@@ -208,6 +208,9 @@ def render_directive(directive: Directive) -> str:
             return f"fuse {{{', '.join(directive.statements)}}} over {directive.rank}"
         case Fold():
             return _fold(directive)
+        case GroupBy():
+            by = f"{render_expr(directive.key)} < {directive.size}"
+            return f"group {{{', '.join(directive.statements)}}} by {by}"
         case Tile():
             return "tile " + ", ".join(f"{rank} = {size}" for rank, size in directive.sizes)
         case Stream():

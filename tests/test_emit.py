@@ -208,11 +208,11 @@ def test_bounds_that_depend_on_data_are_found_in_the_same_file(written: Any, mon
             assert module.largest_error(module.run(q, k, v, doc), module.reference(q, k, v, doc)) < 2**-8, (b, h, m)
 
 
-def test_statements_outside_kernels_are_plain_torch_between_them(written: Any, tmp_path: Path) -> None:
+def test_rows_are_sorted_on_the_device(written: Any, tmp_path: Path) -> None:
     found = written(EXAMPLES / "moe.cascade", *sized(T=256, D=128, N=16, F=256), "--dtype", "f16")
-    assert [Path(name).name for name in found["files"]] == ["moe_1.py", "moe_2.py", "moe.py"]
-    text = Path(found["files"][-1]).read_text()
-    assert "In no kernel: " in text and "I, G, Y_sum = outside_0(X, Wr)\n" in text
+    assert [Path(name).name for name in found["files"]] == [*(f"moe_{number}.py" for number in range(4)), "moe.py"]
+    text = Path(found["files"][1]).read_text()
+    assert "keys, places = sorted_rows(I, N)\n" in text and "moe_1[(" in text
     done = started(Path(found["files"][-1]), tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -211,13 +211,14 @@ def test_dump_writes_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "probabilities.01.inline.cascade",
         "probabilities.02.canonicalize.cascade",
         "probabilities.03.lift.cascade",
-        "probabilities.04.fuse.cascade",
+        "probabilities.04.group-rows.cascade",
+        "probabilities.05.fuse.cascade",
     ]
     last = (tmp_path / "new" / "folder" / files[-1]).read_text()
     assert parse_cascade(last) == trace.final
 
 
-@pytest.mark.parametrize(("level", "lines"), [(0, 0), (1, 4), (2, 10), (3, 15)])
+@pytest.mark.parametrize(("level", "lines"), [(0, 0), (1, 5), (2, 10), (3, 15)])
 def test_debug_says_more_with_each_level(
     level: int, lines: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

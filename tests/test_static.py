@@ -21,14 +21,15 @@ import pytest
 from benchmarks import programs
 from cascade import trial
 from cascade.backends.triton.emit import Source, emit
+from cascade.backends.triton.machine import MACHINES
 from cascade.backends.triton.offline import Failure, StaticFacts, facts
-from cascade.backends.triton.partition import Rest
+from cascade.backends.triton.partition import Group, Rest
 from cascade.backends.triton.restate import restated
 from cascade.backends.triton.plan import Dot, Kernel, Load, every_op
 from cascade.backends.triton.planner import Planner
 from cascade.backends.triton.standalone import contiguous
 from cascade.backends.triton.static import request
-from cascade.backends.triton.tune import candidates
+from cascade.backends.triton.tune import candidates, choose
 from cascade.frontend.build import parse_cascade
 from cascade.ir import DType
 from cascade.pipeline import run_pipeline
@@ -93,6 +94,9 @@ SHIPPED = (
     Shipped("gemm, bias, gelu", programs.MATMUL_GELU, {"M": 8192, "N": 4096, "K": 4096}),
     Shipped("linear, cross-entropy", programs.LINEAR_LOSS, {"T": 8192, "D": 4096, "V": 128256}),
     Shipped("batched gemm", programs.MATMUL_BATCHED, {"B": 16, "M": 2048, "N": 2048, "K": 2048}),
+    Shipped("experts", programs.EXPERTS.format(chosen=2), {"T": 8192, "D": 4096, "F": 14336, "N": 8}),
+    Shipped("many experts", programs.EXPERTS.format(chosen=6), {"T": 8192, "D": 2048, "F": 1408, "N": 64}),
+    Shipped("experts of few rows", programs.EXPERTS.format(chosen=2), {"T": 64, "D": 4096, "F": 14336, "N": 8}),
 )
 SEPARATE = programs.attention(where="doc[b,m] == doc[b,n]", params=", doc: i64[B,M]", square=True)
 RAGGED = programs.decode(4).replace("]) ->", "], len: i32[B]) ->").replace("sqrt(E)", "sqrt(E) where n < len[b]", 1)
@@ -234,6 +238,53 @@ def test_programs_that_go_on_overlap(version: str) -> None:
         assert found.spills <= (128 if crowded else 0), told
         assert found.blocks_per_sm == one.kernel.options.resident, told
         assert found.tma_stores == one.kernel.options.pieces, told
+
+
+@functools.cache
+def in_order(name: str) -> tuple[Built, ...]:
+    """The kernels whose rows are sorted by an index: with the planner's own tiles, and with the model's first."""
+    planner = planner_of(next(item for item in SHIPPED if item.name == name))
+    groups = planner.groups()
+    found = []
+    for number, group in enumerate(groups):
+        assert not isinstance(group, Rest)
+        if group.rows is None:
+            continue
+        chosen = choose(planner, f"c_{number}", group, groups, MACHINES["h100"])
+        for tiling in (planner.default_tiling(group), chosen.tiling):
+            kernel = planner.kernel(f"c_{number}", group, groups, tiling)
+            found.append(Built(kernel, emit(kernel)))
+    return tuple(found)
+
+
+def test_a_loop_of_two_products_over_sorted_rows_is_not_joined_with_one_of_tiles() -> None:
+    """In a joined loop both sums begin anew between products, which then wait for each other: C7515 of the assembler."""
+    planner = planner_of(next(item for item in SHIPPED if item.name == "experts"))
+    groups = [group for group in planner.groups() if isinstance(group, Group) and group.rows is not None]
+    joined = [any(tiling.options.resident for tiling in candidates(planner, group)) for group in groups]
+    assert [len(planner.products(group)) for group in groups] == [2, 1] and joined == [False, True]
+
+
+@functools.cache
+def facts_in_order(version: str) -> dict[str, tuple[StaticFacts | Failure, ...]]:
+    """What they show with one Triton."""
+    many = {item.name: in_order(item.name) for item in SHIPPED if "experts" in item.name}
+    requests = [request(one.kernel, one.source) for kernels in many.values() for one in kernels]
+    found = iter(facts(requests, "sm_90", python_of(version), 2))
+    return {name: tuple(next(found) for _ in kernels) for name, kernels in many.items()}
+
+
+@pytest.mark.parametrize("name", [item.name for item in SHIPPED if "experts" in item.name])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_gathered_rows_and_boxes_of_operands_overlap(version: str, name: str) -> None:
+    assert len(in_order(name)) == 4
+    for one, found in zip(in_order(name), facts_in_order(version)[name], strict=True):
+        told = f"{one.kernel.statements} {one.kernel.options}"
+        assert isinstance(found, StaticFacts), told
+        assert (found.spills, found.serialized) == (0, ()), told
+        assert found.blocks_per_sm > 0 and found.tma_loads > 0 and found.async_copies > 0, told
+        if wide_products(one.kernel):
+            assert found.wgmma > 0 and found.waits > 0, told
 
 
 @pytest.mark.parametrize(("version", "name"), sorted(CROWDED))

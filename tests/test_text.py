@@ -23,7 +23,7 @@ from cascade.frontend.uses import needs, ordered_uses, reachable
 from cascade.interp import Precision, run
 from cascade.ir import (
     Apply, Call, Cascade, Cast, Const, Definition, Directive, DType, Einsum, Expr, Extent, Fold, FoldInit, FoldMerge,
-    Function, Fuse, Init, Local, Mesh, Param, Part, Rank, Read, Reduce, Result, Shard, Split, Stmt, Stream, Target,
+    Function, Fuse, GroupBy, Init, Local, Mesh, Param, Part, Rank, Read, Reduce, Result, Shard, Split, Stmt, Stream, Target,
     Tile, TopK, Use, Wait,
 )  # fmt: skip
 from cascade.ops import LIBRARY_REDUCTIONS, OPS, REDUCERS
@@ -59,7 +59,8 @@ NUMBERS = (
 )
 SCHEDULE: tuple[Directive, ...] = (
     Mesh("tp", 8), Mesh("mesh", "N"), Shard("over", "tp"), Split("t", 2), Split("at", None, (1, 5)), Split("t", "N"),
-    Fuse(("Z0",), "over"), Fuse(("Z0", "over"), "t"), Tile((("over", 3), ("t", 4))),
+    Fuse(("Z0",), "over"), Fuse(("Z0", "over"), "t"), GroupBy(("Z0", "by"), Read("by", (Rank("t"), Rank("over"))), "N"),
+    GroupBy(("group",), Read("A", (Rank("by"),)), 4), Tile((("over", 3), ("t", 4))),
     Stream("at", (Part("Z0", 1), Part("into"))), Wait(Part("on", 1), Part("on")), Wait(Part("on"), Part("Z0", 0)),
 )  # fmt: skip
 

@@ -40,6 +40,9 @@ GROUPED = """cascade c(Q[B,H,M,E], K[B,G,N,E], V[B,G,N,F]) -> O[B,H,M,F] {
     O[b,h,m,f] = P[b,h,m,n] * V[b,h//4,n,f]
 }"""
 PRODUCT = "cascade c(X[M,K], W[N,K]) -> Y[M,N] { Y[m,n] = X[m,k] * W[n,k] }"
+TWO = """cascade c(X[M,K], W[N,K], U[N,K]) -> Y[M,N] {
+    Y[m,n] = silu(sum[k] X[m,k] * W[n,k]) * (sum[k] X[m,k] * U[n,k])
+}"""
 ROWS = "cascade c(X[M,N]) -> Y[M,N] { Y[m,n] = softmax[n] X[m,n] }"
 TURNED = "cascade c(X[M,N]) -> Y[N,M] { Y[n,m] = X[m,n] }"
 
@@ -58,6 +61,7 @@ KINDS: dict[str, Kind] = {
     "one": attention(FULL, 4, 32, 1, 8192, 128),
     "packed": (GROUPED, {"Q": (4, 32, 1, 128), "K": (4, 8, 8192, 128), "V": (4, 8, 8192, 128)}),
     "product": (PRODUCT, {"X": (8192, 4096), "W": (4096, 4096)}),
+    "two products": (TWO, {"X": (8192, 4096), "W": (4096, 4096), "U": (4096, 4096)}),
     "small product": (PRODUCT, {"X": (16, 512), "W": (100, 512)}),
     "rows": (ROWS, {"X": (16384, 8192)}),
     "narrow rows": (ROWS, {"X": (65536, 100)}),
@@ -101,6 +105,13 @@ def test_candidates_fit_the_extents(name: str) -> None:
         stream = group.arrangement.stream
         if plans.products(group) and stream is not None and tiling.of(stream) > 32:
             assert tiling.options.edge_tile == 32
+
+
+def test_sums_of_all_products_fit_the_registers_of_a_thread() -> None:
+    for name, count in (("product", 1), ("two products", 2)):
+        plans, group, _ = planner(KINDS[name])
+        each = [count * t.of("m") * t.of("n") / (32 * t.options.num_warps) for t in candidates(plans, group)]
+        assert max(each) == 128.0  # the next would have 256, and a thread has 255
 
 
 def test_packed_ranks_keep_the_tile_of_the_planner() -> None:

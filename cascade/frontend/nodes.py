@@ -18,8 +18,8 @@ from lark import Transformer, v_args
 from cascade.errors import Diagnostic, Span, quoted_list
 from cascade.frontend.tokens import Word
 from cascade.ir import (
-    Apply, Cast, Const, Directive, DType, Expr, Fold, FoldInit, FoldMerge, Fuse, Given, Mesh, Param, Part, Read, Reduce,
-    Result, Shard, Size, Split, Stream, Target, Tile, Use, Wait,
+    Apply, Cast, Const, Directive, DType, Expr, Fold, FoldInit, FoldMerge, Fuse, Given, GroupBy, Mesh, Param, Part,
+    Rank, Read, Reduce, Result, Shard, Size, Split, Stream, Target, Tile, Use, Wait,
 )  # fmt: skip
 from cascade.ops import FUNCTIONS, INFIX, REDUCERS, RESERVED
 from cascade.wording import closest, quote
@@ -262,6 +262,16 @@ class Nodes(Transformer[Word, Any]):
 
     def fold_merge(self, word: Word, target: Read, expr: Expr) -> FoldMerge:
         return FoldMerge(target_of(target), expr, span=across(word, expr))
+
+    def group_by(
+        self, word: Word, statements: tuple[Word, ...], _by: Word, tensor: Word, ranks: tuple[Word, ...], sign: Word,
+        bound: Word,
+    ) -> GroupBy:  # fmt: skip
+        if sign != "<":
+            raise Mistake("C105", f"expected '<', found {quote(sign)}", sign, "write group {H} by I[t] < N")
+        index = tuple(Rank(str(rank), span=rank.span) for rank in ranks)
+        key = Read(str(tensor), index, span=across(tensor, ranks[-1]))
+        return GroupBy(tuple(str(name) for name in statements), key, size(bound), span=across(word, bound))
 
     def tiles(self, word: Word, *tiles: tuple[Word, Word]) -> Tile:
         sizes = tuple((str(rank), integer(extent)) for rank, extent in tiles)

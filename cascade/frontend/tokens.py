@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 
 from cascade.errors import Diagnostic, ParseError, Source, Span
 
-DIRECTIVES = ("mesh", "shard", "split", "fuse", "fold", "tile", "stream", "wait")
+DIRECTIVES = ("mesh", "shard", "split", "fuse", "fold", "group", "tile", "stream", "wait")
 CLAUSES = ("state", "init", "update", "merge", "finalize")  # the lines of a fold
-CONNECTIVES = ("over", "into", "at", "on")
+CONNECTIVES = ("over", "into", "at", "on", "by")
 AFTER_RESULT = ("RSQB", "INT", "FLOAT", "INF", "NAN", "TRUE", "FALSE")  # the end of a shape, or of a fill
 CONTINUES = ("WHERE", "INIT", "DEFAULT", "SCHEDULE")
 BYTE_ORDER_MARKS = (

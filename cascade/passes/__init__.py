@@ -5,6 +5,7 @@ from __future__ import annotations
 from cascade.passes.base import Pass
 from cascade.passes.canonicalize import Canonicalize
 from cascade.passes.fuse import Fuse
+from cascade.passes.group_rows import GroupRows
 from cascade.passes.inline import Inline
 from cascade.passes.lift import Lift
 
@@ -12,5 +13,6 @@ PASSES: dict[str, type[Pass]] = {
     "inline": Inline,
     "canonicalize": Canonicalize,
     "lift": Lift,
+    "group-rows": GroupRows,
     "fuse": Fuse,
 }

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 from cascade.errors import Diagnostic, VerifyError
-from cascade.ir import Call, Cascade, Definition, Einsum, Fold, Function, Fuse, Reduce, Stream, Use, Wait
+from cascade.ir import Call, Cascade, Definition, Einsum, Fold, Function, Fuse, GroupBy, Reduce, Stream, Use, Wait
 from cascade.scopes import Signatures
 from cascade.verify.cycles import check_cycles
 from cascade.verify.folds import check_folds
@@ -20,6 +20,7 @@ from cascade.verify.names import (
     check_meanings, check_repeated_ranks, check_results, check_single, check_spelling, check_undefined,
 )  # fmt: skip
 from cascade.verify.program import Rule, program_of, strongly_connected
+from cascade.verify.rows import check_rows
 from cascade.verify.schedule import (
     check_groups, check_schedule_names, check_schedule_numbers, check_schedule_twice, check_waits, not_canonical,
 )  # fmt: skip
@@ -62,6 +63,7 @@ RULES: tuple[Rule, ...] = (
     check_schedule_twice,
     check_waits,
     check_groups,
+    check_rows,
     check_folds,
 )
 
@@ -157,7 +159,7 @@ def _dead(cascade: Cascade) -> Iterator[Diagnostic]:
     owner = {name: number for number, stmt in enumerate(cascade.body) for name in defines(stmt)}
     todo = [result.name for result in cascade.results]
     for directive in cascade.schedule:
-        if isinstance(directive, Fuse):
+        if isinstance(directive, (Fuse, GroupBy)):
             todo += directive.statements
         elif isinstance(directive, Fold):
             todo += (*directive.update, *directive.finalize)

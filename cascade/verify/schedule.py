@@ -12,7 +12,8 @@ from typing import assert_never
 
 from cascade.errors import Diagnostic, Note, Span, quoted_list
 from cascade.ir import (
-    Call, Einsum, Fold, Fuse, Mesh, Part, Read, Reduce, Shard, Split, Stmt, Stream, Tile, TopK, Use, Wait,
+    Call, Einsum, Fold, Fuse, GroupBy, Mesh, Part, Rank, Read, Reduce, Shard, Split, Stmt, Stream, Tile, TopK,
+    Use, Wait,
 )  # fmt: skip
 from cascade.scopes import Facts
 from cascade.verify.cycles import offset
@@ -42,6 +43,14 @@ def check_schedule_names(program: Program) -> Iterator[Diagnostic]:
             case Fold():
                 yield from _unknown(directive.rank, "rank variable", ranks, directive.span)
                 yield from _unknown_in_fold(directive, program)
+            case GroupBy():
+                for name in directive.statements:
+                    yield from _unknown(name, "statement", program.owner, directive.span)
+                yield from _unknown(directive.key.tensor, "tensor", program.arity, directive.key.span, "")
+                for index in directive.key.index:
+                    for node in walk(index):
+                        if isinstance(node, Rank):
+                            yield from _unknown(node.name, "rank variable", ranks, node.span)
             case Tile():
                 for rank, _ in directive.sizes:
                     yield from _unknown(rank, "rank variable", ranks, directive.span)
@@ -173,6 +182,10 @@ def _said(program: Program) -> Iterator[tuple[tuple[str, ...], str, Span | None]
                     yield key, what, pinpoint(span, name, "" if isinstance(directive, Fuse) else "update")
                 if isinstance(directive, Fold):
                     yield from _said_in_fold(directive, str(number))
+            case GroupBy():
+                for name in directive.statements:
+                    one = ("group", str(program.owner.get(name, name)))
+                    yield one, f"{quote(name)} is grouped", pinpoint(span, name)
             case Tile():
                 for rank, _ in directive.sizes:
                     yield ("tile", rank), f"{quote(rank)} is tiled", pinpoint(span, rank)

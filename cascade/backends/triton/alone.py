@@ -139,6 +139,7 @@ class Maker:
         else:
             kernel = planner.kernel(label, group, groups, tiling)
             made = tuple(planner.written(name, groups) for name in planner.stored(group, groups))
+            extents = {**extents, **planner.padded(kernel.rows)}
         if kernel.index is not None:
             extents = {**extents, **kernel.index.sizes}
             self.counted |= kernel.index.counts
@@ -270,7 +271,7 @@ def general(
 def tied(planner: Planner, group: Group) -> tuple[Tie, ...]:
     """The quotients of ranks that index a dimension and lie inside it at the planned sizes."""
     found: dict[Tie, None] = {}
-    reads = (n for s in group.statements for e in expressions(s) for n in walk(e) if isinstance(n, Read))
+    reads = (n for s in group.plain for e in expressions(s) for n in walk(e) if isinstance(n, Read))
     for read in reads:
         for part, dimension in zip(read.index, planner.shapes[read.tensor], strict=True):
             match part:

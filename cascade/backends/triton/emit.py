@@ -199,6 +199,7 @@ class _Emitter:
         """Which coordinates a program has: its number taken apart, as far as the body asks."""
         words = set(re.findall(r"\w+", body))
         grid = self.kernel.grid
+        self.known_tiles()
         rest = self.turns()
         if len(grid) > 1:
             self.line(f"pid = {rest}")
@@ -220,6 +221,18 @@ class _Emitter:
         for axis in self.kernel.axes:
             self.coordinates(axis, words)
 
+    def known_tiles(self) -> None:
+        """How many tiles of rows there are, which only the device knows; a program beyond them has nothing to do."""
+        rows = self.kernel.rows
+        if rows is None:
+            return
+        self.depth = 1
+        table = self.argument(Argument(f"{rows.tables[2]}_ptr", "pointer", rows.tables[2]))
+        self.line(f"{self.rank(rows.rank)}_tiles = tl.load({table})")
+        if not self.kernel.options.resident:
+            self.line(f"if tl.program_id(0) >= {' * '.join(self.count(axis) for axis in self.kernel.grid)}:")
+            self.line("    return")
+
     def turns(self) -> str:
         """The number of a tile of the grid: that of the program, or one after the other in a loop over them."""
         self.depth = 1
@@ -237,7 +250,9 @@ class _Emitter:
         """The tiles of the first two axes: a few of the first beside each other, with every tile of the second."""
         a, b = self.rank(first.rank), self.rank(second.rank)
         group = self.argument(Argument(f"GROUP_{first.rank.upper()}", "constant", value=self.kernel.options.grouped))
-        self.line(f"{a}_tiles, {b}_tiles = {self.count(first)}, {self.count(second)}")
+        counts = {f"{rank}_tiles": self.count(axis) for rank, axis in ((a, first), (b, second))}
+        new = {tiles: count for tiles, count in counts.items() if count != tiles}
+        self.line(f"{', '.join(new)} = {', '.join(new.values())}")
         place = "pid"
         if not last:
             self.line(f"{a}_{b} = pid % ({a}_tiles * {b}_tiles)")
@@ -271,6 +286,8 @@ class _Emitter:
 
     def count(self, axis: Axis) -> str:
         """The number of programs along an axis."""
+        if self.kernel.rows is not None and self.kernel.rows.rank == axis.rank:
+            return f"{self.rank(axis.rank)}_tiles"
         size = self.size(axis.extent)
         return size if axis.role is Role.POINT else f"tl.cdiv({size}, {axis.step or self.block(axis.rank)})"
 
@@ -678,11 +695,10 @@ class _Emitter:
         wide, shift = ("tl.int32", 16) if short else ("tl.int64", 32)
         key, column = f"{op.values}_key", self.text(Rank(op.over), axes)
         base = op.source if short else self.text(Local(op.source), axes)
-        bits = (
-            f"({base} + 0.0).to(tl.int16, bitcast=True).to(tl.int32)"
-            if short
-            else f"({base} + 0.0).to(tl.int32, bitcast=True)"
-        )
+        number = f"({base} + 0.0)"  # of one zero, and on a GPU of one NaN; a CPU keeps the sign of a NaN
+        if self.portable:
+            number = f'tl.where({base} == {base}, {base} + 0.0, float("nan"))'
+        bits = f"{number}.to(tl.int{16 if short else 32}, bitcast=True)" + (".to(tl.int32)" if short else "")
         low = "0x7FFF" if short else "0x7FFFFFFF"
         size = self.block(op.over)
         self.line("# an integer whose order is that of the values, the lower coordinate first among equals")
@@ -1037,7 +1053,7 @@ class _Emitter:
                 f"{self.descriptor(tensor, op.box)}.store([{', '.join(self.corner(op.index, op.box))}], {value}{shape})"
             )
             return
-        tests = [test for rank in op.axes for test in self.own(rank)]
+        tests = [*(test for rank in op.axes for test in self.own(rank)), *op.only]
         mask = f", mask={self.all_of(tests, op.axes)}" if tests else ""
         place = self.address(tensor, op.index, op.axes)
         if op.axes:

@@ -29,11 +29,12 @@ from cascade.backends.triton.emit import Argument, Source, emit, permutation
 from cascade.backends.triton.machine import Machine, machine_for
 from cascade.backends.triton.explain import Launch, describe
 from cascade.backends.triton.partition import Group, Rest, power_of_two, reduced_ranks
-from cascade.backends.triton.plan import Kernel
+from cascade.backends.triton.plan import Blocks, Kernel
 from cascade.backends.triton.plan import Tensor as PlannedTensor
 from cascade.backends.triton.planner import Layout, Planner, Tiling
 from cascade.backends.triton.relaunch import Relaunch, relaunch
 from cascade.backends.triton.restate import restated
+from cascade.backends.triton.rows import BLOCKS, SORTED
 from cascade.backends.triton.tune import Choice, Timer, choose
 from cascade.errors import UnsupportedError
 from cascade.inference import bind_sizes, infer_dtypes, infer_shapes
@@ -104,7 +105,8 @@ class Launcher:
         plan = next((plan for plan in reversed(self.plans.values()) if plan is not None), None)
         if plan is None:
             return ""
-        return describe(*(step.group if isinstance(step, RestStep) else self.launch(step) for step in plan.steps))
+        steps = (step for step in plan.steps if isinstance(step, RestStep | KernelStep))
+        return describe(*(step.group if isinstance(step, RestStep) else self.launch(step) for step in steps))
 
     def launch(self, step: KernelStep) -> Launch:
         """A kernel with why it has its tiles."""
@@ -143,8 +145,10 @@ class Launcher:
         device = next((t.device for t in inputs.values()), torch.device("cpu" if interpreted() else "cuda"))
         results = tuple(result.name for result in self.cascade.results)
         bench = None if interpreted() else Bench(device, self.effort, dict(inputs), results)
-        steps = []
+        steps: list[Step] = []
         for step in self.steps(planner, self.cascade.name, bench):
+            if step in steps:  # rows that another kernel has in the same order
+                continue
             steps.append(step)
             if bench is not None:
                 bench.advance(step)
@@ -198,7 +202,7 @@ class Launcher:
             known.extend(fits)
         return min(fits)
 
-    def steps(self, planner: Planner, name: str, bench: Bench | None) -> Iterator[KernelStep | RestStep]:
+    def steps(self, planner: Planner, name: str, bench: Bench | None) -> Iterator[Step]:
         """What computes a cascade, in order."""
         groups = planner.groups()
         for number, group in enumerate(groups):
@@ -210,12 +214,12 @@ class Launcher:
                 tiling = self.tiling(planner, label, group, groups, bench)
                 made = tuple(self.built(planner, label, group, groups, tiling, bench))
             except UnsupportedError as error:
-                made = (outside(planner, Rest(group.statements, error.diagnostics[0].message)),)
+                made = (outside(planner, Rest(group.plain, error.diagnostics[0].message)),)
             yield from made
 
     def built(
         self, planner: Planner, label: str, group: Group, groups: Groups, tiling: Tiling, bench: Bench | None
-    ) -> Iterator[KernelStep | RestStep]:
+    ) -> Iterator[Step]:
         """The kernel of a group; a stream that is shared takes a kernel more, which merges."""
         by_model = None if bench is None else dataclasses.replace(bench, effort="none")
         shared = None
@@ -233,12 +237,17 @@ class Launcher:
         yield from self.before(planner, kernel, label, groups, by_model)
         tensors = (planner.written(made, groups) for made in planner.stored(group, groups))
         made = tuple((tensor.name, *place(tensor, planner)) for tensor in tensors)
-        yield KernelStep(kernel, emit(kernel, portable=interpreted()), planner.extents, made)
+        extents = {**planner.extents, **planner.padded(kernel.rows)}
+        yield KernelStep(kernel, emit(kernel, portable=interpreted()), extents, made)
 
     def before(
         self, planner: Planner, kernel: Kernel, label: str, groups: Groups, bench: Bench | None
-    ) -> Iterator[KernelStep | RestStep]:
-        """What a kernel needs computed first: bounds of its loops that depend on data."""
+    ) -> Iterator[Step]:
+        """What a kernel needs computed first: bounds of its loops that depend on data, the order of its rows."""
+        if kernel.rows is not None:
+            sort = SortStep(kernel.rows.index.name, planner.number(kernel.rows.values))
+            yield sort
+            yield TableStep(sort, kernel.rows, planner.padded(kernel.rows)[kernel.rows.symbol])
         if kernel.index is not None:
             yield from self.steps(planner.indexer(kernel.index, groups), f"{label}_bounds", bench)
 
@@ -259,7 +268,7 @@ class Launcher:
         """The tiles by the model or by timing: once for all extents of about the same size."""
         results = planner.stored(group, groups)
 
-        def steps(tiling: Tiling) -> Sequence[KernelStep | RestStep]:
+        def steps(tiling: Tiling) -> Sequence[Step]:
             return tuple(self.built(planner, label, group, groups, tiling, bench))
 
         self.choices[label] = choose(
@@ -296,7 +305,7 @@ class CallPlan:
     """The steps of one kind of call, and the names of its results."""
 
     results: tuple[str, ...]
-    steps: tuple[KernelStep | RestStep, ...]
+    steps: tuple[Step, ...]
     device: torch.device
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
@@ -366,7 +375,7 @@ class KernelStep:
     again: Relaunch | None = None  # launches after the first
 
     def __post_init__(self) -> None:
-        self.function = getattr(module(self.source), self.source.kernel)
+        self.function = getattr(module(self.source.text, self.source.kernel), self.source.kernel)
         count = 1
         for extent, tile in self.source.grid:
             count *= -(-self.number(extent) // tile)
@@ -408,6 +417,46 @@ class KernelStep:
         if argument.kind == "stride":
             return tensors[argument.tensor].stride(argument.position)
         return argument.value
+
+
+@dataclass(frozen=True, slots=True)
+class SortStep:
+    """The values of an index in order, and which rows have them; kernels of all tiles share it."""
+
+    index: str
+    values: int
+    made: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] = ()
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The values in order and their rows; no tensor of a cascade is called so."""
+        return f"{self.index} in order", f"{self.index} by row"
+
+    def __call__(self, tensors: dict[str, Tensor]) -> None:
+        sort = module(SORTED, "sorted_rows").sorted_rows
+        tensors.update(zip(self.names, sort(tensors[self.index], self.values), strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class TableStep:
+    """Which rows and which value each tile of a kernel has: one launch, and the host waits for nothing."""
+
+    sort: SortStep
+    blocks: Blocks
+    padded: int
+
+    @property
+    def made(self) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
+        """The tables."""
+        shapes = ((self.padded,), (self.padded // self.blocks.tile,), (2,))
+        return tuple((name, shape, torch.int32) for name, shape in zip(self.blocks.tables, shapes, strict=True))
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> None:
+        given = [tensors[name] for name in (*self.sort.names, *self.blocks.tables)]
+        module(BLOCKS, "rows_by_value").tiles_of_rows(*given, self.sort.values, self.blocks.tile)
+
+
+Step: TypeAlias = "KernelStep | RestStep | SortStep | TableStep"
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -456,16 +505,14 @@ class Bench:
         made = allocated(name, shape, dtype, self.device, self.results)
         return made.copy_(unset(shape, dtype, self.device))
 
-    def advance(self, step: KernelStep | RestStep) -> None:
+    def advance(self, step: Step) -> None:
         """Runs a step where there may be something to time, so that later ones find what it makes."""
         if self.effort != "none":
             with torch.cuda.device(self.device):
                 self.tensors |= {item[0]: self.unset(*item) for item in step.made}
                 step(self.tensors)
 
-    def timer(
-        self, label: str, build: Callable[[Tiling], Sequence[KernelStep | RestStep]], results: Sequence[str]
-    ) -> Timer | None:
+    def timer(self, label: str, build: Callable[[Tiling], Sequence[Step]], results: Sequence[str]) -> Timer | None:
         """Times the kernels of a tiling; None of one that cannot run or gives other results than the first did."""
         if self.effort == "none":
             return None
@@ -490,9 +537,7 @@ class Bench:
 
         return timed
 
-    def measured(
-        self, steps: Sequence[KernelStep | RestStep], results: Sequence[str]
-    ) -> tuple[float, dict[str, Tensor]]:
+    def measured(self, steps: Sequence[Step], results: Sequence[str]) -> tuple[float, dict[str, Tensor]]:
         """The median milliseconds of these steps, and their results, in tensors that held NaN before."""
         made = [item for step in steps for item in step.made]
         tensors = self.tensors | {item[0]: self.unset(*item) for item in made}
@@ -536,15 +581,15 @@ def alike(found: Tensor, wanted: Tensor) -> bool:
 MODULES: dict[str, types.ModuleType] = {}
 
 
-def module(source: Source) -> types.ModuleType:
+def module(text: str, kernel: str) -> types.ModuleType:
     """The text of a kernel as a module; the same text is made into one only once."""
-    digest = hashlib.sha256(source.text.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     if digest not in MODULES:
-        name = f"cascade_kernel_{source.kernel}_{digest}"
+        name = f"cascade_kernel_{kernel}_{digest}"
         file = f"<{name}>"
-        linecache.cache[file] = (len(source.text), None, source.text.splitlines(keepends=True), file)
+        linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
         made = types.ModuleType(name)
         made.__file__ = file
-        exec(compile(source.text, file, "exec"), made.__dict__)
+        exec(compile(text, file, "exec"), made.__dict__)
         MODULES[digest] = made
     return MODULES[digest]

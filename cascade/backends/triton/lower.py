@@ -64,9 +64,13 @@ class Setting:
     """Reduced ranks of products that lie in pieces, each a power of two: the axes, and where each begins."""
     within: Mapping[str, int] = field(default_factory=dict)
     """Where coordinates of tiles are gone through one by one: how many make a tile, also of the stream."""
+    scattered: Mapping[str, tuple[Expr, ...]] = field(default_factory=dict)  # where results go, if not to their ranks
+    row: str | None = None  # the row at hand of such results: negative where nothing is stored
+    inside: frozenset[str] = frozenset()  # coordinates that lie in range
     split: str | None = None  # the rank that counts the parts of the stream, where each program has one of them
     shares: Shares | None = None  # where parts are of equal length for all coordinates of a rank together
     most: Mapping[str, int] = field(default_factory=dict)  # what shape symbols do not exceed that are no numbers above
+    actual: Mapping[str, int] = field(default_factory=dict)  # the extents of ranks in this call
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +244,7 @@ class _Lowering:
         """The statements of a trip in loops of their own, where those have nothing to do with each other.
 
         Only where each has a matrix product: two small loops overlap better than a large one that needs all registers.
-        Whatever is bound by memory reads what it shares only once in one loop.
+        Whatever is bound by memory reads what it shares only once in one loop; so do rows that are gathered.
         """
         owner_of = {name: place for place, stmt in enumerate(statements) for name in defines(stmt)}
         root = list(range(len(statements)))
@@ -258,7 +262,11 @@ class _Lowering:
         parts: dict[int, list[Stmt]] = {}
         for place, stmt in enumerate(statements):
             parts.setdefault(find(place), []).append(stmt)
-        if len(parts) > 1 and all(any(matrix_product(stmt) for stmt in part) for part in parts.values()):
+        if (
+            self.setting.row is None
+            and len(parts) > 1
+            and all(any(matrix_product(stmt) for stmt in part) for part in parts.values())
+        ):
             return [tuple(part) for part in parts.values()]
         return [statements]
 
@@ -885,8 +893,7 @@ class _Lowering:
         coords = self.variable(stmt.coords.name, axes, DType.I32)
         bits = 16 if isinstance(stmt.body, Read) and self.setting.dtypes[stmt.body.tensor] in SHORT_FLOATS else 32
         assert isinstance(source, Local)
-        size = self.size(stmt.rank)
-        short = bool(tests) or size is None or size < stmt.k
+        short = bool({*tests} - {self.tail(stmt.rank)}) or not self.enough(stmt.rank, stmt.k)
         there = self.variable(f"{stmt.values.name}_there", axes, DType.BOOL) if short else None
         mask = self.mask(tests, False).name if tests else None
         self.ops.append(TopKept(values, coords, axes, stmt.rank, kept, stmt.k, source.name, bits, mask, there))
@@ -896,13 +903,6 @@ class _Lowering:
         present = outside if there is None else merged(outside, (Local(there),))
         for target, variable in ((stmt.values, values), (stmt.coords, coords)):
             self.values[target.name] = Value(Local(variable), present)
-
-    def size(self, rank: str) -> int | None:
-        """The extent of a rank where the kernel is made for it alone."""
-        extent, axis = self.setting.extents[rank], self.axis(rank)
-        if axis.role is Role.WHOLE and axis.exact:
-            return axis.tile
-        return extent if isinstance(extent, int) else None
 
     # --- recurrences -------------------------------------------------------------------------------------------------
 
@@ -1371,6 +1371,10 @@ class _Lowering:
             return expr
         return rewrite(expr, lambda node: Cast(DType.F32, node) if isinstance(node, Rank) else node)
 
+    def enough(self, rank: str, count: Size) -> bool:
+        """Whether a rank has so many coordinates in this call."""
+        return isinstance(count, int) and self.setting.actual[rank] >= count
+
     def most(self, rank: str) -> int:
         """The extent of a rank or shape symbol, or what it does not exceed where it changes from call to call."""
         size = self.setting.numbers[rank]
@@ -1523,6 +1527,8 @@ class _Lowering:
             found.extend(test for test in (substitute(test, at) for test in tests) if not self.proved(test))
         for position, index in enumerate(read.index):
             extent = extent_expr(tensor.shape[position])
+            if isinstance(index, Read) and index.tensor in self.setting.inside:
+                continue
             if isinstance(index, Rank):
                 axis = self.axis(index.name)
                 if axis.role in (Role.STREAM, Role.WHOLE, Role.INNER) and not axis.exact:
@@ -1567,8 +1573,10 @@ class _Lowering:
         value, result = self.values[name], self.setting.results[name]
         tensor = self.setting.tensors[name]
         axes = self.spread(ranks)
-        index = tuple(map(Rank, ranks))
-        box = None if any(self.axis(rank).step for rank in axes) else self.box(tensor, index, axes)
+        there = self.setting.scattered.get(name)
+        index = tuple(map(Rank, ranks)) if there is None else tuple(self.expression(part).expr for part in there)
+        whole = there is None and not any(self.axis(rank).step for rank in axes)
+        box = self.box(tensor, index, axes) if whole else None
         if box is not None:  # a box has its dimensions in the order of memory
             axes = tuple(rank for rank in ranks if rank in axes)
         beyond = tuple(self.tail(rank) for rank in axes if not self.axis(rank).exact)
@@ -1578,7 +1586,10 @@ class _Lowering:
             if beyond:
                 self.edges.append(tuple(test for test in beyond if self.is_edge(test)))
         lowered = tuple(self.expression(test).expr for test in live)
-        self.ops.append(Store(name, index, axes, value.expr, lowered, result.fill.value, box))
+        only: tuple[Expr, ...] = ()
+        if there is not None and self.setting.row is not None:
+            only = (Apply("ge", (self.values[self.setting.row].expr, Const(0))),)
+        self.ops.append(Store(name, index, axes, value.expr, lowered, result.fill.value, box, only))
 
 
 # --- small things ----------------------------------------------------------------------------------------------------
@@ -1669,7 +1680,7 @@ def uses(op: Op) -> Iterator[str]:
             exprs = [bound for bound in (op.first, op.stop, *(op.inner or ())) if bound is not None]
             yield from op.carried
         case Store():
-            exprs = [op.expr, *op.index, *op.live]
+            exprs = [op.expr, *op.index, *op.live, *op.only]
         case _:
             assert_never(op)
     own = op.name if isinstance(op, Let) else ""

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from cascade.backends.triton.bounds import conjuncts
 from cascade.backends.triton.products import matrix_product
 from cascade.backends.triton.recurrence import composition, is_last, refusal, stepped
+from cascade.backends.triton.rows import Rows
 from cascade.inference import infer_shapes
-from cascade.ir import Call, Cascade, Einsum, Fold, Fuse, Rank, Read, Reduce, Stmt, TopK
+from cascade.ir import Call, Cascade, Einsum, Fold, Fuse, GroupBy, Rank, Read, Reduce, Stmt, TopK
 from cascade.order import members, units
 from cascade.presence import may_be_absent
 from cascade.walk import defines, expressions, free_ranks, reads, targets, walk
@@ -49,11 +50,21 @@ class Arrangement:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Statements of one kernel in order, how their ranks lie, and the fold that carries a state along the stream."""
+    """Statements of one kernel in order, how their ranks lie, and the fold that carries a state along the stream.
+
+    Where they go through `rows` in the order of an index, `written` are the statements as they stand in the cascade.
+    """
 
     statements: tuple[Stmt, ...]
     arrangement: Arrangement
     fold: Fold | None
+    rows: Rows | None = None
+    written: tuple[Stmt, ...] = ()
+
+    @property
+    def plain(self) -> tuple[Stmt, ...]:
+        """The statements as they stand in the cascade."""
+        return self.written or self.statements
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -117,7 +128,8 @@ def _placed(stmt: Stmt, found: list[_Growing], cascade: Cascade, extents: Mappin
     reason = refused(stmt)
     options: list[tuple[int, int, list[int]]] = []
     for at, group in enumerate(found if reason is None else ()):
-        if group.reason is None and not (needed | companions).isdisjoint(group.made):
+        apart = _row_order(group.statements[0], cascade) is not _row_order(stmt, cascade)
+        if group.reason is None and not apart and not (needed | companions).isdisjoint(group.made):
             ahead = _ahead(at, needed, found)
             if ahead is not None and _worthwhile(group.statements, stmt, cascade, extents):
                 options.append((_read_from(stmt, group.made, extents), at, ahead))
@@ -144,6 +156,8 @@ def _joined(
         if any(map(matrix_product, last.statements)) or any(not group.made.isdisjoint(g.needed) for g in between):
             continue
         merged = _Growing.of((*group.statements, *last.statements), None)
+        if any(_row_order(each, cascade) for each in merged.statements):
+            continue
         lying = [arrange(each.statements, cascade, extents) for each in (group, last, merged)]
         if len({None if a is None else (frozenset(a.shared), a.stream) for a in lying}) == 1:
             found = [merged if each is last else each for each in found if each is not group]
@@ -230,6 +244,12 @@ def _companions(stmt: Stmt, cascade: Cascade) -> Iterator[str]:
             yield from members(item)
 
 
+def _row_order(stmt: Stmt, cascade: Cascade) -> GroupBy | None:
+    """The group of the schedule in whose order the rows of a statement run."""
+    groups = (item for item in cascade.schedule if isinstance(item, GroupBy))
+    return next((item for item in groups if not set(defines(stmt)).isdisjoint(item.statements)), None)
+
+
 def refused(stmt: Stmt) -> str | None:
     """Why a statement cannot stand in a kernel at all; None where it can."""
     if isinstance(stmt, Call):
@@ -311,8 +331,9 @@ def _with_products(
     reduced = [rank for stmt in statements for rank in reduced_ranks(stmt)]
     last = [found.over for stmt in statements if (found := matrix_product(stmt)) is not None][-1]
     folded = {item.rank for item in cascade.schedule if isinstance(item, Fold)} & set(reduced)
+    chosen = {rank for s in statements if isinstance(s, TopK) for rank in (s.rank, *s.values.ranks)}  # whole
     candidates = sorted(
-        {rank for rank in others if rank in reduced and (extents[rank] > SHORT or rank in folded)},
+        {r for r in others if r in reduced and r not in chosen and (extents[r] > SHORT or r in folded)},
         key=lambda rank: (rank in folded, rank == last, extents[rank]),
         reverse=True,
     )

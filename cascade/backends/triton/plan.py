@@ -260,6 +260,7 @@ class Store:
     live: tuple[Expr, ...]
     fill: float | int | bool
     box: tuple[int, ...] | None
+    only: tuple[Expr, ...] = ()  # elsewhere nothing is written at all
 
 
 Op: TypeAlias = Load | Let | Mask | Keep | Dot | Fold | Scan | Redo | Seen | TopKept | Carry | Start | Loop | Store
@@ -291,6 +292,22 @@ class Partial:
 
 
 @dataclass(frozen=True, slots=True)
+class Blocks:
+    """Which rows the tiles of an axis have: in the order of an index, none with rows of two values.
+
+    `tables` are tensors that are made before: the row at each place of each tile, the value of each tile, and how many
+    tiles there are (and whether all rows are in one); the extent of the axis, `symbol`, is a bound of it.
+    """
+
+    rank: str
+    symbol: str
+    index: Tensor  # by which rows are ordered
+    values: Size  # below which it lies
+    tile: int
+    tables: tuple[str, str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class Kernel:
     """One kernel: which statements, over which axes, and its tile program."""
 
@@ -308,6 +325,7 @@ class Kernel:
     live: tuple[tuple[str, tuple[Expr, ...]], ...] = ()  # what is stored, and the tests under which it is present
     singly: tuple[str, ...] = ()  # recurrences that go one coordinate at a time, as nothing composes their steps
     index: Index | None = None  # what must be computed before: bounds that depend on data
+    rows: Blocks | None = None  # the axis whose tiles have rows of one value of an index
     careful: Kernel | None = None  # the same for one coordinate of each tiled axis, without products: where they are
 
     def axis(self, rank: str) -> Axis:
@@ -348,6 +366,8 @@ def render_kernel(kernel: Kernel) -> str:
         )
     options = kernel.options
     lines.append(f"    warps {options.num_warps}, stages {options.num_stages}")
+    if kernel.rows is not None:
+        lines.append(f"    {kernel.rows.rank} in the order of {kernel.rows.index.name} < {kernel.rows.values}")
     if options.grouped:
         lines.append(f"    {options.grouped} tiles of {kernel.grid[0].rank} beside each other")
     if options.resident:
@@ -403,6 +423,7 @@ def render_op(op: Op) -> list[str]:
             return _render_loop(op)
         case Store():
             tests = "".join(f" if {render_expr(c)}" for c in op.live)
+            tests += "".join(f" only {render_expr(c)}" for c in op.only)
             how = "descriptor" if op.box else "pointers"
             return [f"store {op.tensor}[{_list(op.index)}] = {render_expr(op.expr)}{tests} by {how}"]
         case _:

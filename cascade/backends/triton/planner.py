@@ -14,25 +14,27 @@ from dataclasses import dataclass, field
 
 from cascade.backends.triton.bounds import conjuncts, loop_bounds
 from cascade.backends.triton.grid import suited
-from cascade.backends.triton.index import Index, index_of
+from cascade.backends.triton.index import INTEGERS, Index, index_of
 from cascade.backends.triton.lower import InPieces, Setting, lower, unsupported
 from cascade.backends.triton.partition import (
     Group, Rest, Trips, all_ranks, fold_along, held, partition, power_of_two, reduced_ranks, steps_singly,
 )  # fmt: skip
-from cascade.backends.triton.plan import BYTES, Axis, Kernel, Options, Role, Tensor
+from cascade.backends.triton.plan import BYTES, Axis, Blocks, Kernel, Options, Role, Tensor, extent_expr
 from cascade.backends.triton.products import matrix_product, ranks_of
 from cascade.backends.triton.recurrence import in_pairs, stepped
+from cascade.backends.triton.rows import MOST_VALUES, Rows, expected_tiles, members, most_tiles, rows_a_tile, rows_of
 from cascade.backends.triton.shares import Shares, Uneven, shares_of, tables_of
 from cascade.backends.triton.split import divisible, merging
 from cascade.backends.triton.units import in_base_two
 from cascade.errors import UnsupportedError
 from cascade.inference import FLOATS, infer_dtypes, infer_shapes
 from cascade.ir import (
-    Cascade, Const, DType, Einsum, Expr, Extent, Given, Local, Param, Rank, Read, Reduce, Result, Size, Stmt, TopK,
+    Apply, Cascade, Const, DType, Einsum, Expr, Extent, Given, GroupBy, Local, Param, Rank, Read, Reduce, Result, Size,
+    Stmt, TopK,
 )  # fmt: skip
 from cascade.presence import may_be_absent
 from cascade.text import render_stmt
-from cascade.walk import defines, expressions, fresh, map_expressions, map_fold, reads, rewrite, targets, walk
+from cascade.walk import defines, expressions, fresh, map_expressions, map_fold, names, reads, rewrite, targets, walk
 
 
 FEW_PROGRAMS = 128  # fewer leave multiprocessors without work: a stream is shared
@@ -102,6 +104,7 @@ class Planner:
     lives: dict[str, tuple[tuple[str, ...], tuple[Expr, ...]]] = field(init=False, default_factory=dict)
     hidden: set[str] = field(init=False, default_factory=set)  # tensors whose presence only their kernel knows
     absent: frozenset[str] = field(init=False)  # tensors that may have coordinates that are absent
+    rows: tuple[Rows, ...] = field(init=False)  # of the groups of the schedule whose rows run in the order of an index
     _groups: tuple[Group | Rest, ...] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -109,8 +112,9 @@ class Planner:
         self.sizes, self.shapes = dict(shapes.ranks), dict(shapes.tensors)
         self.actual = {rank: self.number(size) for rank, size in shapes.ranks.items()}
         self.ranks = {rank: size if isinstance(size, int) else self.typical[size] for rank, size in self.sizes.items()}
-        self.absent = may_be_absent(self.cascade)
+        self.absent = may_be_absent(self.cascade, self.actual)
         self.dtypes = infer_dtypes(self.cascade, {name: layout.dtype for name, layout in self.layouts.items()})
+        self.rows = self.named_rows()
 
     def number(self, size: Size) -> int:
         return size if isinstance(size, int) else self.extents[size]
@@ -123,9 +127,78 @@ class Planner:
     def groups(self) -> tuple[Group | Rest, ...]:
         """The statements by kernel."""
         if self._groups is None:
-            found = partition(self.cascade, self.ranks)
-            self._groups = tuple(self.streamed(item) if isinstance(item, Group) else item for item in found)
+            rows = members([one for one in self.rows if self.sortable(one)])
+            found = partition(self.in_rows(rows), self.ranks)
+            groups = (self.by_rows(item, rows) if isinstance(item, Group) else item for item in found)
+            self._groups = tuple(self.streamed(item) if isinstance(item, Group) else item for item in groups)
         return self._groups
+
+    # --- rows in the order of an index -------------------------------------------------------------------------------
+
+    def named_rows(self) -> tuple[Rows, ...]:
+        """The groups of the schedule whose rows can be sorted, with their names registered."""
+        found: list[Rows] = []
+        taken = {self.cascade.name, *self.shapes, *self.sizes, *self.extents, *names(self.cascade)}
+        for item in self.cascade.schedule:
+            if not isinstance(item, GroupBy) or self.dtypes[item.key.tensor] not in INTEGERS:
+                continue
+            same = next((one for one in found if (one.item.key, one.item.size) == (item.key, item.size)), None)
+            if same is not None:
+                found.append(dataclasses.replace(same, item=item))
+                continue
+            rows = rows_of(item, taken)
+            self.sizes[rows.rank] = rows.symbol
+            for extents in (self.ranks, self.actual):
+                extents[rows.rank] = math.prod(extents[rank] for rank in rows.ranks)
+            self.shapes |= {rows.order: (self.actual[rows.rank],), rows.value: ()}
+            self.dtypes |= dict.fromkeys(rows.names, DType.I32)
+            found.append(rows)
+        return tuple(found)
+
+    def in_rows(self, rows: Mapping[str, Rows]) -> Cascade:
+        """The cascade with the statements of each group over the rank that counts its rows, its index still read."""
+        own = {target.name: target for stmt in self.cascade.body for target in targets(stmt)}
+        body = []
+        for stmt in self.cascade.body:
+            mine = rows.get(defines(stmt)[0])
+            if mine is not None and isinstance(stmt, Einsum):
+                stmt = mine.rewritten(stmt, {name: own[name] for name in mine.item.statements}, mine.index)
+            body.append(stmt)
+        kept = {id(one.item) for one in rows.values()}
+        schedule = (d for d in self.cascade.schedule if not isinstance(d, GroupBy) or id(d) in kept)
+        return dataclasses.replace(self.cascade, body=tuple(body), schedule=tuple(schedule))
+
+    def by_rows(self, group: Group, rows: Mapping[str, Rows]) -> Group:
+        """A group with what it reads of others at the coordinates of its rows, those being its first statements."""
+        mine = rows.get(group.names[0])
+        if mine is None:
+            return group
+        written = tuple(stmt for stmt in self.cascade.body if defines(stmt)[0] in group.names)
+        own = {target.name: target for stmt in written for target in targets(stmt)}
+        statements = [mine.rewritten(stmt, own, mine.here) for stmt in written if isinstance(stmt, Einsum)]
+        return dataclasses.replace(
+            group, statements=(*mine.leading(self.sizes), *statements), rows=mine, written=written
+        )
+
+    def sortable(self, rows: Rows) -> bool:
+        """Whether every row of a group has a value, and the values are few enough for tables."""
+        return rows.index not in self.absent and self.values(rows) <= MOST_VALUES
+
+    def values(self, rows: Rows) -> int:
+        """Below which number the index of a group lies."""
+        return self.number(rows.item.size)
+
+    def blocks(self, rows: Rows, tile: int) -> Blocks:
+        """The tiles of a group's rows."""
+        index = self.tensor(rows.index)
+        return Blocks(rows.rank, rows.symbol, index, rows.item.size, tile, rows.tables(tile))
+
+    def padded(self, blocks: Blocks | None, expected: bool = False) -> dict[str, int]:
+        """The extent of the rank of sorted rows: its bound, or about what it comes to."""
+        if blocks is None:
+            return {}
+        count, extents = (expected_tiles, self.ranks) if expected else (most_tiles, self.actual)
+        return {blocks.symbol: count(extents[blocks.rank], self.number(blocks.values), blocks.tile) * blocks.tile}
 
     def streamed(self, group: Group) -> Group:
         """A group whose only long rank is held whole, with that rank streamed where one trip over it is enough."""
@@ -159,6 +232,9 @@ class Planner:
         """What a group writes to memory: results, and what other groups read."""
         results = {result.name for result in self.cascade.results}
         outside = {name for other in groups if other is not group for stmt in other.statements for name in reads(stmt)}
+        if isinstance(group, Group) and group.rows is not None:
+            outside -= set(group.rows.names)  # every kernel in this order has its own
+        outside |= {other.rows.index for other in groups if isinstance(other, Group) and other.rows is not None}
         return tuple(name for name in group.names if name in results or name in outside)
 
     def tensor(self, name: str, operand: bool = False) -> Tensor:
@@ -187,10 +263,16 @@ class Planner:
         return whole and len(layout.shape) <= 5 and layout.dtype not in (DType.BOOL, DType.I64, DType.F64)
 
     def storage(self, name: str, operand: bool) -> DType:
-        """The type of a stored tensor: what was declared or inferred; statistics between kernels stay in 32 bits."""
+        """The type of a stored tensor: what was declared or inferred; between kernels statistics stay in 32 bits.
+
+        What is stored row by row has as many elements as operands: 16 bits, if they have the range of 32.
+        """
         dtype = self.dtypes[name]
         result = next((result for result in self.cascade.results if result.name == name), None)
-        if result is None and dtype in FLOATS and not operand:
+        in_rows = dtype is DType.BF16 and any(
+            isinstance(d, GroupBy) and name in d.statements for d in self.cascade.schedule
+        )
+        if result is None and dtype in FLOATS and not operand and not in_rows:
             return DType.F32
         return dtype
 
@@ -205,7 +287,8 @@ class Planner:
         kept = {name for group in groups for name in self.stored(group, groups)} - self.hidden - set(self.lives)
         needed = {name for stmt in rest.statements for name in reads(stmt)}
         body = list(rest.statements)
-        for stmt in reversed([stmt for group in groups for stmt in group.statements]):
+        every = [s for group in groups for s in (group.plain if isinstance(group, Group) else group.statements)]
+        for stmt in reversed(every):
             if stmt not in rest.statements and set(defines(stmt)) & (needed - kept):
                 body.insert(0, stmt)
                 needed |= set(reads(stmt))
@@ -229,7 +312,8 @@ class Planner:
     def proving(self) -> dict[str, Size]:
         """What proofs may use of extents, by rank and by shape symbol: of what is supposed, that it is one number."""
         known: dict[str, Size] = {s: s if s in self.supposed else extent for s, extent in self.extents.items()}
-        return {rank: size if isinstance(size, int) else known[size] for rank, size in self.sizes.items()} | known
+        ranks = {rank: known.get(size, size) if isinstance(size, str) else size for rank, size in self.sizes.items()}
+        return ranks | known
 
     def numbers(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor in this kind of call."""
@@ -252,55 +336,96 @@ class Planner:
     ) -> tuple[Kernel, Group]:
         """The kernel of a group, `part` counting the programs that share its stream; the group as it was lowered."""
         static = self.static(group)
-        statements = tuple(
-            self.logical(map_expressions(stmt, lambda e: rewrite(e, static.constant))) for stmt in group.statements
-        )
+        blocks = None if group.rows is None else self.blocks(group.rows, tiling.of(group.rows.rank))
+        tiled = self.tiled_rows(group, blocks)
+        statements = tuple(self.logical(map_expressions(stmt, lambda e: rewrite(e, static.constant))) for stmt in tiled)
         fold = None if group.fold is None else map_fold(group.fold, lambda e: rewrite(e, static.constant))
-        changed: frozenset[str] = frozenset()
         plain = tuple(map(render_stmt, statements))
-        if self.short(group):
-            kept = (*self.stored(group, groups), *(stmt.target.name for stmt in stepped(statements)))
-            kept += tuple(name for name in group.names if self.dtypes[name] not in FLOATS)
-            statements, fold, changed = in_base_two(statements, fold, kept, group.arrangement.stream)
-        fixed = dataclasses.replace(group, statements=statements, fold=fold)
         stored = self.stored(group, groups)
+        fixed, changed = self.in_units(dataclasses.replace(group, statements=statements, fold=fold), stored)
         axes = tuple(self.axis(group, rank, role, tiling, static) for rank, role in self.roles(group).items())
         if part is not None:  # in front; behind the tiles of a side where others read the same of the stream
             place = sum(axis.role is Role.TILE for axis in axes) if group.arrangement.inner else 0
             axes = (*axes[:place], Axis(part, Role.POINT, self.sizes[part], 1, True), *axes[place:])
-        names = dict.fromkeys([*(r for stmt in group.statements for r in self.outside_reads(stmt, group)), *stored])
+        names = dict.fromkeys([*(r for stmt in tiled for r in self.outside_reads(stmt, group)), *stored])
         for tested in [n for n in names if n in self.lives]:
             names |= dict.fromkeys(r.tensor for t in self.lives[tested][1] for r in walk(t) if isinstance(r, Read))
-        tensors = {n: self.fixed(self.tensor(n, self.feeds_product(n, groups)), static) for n in names}
+        tables = self.row_tables(blocks)
+        names = {n: None for n in names if n not in tables}
+        tensors = {n: self.fixed(self.tensor(n, self.feeds_product(n, groups)), static) for n in names} | tables
         results = {n: self.result(n) for n in stored}
         extents = {rank: static.size(self.sizes[rank]) for rank in self.sizes}
-        numbers = self.proving()
+        numbers = self.proving() | self.padded(blocks)
+        numbers |= {} if blocks is None else {blocks.rank: numbers[blocks.symbol]}
         axes = axes if shares is None else _told(axes, shares)
-        index = self.index(fixed, axes, groups) if shares is None else self.tables(fixed, shares, tiling)
+        index = self.index(fixed, axes, groups) if shares is None else self.share_tables(fixed, shares, tiling)
         entries = {} if index is None else index.entries
         for table, shape in ({} if index is None else index.shapes).items():
             tensors[table] = Tensor(table, DType.I32, shape, (*(None for _ in shape[1:]), 1))
-        dtypes = {**self.dtypes, **dict.fromkeys({} if index is None else index.shapes, DType.I32)}
+        dtypes = {**self.dtypes, **dict.fromkeys([*tables, *(() if index is None else index.shapes)], DType.I32)}
         numbers |= {} if index is None else index.sizes
-        if any(tensor.dtype is DType.F64 for tensor in tensors.values()):
-            raise unsupported("a tensor of f64, which kernels would compute in f32")
-        if unseen := [n for n in names if n in self.hidden and n not in stored]:
-            raise unsupported(f"{unseen[0]}, of which some coordinates are absent, between two kernels")
+        self.possible(tensors, [n for n in names if n not in stored], blocks)
         lives = {n: self.lives[n] for n in names if n in self.lives}
         setting = Setting(
             axes, tensors, dtypes, results, extents, numbers, tiling.options, entries, lives, split=part,
-            shares=shares, most=self.typical,
+            shares=shares, most=self.typical, actual=self.actual,
         )  # fmt: skip
+        setting = setting if group.rows is None else self.scattered(setting, group, group.rows)
         try:
             kernel = lower(name, fixed, self.in_pieces(setting, group))
         except InPieces:
             kernel = lower(name, fixed, setting)
         self.remember(kernel, fixed, stored)
+        if kernel.watched and blocks is not None:
+            raise unsupported("sorted rows of a product that leaves out what is absent")
         careful = self.careful(name, fixed, setting) if kernel.watched else None
+        if blocks is not None:
+            kernel = dataclasses.replace(kernel, tensors=(*kernel.tensors, blocks.index, tables[blocks.tables[2]]))
         reverse = self.reversed_axis(kernel)
         base_two = tuple(name for name in group.names if name in changed)
         kernel = dataclasses.replace(kernel, statements=plain, base_two=base_two, reverse=reverse)
-        return suited(dataclasses.replace(kernel, index=index, careful=careful)), fixed
+        return suited(dataclasses.replace(kernel, index=index, careful=careful, rows=blocks)), fixed
+
+    def in_units(self, group: Group, stored: Sequence[str]) -> tuple[Group, frozenset[str]]:
+        """A group with exponents in base two where floats are short, and what is changed by that."""
+        if not self.short(group):
+            return group, frozenset()
+        kept = (*stored, *(stmt.target.name for stmt in stepped(group.statements)))
+        kept += tuple(name for name in group.names if self.dtypes[name] not in FLOATS)
+        statements, fold, changed = in_base_two(group.statements, group.fold, kept, group.arrangement.stream)
+        return dataclasses.replace(group, statements=statements, fold=fold), changed
+
+    def tiled_rows(self, group: Group, blocks: Blocks | None) -> tuple[Stmt, ...]:
+        """The statements of a group, with the tables of its rows for the tile at hand."""
+        if group.rows is None or blocks is None:
+            return group.statements
+        rows, tile = group.rows, blocks.tile
+        return tuple(rows.tiled(stmt, tile) if isinstance(stmt, Einsum) else stmt for stmt in group.statements)
+
+    def row_tables(self, blocks: Blocks | None) -> dict[str, Tensor]:
+        """The tables of sorted rows as tensors: the row at each place, the value of each tile, how many tiles."""
+        if blocks is None:
+            return {}
+        tiles = self.padded(blocks)[blocks.symbol] // blocks.tile
+        shapes: tuple[tuple[Size, ...], ...] = ((blocks.symbol,), (tiles,), (2,))
+        return {name: Tensor(name, DType.I32, s, (1,)) for name, s in zip(blocks.tables, shapes, strict=True)}
+
+    def scattered(self, setting: Setting, group: Group, rows: Rows) -> Setting:
+        """The setting in which results go to the coordinates of their rows."""
+        own = {target.name: target for stmt in group.written for target in targets(stmt)}
+        scattered = {name: rows.scattered(own[name]) for name in setting.results}
+        inside = frozenset((rows.here, *(name for _, name in rows.places)))
+        return dataclasses.replace(setting, scattered=scattered, row=rows.row, inside=inside)
+
+    def possible(self, tensors: Mapping[str, Tensor], read: Sequence[str], blocks: Blocks | None) -> None:
+        """Raises where a kernel cannot have what it reads."""
+        if blocks is not None and blocks.index.name in self.absent:
+            raise unsupported(f"rows in the order of {blocks.index.name}, of which some coordinates are absent")
+        if any(tensor.dtype is DType.F64 for tensor in tensors.values()):
+            raise unsupported("a tensor of f64, which kernels would compute in f32")
+        needed = [*read, *(() if blocks is None else (blocks.index.name,))]
+        if unseen := [name for name in needed if name in self.hidden]:
+            raise unsupported(f"{unseen[0]}, of which some coordinates are absent, between two kernels")
 
     def logical(self, stmt: Stmt) -> Stmt:
         """A statement in which the extreme of truth values is whether any or all of them hold."""
@@ -343,14 +468,20 @@ class Planner:
         return dataclasses.replace(setting, axes=tuple(axes), pieces=pieces, numbers=numbers, extents=extents)
 
     def remember(self, kernel: Kernel, group: Group, stored: Sequence[str]) -> None:
-        """Notes under which tests a stored tensor is present, for the kernels that read it."""
+        """Notes under which tests a stored tensor is present, for the kernels that read it.
+
+        That a coordinate lies inside the tensor is none of them, though a tile that reaches beyond tests it.
+        """
         ranks = {target.name: target.ranks for stmt in group.statements for target in targets(stmt)}
         known = {name for name, _ in kernel.live}
         self.hidden |= {name for name in stored if name not in known and name in self.absent}
-        for name, tests in kernel.live:
+        inside = {axis.rank: Apply("lt", (Rank(axis.rank), extent_expr(axis.extent))) for axis in kernel.axes}
+        for name, live in kernel.live:
+            tests = tuple(test for test in live if test not in {inside.get(rank) for rank in ranks[name]})
             read = {node.tensor for test in tests for node in walk(test) if isinstance(node, Read)}
             inner = read & set(group.names) - set(stored)
-            if inner or any(isinstance(node, Local) for test in tests for node in walk(test)):
+            sorted_ = group.rows is not None and bool(tests)
+            if inner or sorted_ or any(isinstance(node, Local) for test in tests for node in walk(test)):
                 self.hidden.add(name)
             elif tests:
                 self.lives[name] = (ranks[name], tests)
@@ -409,7 +540,7 @@ class Planner:
         several = roles.get(rank) is Role.POINT and self.ranks[rank] > 1
         return Uneven(rank, found.first, found.stop) if several and self.divisible(group) else None
 
-    def tables(self, group: Group, shares: Shares, tiling: Tiling) -> Index:
+    def share_tables(self, group: Group, shares: Shares, tiling: Tiling) -> Index:
         """What computes the tables of parts."""
         stream = group.arrangement.stream
         assert stream is not None
@@ -653,6 +784,7 @@ class Planner:
         step = self.packed(group).get(rank, 0) if role is Role.TILE else 0
         step = 0 if step == tile else step
         exact = not step and self.ranks[rank] % tile == 0 and (tile == 1 or extent not in self.moving)
+        exact = exact or (group.rows is not None and group.rows.rank == rank)  # what is in vain is marked by its row
         return Axis(rank, role, extent, tile, exact, step=step)
 
     def packed(self, group: Group) -> dict[str, int]:
@@ -713,6 +845,9 @@ class Planner:
                 wide = max(whole.values(), default=0) > 64
                 rows, trip = (64, 16) if two else (16, 16) if wide else (32, 32)
             for rank in tiled:
+                if group.rows is not None and rank == group.rows.rank:
+                    tiles[rank] = min(rows, rows_a_tile(self.ranks[rank], self.values(group.rows)))
+                    continue
                 together = self.packed(group).get(rank)
                 tiles[rank] = min(rows, max(16, power_of_two(together or self.ranks[rank])))
             if stream is not None:
@@ -765,7 +900,7 @@ class Planner:
     def default_parts(self, group: Group, tiles: Mapping[str, int]) -> int:
         """How many programs share the stream of a group: more than one where there are too few to fill a GPU."""
         stream = group.arrangement.stream
-        if stream is None or not self.divisible(group):
+        if stream is None or group.rows is not None or not self.divisible(group):
             return 1
         programs = 1
         for rank in group.arrangement.shared:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from cascade.backends.triton.partition import Group, partition
 from cascade.backends.triton.products import factors, matrix_product, product
-from cascade.ir import Cascade, Einsum, Expr, Fold, Fuse, Rank, Read, Reduce, Stmt, Target
+from cascade.ir import Cascade, Einsum, Expr, Fold, Fuse, GroupBy, Rank, Read, Reduce, Stmt, Target
 from cascade.order import members
 from cascade.presence import may_be_absent
 from cascade.walk import defines, fresh, names, walk
@@ -51,6 +51,7 @@ def _outside(stmt: Stmt, cascade: Cascade) -> tuple[Expr, ...]:
     """The factors of a product's rounds that may as well be multiplied behind them."""
     found = matrix_product(stmt)
     folded = {name for item in cascade.schedule if isinstance(item, Fold) for name in members(item)}
+    folded |= {name for item in cascade.schedule if isinstance(item, GroupBy) for name in item.statements}
     if found is None or not isinstance(stmt, Einsum) or stmt.where is not None or not folded.isdisjoint(defines(stmt)):
         return ()
     assert isinstance(stmt.expr, Reduce)

@@ -27,6 +27,7 @@ from cascade.backends.triton.restate import restated
 from cascade.backends.triton.plan import Kernel, Role
 from cascade.backends.triton.planner import Layout, Planner
 from cascade.backends.triton.reference import TORCH, Lines, interval, python_names, reference_lines
+from cascade.backends.triton.rows import BLOCKS, SORTED
 from cascade.backends.triton.spell import HELPERS, PORTABLE
 from cascade.backends.triton.static import request
 from cascade.errors import Diagnostic, UnsupportedError, quoted_list
@@ -48,7 +49,8 @@ TAKEN = (
     "largest_error", "sizes", "grid", "device", "tensor", "there", "body", "ordered", "key", "name", "ours", "wanted",
     "first", "values", "coords", "error", "wrong", "zip", "print", "int", "ValueError", "SystemExit", "sys", "STATIC",
     "BF16", "TORCH_BF16", "inputs", "cuda", "allowed", "results", "moved", "milliseconds", "flops", "rates", "sum",
-    "any", "dict", "t", "min", "max", "programs",
+    "any", "dict", "t", "min", "max", "programs", "keys", "places", "sorted_rows", "tiles_of_rows", "rows_by_value",
+    "first_place",
 )  # fmt: skip
 """What a file itself calls things; a tensor, rank or symbol of that name is written with a line behind it."""
 
@@ -292,6 +294,7 @@ class _Writer:
         words += [*infer_shapes(canonical).ranks, *self.subject.sizes]
         words += [tensor.name for one in launches for tensor in one.made]
         words += [symbol for step in planned if isinstance(step, Unit) for symbol in step.counted]
+        words += [word for one in launches if (rows := one.kernel.rows) for word in (rows.symbol, *rows.tables)]
         functions = re.findall(r"^def (\w+)", "\n".join(one.source.text for one in launches), re.M)
         outside = [f"outside_{number}" for number in range(len(self.groups))]
         self.names = python_names(words, {*TAKEN, self.program, *modules, *functions, *outside})
@@ -412,6 +415,8 @@ class _Writer:
                     body = body.replace(text, f"{text}\n\n{PORTABLE[name]}") if name in PORTABLE else body
             titles.append(title.strip().strip('"').strip("\n"))
             bodies.append(body.strip("\n"))
+        if any(launch.kernel.rows for launch in one.launches):
+            bodies = [*(text.split("\n\n\n", 1)[1].strip("\n") for text in (SORTED, BLOCKS)), *bodies]
         if len(titles) > 1:
             titles.insert(0, f"{one.name}, in {len(titles)} kernels that run one after the other")
         title = "\n\n".join(titles).rstrip()
@@ -486,6 +491,7 @@ class _Writer:
             used |= {size for tensor in launch.made for size in tensor.shape}
             used |= {extent for extent, _ in launch.source.grid}
             used |= {argument.symbol for argument in launch.source.arguments if argument.kind == "size"}
+            used |= {launch.kernel.rows.values} if launch.kernel.rows else set()
             used |= {axis.extent for axis in launch.wholes.values() if axis.extent not in one.static}
         return [symbol for symbol in self.subject.sizes if symbol in used]
 
@@ -507,6 +513,7 @@ class _Writer:
     def launch(self, one: Unit, launch: Launch) -> Iterator[str]:
         """The grid, and the call of the kernel."""
         source = launch.source
+        yield from self.in_order(launch)
         counts = [
             self.name(extent) if tile == 1 else f"triton.cdiv({self.name(extent)}, {tile})"
             for extent, tile in source.grid
@@ -534,6 +541,19 @@ class _Writer:
             yield f"            {line.rstrip()}"
         yield f"            num_warps={source.num_warps}, num_stages={source.num_stages},"
         yield "        )"
+
+    def in_order(self, launch: Launch) -> Iterator[str]:
+        """The tables of a kernel whose rows are sorted by an index: nothing of them is known here but a bound."""
+        rows = launch.kernel.rows
+        if rows is None:
+            return
+        index, values, symbol = self.names[rows.index.name], self.name(rows.values), self.names[rows.symbol]
+        tables = [self.names[table] for table in rows.tables]
+        yield f"        keys, places = sorted_rows({index}, {values})"
+        yield f"        {symbol} = {rows.tile} * (len(places) // {rows.tile} + min({values}, len(places)))"
+        for table, size in zip(tables, (symbol, f"{symbol} // {rows.tile}", "2"), strict=True):
+            yield f"        {table} = torch.empty({size}, dtype=torch.int32, device={index}.device)"
+        yield f"        tiles_of_rows(keys, places, {', '.join(tables)}, {values}, {rows.tile})"
 
     def argument(self, one: Unit, launch: Launch, argument: Argument) -> str:
         """What a launch gives for an argument of the kernel."""

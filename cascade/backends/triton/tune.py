@@ -24,7 +24,7 @@ from typing import TypeAlias
 from cascade.backends.triton.count import read_in_waves, rounds, work
 from cascade.backends.triton.emit import emit
 from cascade.backends.triton.grid import suited
-from cascade.backends.triton.machine import Estimate, Machine, Work, estimate
+from cascade.backends.triton.machine import MAX_REGISTERS, WARP, Estimate, Machine, Work, estimate
 from cascade.backends.triton.offline import LIMITS, Failure, Request, StaticFacts, facts
 from cascade.backends.triton.partition import STEPS_LIMIT, Group, Rest, power_of_two
 from cascade.backends.triton.plan import Axis, Kernel, Loop, Options, Role
@@ -35,6 +35,7 @@ from cascade.backends.triton.static import request
 from cascade.errors import UnsupportedError
 from cascade.passes.memo import load, store
 from cascade.text import render, render_stmt
+from cascade.walk import targets
 
 VERSION = "3"  # of entries on disk; another one whenever a choice may change
 QUICK = 6  # candidates that are timed with little effort
@@ -150,6 +151,8 @@ def _with_products(planner: Planner, group: Group, base: Tiling) -> Iterator[Til
     packed = planner.packed(group)
 
     def cut(rank: str, tile: int) -> int:
+        if group.rows is not None and rank == group.rows.rank:
+            return min(tile, base.of(rank))
         if rank in packed or (rank == stream and planner.steps_singly(group)):
             return base.of(rank)
         return min(tile, max(SMALLEST, power_of_two(planner.ranks[rank])))
@@ -178,6 +181,10 @@ def _with_products(planner: Planner, group: Group, base: Tiling) -> Iterator[Til
         if small and _programs(planner, group, chosen) > MANY:
             continue
         count = _programs(planner, group, chosen)
+        if resident and group.rows is not None and len(planner.products(group)) > 1:
+            continue  # a loop that is joined begins accumulators anew between two products, which then wait (C7515)
+        if len(sides) == 2 and _accumulated(planner, group, chosen) > MAX_REGISTERS * WARP * warps:
+            continue
         if resident and count <= resident * FEW_PROGRAMS:
             continue  # each would have one tile
         beside = BESIDE if (len(sides) == 2 and count > FEW_PROGRAMS) or nested else 0
@@ -186,6 +193,12 @@ def _with_products(planner: Planner, group: Group, base: Tiling) -> Iterator[Til
     for warps, stages in () if table else ((4, 2), (4, 3), (8, 2), (8, 3)):
         options = dataclasses.replace(base.options, num_warps=warps, num_stages=stages)
         yield dataclasses.replace(base, options=options)
+
+
+def _accumulated(planner: Planner, group: Group, tiles: Mapping[str, int]) -> int:
+    """The elements of the sums of all products of a group, which a program holds together."""
+    made = (target for stmt in planner.products(group) for target in targets(stmt))
+    return sum(math.prod(tiles.get(rank, 1) for rank in target.ranks) for target in made)
 
 
 def _programs(planner: Planner, group: Group, tiles: Mapping[str, int]) -> int:
@@ -267,7 +280,13 @@ def planned(
         kernel, merger, _ = planner.split(name, group, groups, tiling)
         return kernel, {**merger.extents, **(kernel.index.sizes if kernel.index else {})}
     kernel = planner.kernel(name, group, groups, tiling)
-    return kernel, {**planner.typical, **(kernel.index.sizes if kernel.index else {})}
+    return kernel, sized(planner, kernel)
+
+
+def sized(planner: Planner, kernel: Kernel) -> dict[str, int]:
+    """The values of a kernel's shape symbols; of tiles that only the device counts, about as many as there are."""
+    more = kernel.index.sizes if kernel.index else {}
+    return {**planner.typical, **more, **planner.padded(kernel.rows, expected=True)}
 
 
 def ranked(
@@ -298,7 +317,7 @@ def ranked(
         kernel = plans[key]
         if kernel is None:
             continue
-        sizes = {**planner.typical, **(kernel.index.sizes if kernel.index else {})}
+        sizes = sized(planner, kernel)
         predicted = predict(machine, _retiled(kernel, axes, tiling), sizes)
         if uneven:
             longer = (
@@ -322,6 +341,9 @@ def _form(planner: Planner, group: Group, axes: Mapping[str, Axis], tiling: Tili
     """Everything about a tiling that the ops of a plan depend on, beyond the numbers that they are counted with."""
     if planner.grouped(group):
         return tiling.tiles
+    if group.rows is not None:  # tables are for tiles of one size
+        same = tiling.of(group.rows.rank)
+        return (same, *((axis.exact, axis.tile < SMALLEST, axis.tile > 256) for axis in axes.values()))
     return tuple((axis.exact, axis.step, axis.tile < SMALLEST, axis.tile > 256) for axis in axes.values())
 
 

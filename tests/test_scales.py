@@ -57,6 +57,7 @@ def test_a_sum_is_scaled_behind_its_loop(name: str) -> None:
     call = cascade.compile(text, backend="triton")
     ours = call(**{key: value.to(DEVICE) for key, value in given.items()})
     torch.testing.assert_close(ours.double().cpu(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+    assert "Y_sum is the bare sum" in call.explain()
     source = "".join(call.sources().values())
     assert "Y_scaled" not in source and "tl.dot(" in source
 

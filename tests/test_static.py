@@ -94,6 +94,12 @@ SHIPPED = (
     Shipped("gemm, bias, gelu", programs.MATMUL_GELU, {"M": 8192, "N": 4096, "K": 4096}),
     Shipped("linear, cross-entropy", programs.LINEAR_LOSS, {"T": 8192, "D": 4096, "V": 128256}),
     Shipped("batched gemm", programs.MATMUL_BATCHED, {"B": 16, "M": 2048, "N": 2048, "K": 2048}),
+    Shipped("rmsnorm, linear", programs.RMSNORM_LINEAR, {"T": 8192, "D": 4096, "F": 4096}),
+    Shipped("rmsnorm, linear of few rows", programs.RMSNORM_LINEAR, {"T": 16, "D": 4096, "F": 4096}),
+    Shipped("layernorm, linear", programs.LAYERNORM_LINEAR, {"T": 8192, "D": 4096, "F": 4096}),
+    Shipped("weights of 8 bits", programs.INT8_LINEAR, {"T": 8192, "D": 4096, "F": 4096}),
+    Shipped("weights of 4 bits", programs.INT4_LINEAR, {"T": 16, "D": 4096, "F": 4096, "E": 2048, "G": 32}),
+    Shipped("gated mlp", programs.GATED_MLP, {"T": 8192, "D": 4096, "F": 14336}),
     Shipped("experts", programs.EXPERTS.format(chosen=2), {"T": 8192, "D": 4096, "F": 14336, "N": 8}),
     Shipped("many experts", programs.EXPERTS.format(chosen=6), {"T": 8192, "D": 2048, "F": 1408, "N": 64}),
     Shipped("experts of few rows", programs.EXPERTS.format(chosen=2), {"T": 64, "D": 4096, "F": 14336, "N": 8}),
@@ -152,7 +158,7 @@ def planner_of(shipped: Shipped) -> Planner:
         param.name: contiguous([s if isinstance(s, int) else shipped.sizes[s] for s in param.shape], types[param.name])
         for param in cascade.params
     }
-    return Planner(restated(cascade, shipped.sizes, types), dict(shipped.sizes), layouts)
+    return Planner(restated(cascade, shipped.sizes, types).cascade, dict(shipped.sizes), layouts)
 
 
 def python_of(version: str) -> str:

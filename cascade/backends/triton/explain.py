@@ -49,6 +49,7 @@ def describe(*steps: Launch | Rest) -> str:
 def _plan(step: Launch) -> Iterator[str]:
     kernel = step.kernel
     tiles = [(axis.rank, axis.tile) for axis in kernel.axes if axis.role is not Role.POINT]
+    yield from kernel.why
     count = plural(programs(kernel, step.sizes), "program")
     yield f"{count} of {tiles_text(Tiling(tuple(tiles), kernel.options))}"
     if nested := [axis.rank for axis in kernel.axes if axis.role is Role.INNER]:

@@ -165,8 +165,8 @@ class Launcher:
 
         def supposing(symbols: Collection[str]) -> Planner:
             supposed = {symbol: self.supposed(symbol, extents[symbol]) for symbol in sorted(symbols)}
-            cascade = restated(typed, {**extents, **supposed}, dtypes)
-            return Planner(cascade, extents, layouts, descriptors, moving, supposed)
+            found = restated(typed, {**extents, **supposed}, dtypes)
+            return Planner(found.cascade, extents, layouts, descriptors, moving, supposed, why=found.why)
 
         plain = supposing(())
         return supposing(moving - plain.numbers_of_kernels()) if moving else plain

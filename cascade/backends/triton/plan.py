@@ -323,6 +323,7 @@ class Kernel:
     partial: tuple[Partial, ...] = ()  # the states of a part of the stream, where several programs share it
     base_two: tuple[str, ...] = ()  # tensors that are exponents and lie to base two
     live: tuple[tuple[str, tuple[Expr, ...]], ...] = ()  # what is stored, and the tests under which it is present
+    why: tuple[str, ...] = ()  # reasons for tensors that the author's cascade has not
     singly: tuple[str, ...] = ()  # recurrences that go one coordinate at a time, as nothing composes their steps
     index: Index | None = None  # what must be computed before: bounds that depend on data
     rows: Blocks | None = None  # the axis whose tiles have rows of one value of an index

@@ -95,6 +95,7 @@ class Planner:
     descriptors: bool = True  # whether the device has TMA
     moving: frozenset[str] = frozenset()  # shape symbols that change from call to call: no tile counts on them
     supposed: Mapping[str, int] = field(default_factory=dict)  # of those, extents that are no less: choices suit these
+    why: Mapping[str, str] = field(default_factory=dict)  # of tensors that the author's cascade has not
     merges: bool = False  # what parts of a stream have left: nothing is left to share
     ranks: dict[str, int] = field(init=False)  # the extents that choices are made for
     actual: dict[str, int] = field(init=False)  # those of this call
@@ -342,7 +343,7 @@ class Planner:
         fold = None if group.fold is None else map_fold(group.fold, lambda e: rewrite(e, static.constant))
         plain = tuple(map(render_stmt, statements))
         stored = self.stored(group, groups)
-        fixed, changed = self.in_units(dataclasses.replace(group, statements=statements, fold=fold), stored)
+        fixed, changed = self.in_units(group, dataclasses.replace(group, statements=statements, fold=fold), stored)
         axes = tuple(self.axis(group, rank, role, tiling, static) for rank, role in self.roles(group).items())
         if part is not None:  # in front; behind the tiles of a side where others read the same of the stream
             place = sum(axis.role is Role.TILE for axis in axes) if group.arrangement.inner else 0
@@ -383,17 +384,21 @@ class Planner:
             kernel = dataclasses.replace(kernel, tensors=(*kernel.tensors, blocks.index, tables[blocks.tables[2]]))
         reverse = self.reversed_axis(kernel)
         base_two = tuple(name for name in group.names if name in changed)
-        kernel = dataclasses.replace(kernel, statements=plain, base_two=base_two, reverse=reverse)
-        return suited(dataclasses.replace(kernel, index=index, careful=careful, rows=blocks)), fixed
+        kernel = dataclasses.replace(kernel, statements=plain, base_two=base_two, reverse=reverse, index=index)
+        return suited(dataclasses.replace(kernel, careful=careful, rows=blocks, why=self.reasons(group))), fixed
 
-    def in_units(self, group: Group, stored: Sequence[str]) -> tuple[Group, frozenset[str]]:
-        """A group with exponents in base two where floats are short, and what is changed by that."""
+    def reasons(self, group: Group) -> tuple[str, ...]:
+        """Why a group makes tensors that the author's cascade has not."""
+        return tuple(f"{name} is {self.why[name]}" for name in group.names if name in self.why)
+
+    def in_units(self, group: Group, fixed: Group, stored: Sequence[str]) -> tuple[Group, frozenset[str]]:
+        """A group with its statements for tiles, exponents in base two where floats are short; what that changes."""
         if not self.short(group):
-            return group, frozenset()
-        kept = (*stored, *(stmt.target.name for stmt in stepped(group.statements)))
+            return fixed, frozenset()
+        kept = (*stored, *(stmt.target.name for stmt in stepped(fixed.statements)))
         kept += tuple(name for name in group.names if self.dtypes[name] not in FLOATS)
-        statements, fold, changed = in_base_two(group.statements, group.fold, kept, group.arrangement.stream)
-        return dataclasses.replace(group, statements=statements, fold=fold), changed
+        statements, fold, changed = in_base_two(fixed.statements, fixed.fold, kept, group.arrangement.stream)
+        return dataclasses.replace(fixed, statements=statements, fold=fold), changed
 
     def tiled_rows(self, group: Group, blocks: Blocks | None) -> tuple[Stmt, ...]:
         """The statements of a group, with the tables of its rows for the tile at hand."""

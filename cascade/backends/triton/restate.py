@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from cascade.backends.triton.operands import with_operands
 from cascade.backends.triton.picks import with_picks
 from cascade.backends.triton.scales import with_scales
 from cascade.inference import infer_shapes
 from cascade.ir import Cascade, DType
+from cascade.walk import defines
+
+PICKED = "an element a row, computed anew: less than to store the whole tensor"
+STORED = "an operand made once: a product that computes it for every tile of its result would take longer"
+SCALED = "the bare sum: what it is multiplied with is the same along it, and comes behind its loop"
 
 
-def restated(cascade: Cascade, extents: Mapping[str, int], inputs: Mapping[str, DType]) -> Cascade:
+@dataclass(frozen=True, slots=True)
+class Restated:
+    """A cascade as kernels are planned for it, and why there are tensors that the author's has not, by their names."""
+
+    cascade: Cascade
+    why: Mapping[str, str]
+
+
+def restated(cascade: Cascade, extents: Mapping[str, int], inputs: Mapping[str, DType]) -> Restated:
     """The cascade as kernels are planned for it, at extents of the shape symbols and types of the parameters."""
-    found = with_operands(with_picks(cascade, extents), extents, inputs)
-    ranks = infer_shapes(found).ranks
-    return with_scales(found, {r: size if isinstance(size, int) else extents[size] for r, size in ranks.items()})
+
+    def scaled(found: Cascade) -> Cascade:
+        ranks = infer_shapes(found).ranks
+        return with_scales(found, {r: size if isinstance(size, int) else extents[size] for r, size in ranks.items()})
+
+    steps: tuple[tuple[Callable[[Cascade], Cascade], str], ...] = (
+        (lambda found: with_picks(found, extents), PICKED),
+        (lambda found: with_operands(found, extents, inputs), STORED),
+        (scaled, SCALED),
+    )
+    why: dict[str, str] = {}
+    for step, reason in steps:
+        before = {name for stmt in cascade.body for name in defines(stmt)}
+        cascade = step(cascade)
+        why |= {name: reason for stmt in cascade.body for name in defines(stmt) if name not in before}
+    return Restated(cascade, why)

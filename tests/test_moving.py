@@ -68,6 +68,15 @@ def test_many_batches_of_a_product_take_few_kernels() -> None:
     assert len(texts(compiled)) <= 3
 
 
+def test_triton_compiles_anew_only_for_sizes_that_lanes_are_tested_against() -> None:
+    """Whether the number of batches is a multiple of 16 makes no other kernel: it only says which one a program has."""
+    compiled: Any = cascade.compile("cascade c(X[B,M,K]) -> Y[B,M] { Y[b,m] = sum[k] X[b,m,k] }", backend="triton")
+    x = torch.randn(2, 5, 300)
+    assert torch.allclose(compiled(X=x).double(), x.double().sum(-1), atol=1e-4)
+    (text,) = texts(compiled)
+    assert '\n@triton.jit(do_not_specialize=["M"])\ndef c(X_ptr, Y_ptr, M, K, ' in text
+
+
 def test_tensors_lie_the_same_when_timed_and_when_called() -> None:
     """Strides are arguments that a kernel keeps from its first launch, which may be one that is timed."""
     device = torch.device("cpu")

@@ -184,10 +184,13 @@ class _Emitter:
         """The first lines of the kernel function."""
         found = sorted(self.arguments.values(), key=_argument_order)
         words = [f"{a.name}: tl.constexpr" if a.kind == "constant" else a.name for a in found]
-        sizes = [a.name for a in found if a.kind == "size"]
+        # Sizes change from call to call: that they are divisible serves only where lanes are tested against them.
+        ragged = {axis.extent for axis in self.kernel.axes if axis.role is not Role.POINT and not axis.exact}
+        tested = set() if any(isinstance(op, Dot) for op in every_op(self.kernel.ops)) else ragged
+        sizes = [a.name for a in found if a.kind == "size" and a.symbol not in tested]
         jit = "@triton.jit"
-        if sizes and any(isinstance(op, Dot) for op in every_op(self.kernel.ops)):
-            jit = f"@triton.jit(do_not_specialize={sizes!r})".replace("'", '"')  # they change from call to call
+        if sizes:
+            jit = f"@triton.jit(do_not_specialize={sizes!r})".replace("'", '"')
         return ["", jit, *wrapped(f"def {self.kernel.name}(", words, "):")]
 
     def argument(self, wanted: Argument) -> str:

@@ -288,3 +288,13 @@ def test_what_fits_no_tile_runs_outside_kernels() -> None:
     text = "cascade t(X[M,N]) -> Y[] {\n Y = sum[m,n] X[m,n]\n}"
     (rest,) = planner_for(final(text), {"X": torch.zeros(1, 1).expand(5000, 5000)}).groups()
     assert isinstance(rest, Rest) and "tile" in rest.reason
+
+
+def test_what_reduces_the_results_of_a_short_product_stays_with_it() -> None:
+    """A router: logits, their softmax and the largest of it, one kernel; of many classes the fold is the stream."""
+    text = """cascade router(X[T,D], R[D,N]) -> W[T,2], I[T,2] {
+        W[t,k], I[t,k] = topk[n, 2] softmax[n] (sum[d] X[t,d] * R[d,n])
+    }"""
+    for classes, groups in ((64, 1), (4096, 2)):
+        x, r = torch.empty(512, 2048, dtype=torch.bfloat16), torch.empty(2048, classes, dtype=torch.bfloat16)
+        assert len(planner_for(final(text), {"X": x, "R": r}).groups()) == groups

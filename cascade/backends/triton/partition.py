@@ -327,9 +327,13 @@ def _with_products(
     cascade: Cascade,
     extents: Mapping[str, int],
 ) -> Arrangement | None:
-    """With matrix products: the rank of a fold, or the longest reduced rank, is streamed; the others must be short."""
+    """With matrix products: the rank of a fold, or the longest reduced rank, is streamed; the others must be short.
+
+    Where they are not, what a single product sums over: its results may be short enough to be reduced as a whole.
+    """
     reduced = [rank for stmt in statements for rank in reduced_ranks(stmt)]
-    last = [found.over for stmt in statements if (found := matrix_product(stmt)) is not None][-1]
+    products = [found.over for stmt in statements if (found := matrix_product(stmt)) is not None]
+    last = products[-1]
     folded = {item.rank for item in cascade.schedule if isinstance(item, Fold)} & set(reduced)
     chosen = {rank for s in statements if isinstance(s, TopK) for rank in (s.rank, *s.values.ranks)}  # whole
     candidates = sorted(
@@ -337,7 +341,23 @@ def _with_products(
         key=lambda rank: (rank in folded, rank == last, extents[rank]),
         reverse=True,
     )
-    stream = next(iter(candidates), None)
+    alone = [rank for rank in candidates[1:] if {rank} == set(products)]
+    for stream in (*(candidates[:1] or (None,)), *alone):
+        arrangement = _streamed(stream, shared, others, statements, cascade, extents)
+        if arrangement is not None:
+            return arrangement
+    return None
+
+
+def _streamed(
+    stream: str | None,
+    shared: tuple[str, ...],
+    others: list[str],
+    statements: Sequence[Stmt],
+    cascade: Cascade,
+    extents: Mapping[str, int],
+) -> Arrangement | None:
+    """With this rank as the stream; None where others are too long to be whole in a tile."""
     inner = () if stream is None else _inner(stream, others, statements, cascade, extents)
     whole = tuple(rank for rank in others if rank != stream and rank not in inner)
     if any(extents[rank] > PRODUCT_LIMIT for rank in whole):

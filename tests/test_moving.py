@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,8 +11,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import cascade
-from benchmarks import programs
-from cascade.backends.triton.launch import Bench, CallPlan, KernelStep, allocated
+from benchmarks import launching, programs
+from cascade.backends.triton import launch
+from cascade.backends.triton.launch import Bench, CallPlan, KernelStep, Launcher, allocated, layout
+from cascade.backends.triton.machine import Machine, machine_for
+from cascade.inference import bind_sizes
 
 PRODUCT = "cascade product(X[T,D], W[D,F]) -> Y[T,F] { Y[t,f] = sum[d] X[t,d] * W[d,f] }"
 CAUSAL = programs.attention(where="n <= m")
@@ -87,3 +92,48 @@ def test_tensors_lie_the_same_when_timed_and_when_called() -> None:
             called = allocated(name, shape, torch.float32, device, ("Y",))
             assert found.stride() == called.stride() and found.shape == called.shape and bool(found.isnan().all())
             assert name != "Y" or found.is_contiguous()
+
+
+class OnAnH200(Bench):
+    """A device that is not there: the model of its machine chooses."""
+
+    @property
+    def machine(self) -> Machine:
+        return machine_for("NVIDIA H200", (9, 0))
+
+
+@pytest.mark.parametrize("name", ["softmax", "attention"])
+def test_a_length_that_changes_is_compiled_three_times(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Triton counts: by text, constants, which numbers are 1, which strides and sizes are multiples of 16."""
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    text, make, _, first = launching.CASES[name]
+    compiled = cascade.compile(text)
+    launcher = Launcher(compiled.trace.final, "none", compiled.cascade)
+    seen = set()
+    for length in range(first, first + 37 * 40, 37):
+        inputs = make(length, torch.Generator().manual_seed(1))
+        extents = bind_sizes(launcher.cascade, {key: tuple(value.shape) for key, value in inputs.items()}, {})
+        planner = launcher.planner(extents, {key: layout(value) for key, value in inputs.items()}, descriptors=True)
+        device = OnAnH200(torch.device("meta"), "none", dict(inputs))
+        tensors = dict(inputs)
+        for step in launcher.steps(planner, name, device):
+            assert isinstance(step, KernelStep)
+            results = [result.name for result in launcher.cascade.results]
+            tensors |= {key: allocated(key, shape, dtype, device.device, results) for key, shape, dtype in step.made}
+            seen.add((step.source.text, step.source.num_warps, step.source.num_stages, *specialised(step, tensors)))
+    assert len(seen) <= 3
+
+
+def specialised(step: KernelStep, tensors: dict[str, torch.Tensor]) -> Iterator[object]:
+    """What of a launch's numbers Triton compiles in."""
+    free = re.search(rf"do_not_specialize=\[(.*?)\]\)\ndef {step.source.kernel}\(", step.source.text)
+    for argument in step.source.arguments:
+        value = {
+            "constant": argument.value,
+            "size": step.extents.get(argument.symbol),
+            "stride": tensors[argument.tensor].stride(argument.position) if argument.kind == "stride" else None,
+        }.get(argument.kind)
+        if argument.kind == "constant":
+            yield value
+        elif value is not None and not (free and f'"{argument.name}"' in free[1]):
+            yield value == 1, value % 16 == 0

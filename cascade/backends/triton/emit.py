@@ -21,6 +21,7 @@ from cascade.backends.triton.spell import ATOM, COMPARE, PRODUCT, SPELLINGS, SUM
 from cascade.inference import FLOATS
 from cascade.ir import Apply, Cast, Const, DType, Expr, Extent, Local, Rank
 from cascade.ops import OPS, Kind
+from cascade.walk import walk
 
 
 ADD = SPELLINGS["add"]
@@ -739,13 +740,13 @@ class _Emitter:
         """The tiles of a stream: one loop, or a function that is called for the edges and for whole tiles."""
         rank, block = self.rank(op.rank), self.block(op.rank)
         axis = self.kernel.axis(op.rank)
-        start = f"tl.maximum({self.text(op.first, ())}, 0) // {block} * {block}" if op.first is not None else "0"
         size = self.size(axis.extent)
+        start = "0" if op.first is None else f"tl.maximum({self.bound(op.first, size)}, 0) // {block} * {block}"
         if axis.role is Role.INNER:
             self.assume(f"{size} > 0")
             self.one_loop(op, "0", size)
             return
-        stop = size if op.stop is None else f"tl.minimum({self.text(op.stop, ())}, {size})"
+        stop = size if op.stop is None else f"tl.minimum({self.bound(op.stop, size)}, {size})"
         if self.one_by_one or not op.edges or op.inner is None or not self.tells_edges(op):
             if op.stop is None and op.first is None and not isinstance(axis.extent, int):
                 self.assume(f"{size} > 0")
@@ -755,9 +756,9 @@ class _Emitter:
         first, last = op.inner
         begin = f"{rank}_from"
         if first is not None:
-            begin = f"tl.maximum(tl.cdiv({self.text(first, ())}, {block}) * {block}, {rank}_from)"
+            begin = f"tl.maximum(tl.cdiv({self.bound(first, size)}, {block}) * {block}, {rank}_from)"
             begin = f"tl.minimum({begin}, tl.cdiv({rank}_to, {block}) * {block})"
-        end = f"{rank}_to" if last is None else f"tl.minimum({self.text(last, ())}, {rank}_to)"
+        end = f"{rank}_to" if last is None else f"tl.minimum({self.bound(last, size)}, {rank}_to)"
         self.line(f"whole_from = {begin}")
         self.line(f"whole_to = tl.maximum({end} // {block} * {block}, whole_from)")
         name, words = self.body_function(op)
@@ -769,6 +770,16 @@ class _Emitter:
             head = f"{states} = {name}(" if states else f"{name}("
             for text in wrapped(head, [*(small if edge else words), low, high, f"EDGE={edge}"], ")"):
                 self.line(text)
+
+    def bound(self, expr: Expr, size: str) -> str:
+        """An end of a loop. One that needs 64 bits is brought to where the stream is: coordinates have 32."""
+        text = self.text(expr, ())
+        wide = any(
+            (isinstance(node, Cast) and node.dtype is DType.I64)
+            or (isinstance(node, Local) and (known := self.variable(node.name)) and known[1] is DType.I64)
+            for node in walk(expr)
+        )
+        return f"tl.cast(tl.minimum(tl.maximum({text}, 0), {size}), tl.int32)" if wide else text
 
     def assume(self, fact: str) -> None:
         """A fact that the compiler may use: where it is wanted, but outside of loops."""

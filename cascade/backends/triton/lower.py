@@ -1385,6 +1385,8 @@ class _Lowering:
         found = self.expression(expr.body)
         over = self.spread(expr.ranks)
         variable = self.variable("bound", (), self.type_of(found.expr))
+        if self.type_of(found.expr) not in FLOATS:
+            self.ranges[variable] = interval(found.expr, self.values_of)
         self.ops.append(Fold(variable, (), expr.reducer, over, found.expr))
         return Value(Local(variable))
 
@@ -1493,6 +1495,11 @@ class _Lowering:
             else read.tensor.lower()
         )
         variable = self.variable(name, axes, tensor.dtype)
+        for entry in self.setting.index.values():
+            if read.tensor in (entry.first, entry.stop, entry.whole_first, entry.whole_stop):
+                stream = self.group.arrangement.stream
+                assert stream is not None
+                self.ranges[variable] = 0, -(-self.most(stream) // entry.tile)  # they count tiles of the stream
         lowered = [(test, self.expression(test).expr) for test in tests]
         always_ = tuple(low for test, low in lowered if not self.is_edge(test))
         edge = tuple(low for test, low in lowered if self.is_edge(test))

@@ -18,6 +18,7 @@ from cascade.backends.triton.partition import Group, Trips
 from cascade.backends.triton.plan import Partial
 from cascade.backends.triton.recurrence import stepped
 from cascade.backends.triton.shares import Shares
+from cascade.inference import stated
 from cascade.ir import (
     Apply,
     Cascade,
@@ -27,7 +28,6 @@ from cascade.ir import (
     Expr,
     Extent,
     Fold,
-    Given,
     Local,
     Param,
     Rank,
@@ -110,11 +110,8 @@ def merging(
         else:
             params.append(Param(read, dtypes[read], shapes[read]))
     typed = tuple(dataclasses.replace(result, dtype=result.dtype or dtypes[result.name]) for result in results)
-    if shares is None:
-        return Cascade(name, tuple(params), typed, tuple(body))
-    return Cascade(
-        name, tuple(params), typed, tuple(body), _folded(body, group, part), given=(Given(part, sizes[part]),)
-    )
+    schedule = () if shares is None else _folded(body, group, part)
+    return stated(Cascade(name, tuple(params), typed, tuple(body), schedule), sizes)
 
 
 def _needed(body: Sequence[Stmt], results: Collection[str]) -> list[Stmt]:

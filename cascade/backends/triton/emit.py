@@ -741,7 +741,7 @@ class _Emitter:
         rank, block = self.rank(op.rank), self.block(op.rank)
         axis = self.kernel.axis(op.rank)
         size = self.size(axis.extent)
-        start = "0" if op.first is None else f"tl.maximum({self.bound(op.first, size)}, 0) // {block} * {block}"
+        start = "0" if op.first is None else self.first_tile(op.first, block, size)
         if axis.role is Role.INNER:
             self.assume(f"{size} > 0")
             self.one_loop(op, "0", size)
@@ -771,15 +771,23 @@ class _Emitter:
             for text in wrapped(head, [*(small if edge else words), low, high, f"EDGE={edge}"], ")"):
                 self.line(text)
 
+    def first_tile(self, expr: Expr, block: str, size: str) -> str:
+        """Where a loop begins: with a whole tile, or behind the stream where it has none."""
+        text = f"tl.maximum({self.text(expr, ())}, 0) // {block} * {block}"
+        return f"tl.cast(tl.minimum({text}, {size}), tl.int32)" if self.is_wide(expr) else text
+
     def bound(self, expr: Expr, size: str) -> str:
         """An end of a loop. One that needs 64 bits is brought to where the stream is: coordinates have 32."""
         text = self.text(expr, ())
-        wide = any(
+        return f"tl.cast(tl.minimum(tl.maximum({text}, 0), {size}), tl.int32)" if self.is_wide(expr) else text
+
+    def is_wide(self, expr: Expr) -> bool:
+        """Whether an integer may have 64 bits."""
+        return any(
             (isinstance(node, Cast) and node.dtype is DType.I64)
-            or (isinstance(node, Local) and (known := self.variable(node.name)) and known[1] is DType.I64)
+            or (isinstance(node, Local) and (known := self.variable(node.name)) is not None and known[1] is DType.I64)
             for node in walk(expr)
         )
-        return f"tl.cast(tl.minimum(tl.maximum({text}, 0), {size}), tl.int32)" if wide else text
 
     def assume(self, fact: str) -> None:
         """A fact that the compiler may use: where it is wanted, but outside of loops."""

@@ -141,6 +141,16 @@ def test_weights_of_few_bits_are_widened_on_their_way_into_a_product(name: str) 
     assert float((found.double().cpu() - wanted).norm() / wanted.norm()) < 1e-3
 
 
+def test_a_sum_of_products_of_bytes_is_exact() -> None:
+    """It is an integer, and larger than what floats of 32 bits hold."""
+    a, b = torch.full((20, 2001), 127, dtype=torch.int8), torch.full((2001, 24), 127, dtype=torch.int8)
+    call = cascade.compile(
+        "cascade c(A: i8[M,K], B: i8[K,N]) -> Y: i32[M,N] { Y[m,n] = sum[k] A[m,k] * B[k,n] }", backend="triton"
+    )
+    found = call(A=a.to(DEVICE), B=b.to(DEVICE))
+    assert bool((found.cpu() == 127 * 127 * 2001).all()) and "tl.dot" not in "".join(call.sources().values())
+
+
 def stored_at(text: str, sizes: Mapping[str, int]) -> dict[str, str]:
     """The statements that are new at some sizes, as text."""
     plain = final(text)

@@ -1117,6 +1117,8 @@ class _Lowering:
             return None
         if not self.multiplied(left) or not self.multiplied(right):
             return None
+        if self.type_of(product([*left, *right])) not in FLOATS:  # a sum of integers is exact
+            return None
         pieces = [rank for rank, _ in self.setting.pieces.get(over, ((over, 0),))]
         if min(self.axis(rank).tile for rank in (rows, columns, *pieces)) < SMALLEST_SIDE:
             return None

@@ -1,12 +1,13 @@
 """The correctness campaign: every program of `tests/kernel_programs.py` against the reference, by the tolerance rule.
 
-    python -m benchmarks.correctness [--seconds N] [--only NAME] [--kind KIND] [--huge] [--interp]
+    python -m benchmarks.correctness [--seconds N] [--only NAME] [--kind KIND] [--huge] [--interp] [--jobs N]
 
 On a GPU: types, recipes, all lengths to 300, primes, 8k and 128k, head sizes, strided, expanded and unaligned inputs,
 every rank in turn empty, 70,000 independent outputs, 100 repeats with the same bits; `--huge` adds a tensor of more
 than 2^31 elements. Without one, small sizes through Triton's interpreter; `--interp` lets the interpreter stand in for
 the kernels, which tries the campaign itself. Programs take turns, each first with the cases that say most, so a short
-campaign has seen all of them. A case that raises is a failure with its first line; where the device is lost, the
+campaign has seen all of them; `--jobs` shares the programs among processes, as most of the time is spent on compiling.
+A case that raises is a failure with its first line; where the device is lost, the
 campaign starts itself again behind that case. A verdict on rounding fails if it does on three draws of inputs. The last
 thing printed is a table, written to `benchmarks/results/` on a GPU.
 """
@@ -19,11 +20,13 @@ import itertools
 import json
 import math
 import os
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,7 @@ HEADS = (16, 32, 64, 80, 96, 128, 160, 192, 256)
 EVERY_LENGTH = ("causal", "ragged", "decode_grouped", "softmax", "masked_logsumexp", "layernorm", "gemm", "row_sum")
 MANY = 70_000  # independent outputs: more than a dimension of a grid holds
 REPEATS = 100
+GRACE = 45.0  # seconds after which a process that should have ended is ended: a case may take long to compile
 HUGE = (70_001, 32_768)  # rows and their length: more than 2^31 elements
 EDGE_ROWS = 32  # rows at both ends of a huge tensor that are compared
 
@@ -291,7 +295,7 @@ def try_case(case: Case, tally: Tally, interp: bool) -> bool:
         tally.failures += 1
         if not tally.first:
             tally.first, tally.verdict = str(case), verdict
-            print(f"FAILED {case.draw.program.name}: {case}: {verdict}", flush=True)
+        print(f"FAILED {case.draw.program.name}: {case}: {verdict}", flush=True)
     return alive
 
 
@@ -311,7 +315,7 @@ def device_answers() -> bool:
 
 def campaign(options: argparse.Namespace, progress: Progress) -> None:
     """Programs take turns with their cases until all are done or time is up."""
-    names = [name for name in PROGRAMS if options.only in (None, name)]
+    names = [name for name in PROGRAMS if options.only in (None, name)][options.share :: options.jobs]
     lists = {}
     for name in names:
         wanted = (case for case in cases(PROGRAMS[name], options.huge) if options.kind in (None, case.kind))
@@ -326,7 +330,10 @@ def campaign(options: argparse.Namespace, progress: Progress) -> None:
                 del lists[name]
                 continue
             progress.tried[name] += 1
-            if not try_case(case, progress.tallies[name], options.interp):
+            works = try_case(case, progress.tallies[name], options.interp)
+            if options.keep:
+                progress.save(options.keep)
+            if not works:
                 start_again(progress)
 
 
@@ -337,6 +344,21 @@ def start_again(progress: Progress) -> None:
     kept = [word for word in sys.argv[1:] if not word.startswith("--resume=")]
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "benchmarks.correctness", *kept, f"--resume={path}"])
+
+
+def shared_campaign(options: argparse.Namespace, progress: Progress) -> None:
+    """The campaign in `jobs` processes, each with its share of the programs; one that does not end is ended."""
+    folder = Path(tempfile.mkdtemp(prefix="cascade-correctness-"))
+    kept = [folder / f"{share}.json" for share in range(options.jobs)]
+    command = [sys.executable, "-m", "benchmarks.correctness", *sys.argv[1:]]
+    jobs = [subprocess.Popen([*command, f"--share={share}", f"--keep={path}"]) for share, path in enumerate(kept)]
+    for job in jobs:
+        try:
+            job.wait(max(1.0, progress.started + options.seconds + GRACE - time.time()))
+        except subprocess.TimeoutExpired:
+            job.kill()
+    found = [Progress.load(path) for path in kept if path.exists()]
+    progress.tallies |= {name: tally for one in found for name, tally in sorted(one.tallies.items())}
 
 
 def table(progress: Progress) -> str:
@@ -365,17 +387,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kind", help="one kind of case: recipe, empty rank, layout, large, length, long, ...")
     parser.add_argument("--huge", action="store_true", help="a tensor of more than 2^31 elements as well")
     parser.add_argument("--interp", action="store_true", help="the interpreter in the place of the kernels")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the programs (1)")
+    parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--keep", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--resume", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if not CUDA:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     progress = Progress.load(options.resume) if options.resume else Progress(time.time())
-    campaign(options, progress)
+    if options.jobs > 1 and options.share is None:
+        shared_campaign(options, progress)
+    else:
+        options.share = options.share or 0
+        campaign(options, progress)
     device = torch.cuda.get_device_name() if CUDA else "cpu"
     spent = time.time() - progress.started
-    text = f"{device}, torch {torch.__version__}, {spent:.0f} s\n{table(progress)}"
-    print(text, end="")
-    if CUDA and not options.only and not options.kind:
+    now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    versions = f"torch {torch.__version__}, triton {metadata.version('triton')}, {now}"
+    text = f"{device}, {versions}, jobs {options.jobs}, {spent:.0f} s\n{table(progress)}"
+    if not options.keep:
+        print(text, end="")
+    if CUDA and not options.only and not options.kind and not options.keep:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"correctness-{device.replace(' ', '-').lower()}.txt").write_text(text, encoding="utf-8")
     return int(any(tally.failures for tally in progress.tallies.values()))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import cascade
 from cascade.backends.triton import partition, planner
 from cascade.frontend.build import parse_cascade
 from cascade.interp import Precision, run
@@ -151,6 +152,22 @@ def test_a_nan_of_any_sign_is_the_largest() -> None:
     wanted = run(parse_cascade(text), {"X": data}, precision=Precision.REFERENCE)
     assert torch.equal(places.cpu(), wanted["I"]) and places[0, :2].tolist() == [20, 30]
     torch.testing.assert_close(values.cpu(), wanted["V"].float(), equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("length", "count"), [(16, 3), (40, 9), (100, 8), (256, 2), (256, 12)])
+def test_the_largest_are_in_order_and_the_first_of_equals_wins(length: int, count: int, kind: torch.dtype) -> None:
+    short = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}[kind]
+    text = f"cascade c(X: {short}[M,N]) -> V[M,{count}], I[M,{count}] {{ V[m,z], I[m,z] = topk[n, {count}] X[m,n] }}"
+    generator = torch.Generator().manual_seed(length + count)
+    data = torch.randint(-3, 4, (11, length), generator=generator).to(kind)  # nearly all are equal to others
+    data[1], data[2, 3], data[3, ::2] = -math.inf, math.inf, -0.0
+    compiled = cascade.compile(text, backend="triton")
+    values, places = (result.cpu() for result in compiled(X=data.to(DEVICE)))
+    wanted, order = torch.sort(data, dim=1, descending=True, stable=True)
+    assert torch.equal(places.long(), order[:, :count]) and torch.equal(values.to(kind), wanted[:, :count])
+    (source,) = compiled.sources().values()
+    assert ("largest(" in source) == (count > 2)
 
 
 # --- live coordinates ------------------------------------------------------------------------------------------------

@@ -102,9 +102,18 @@ def test_candidates_fit_the_extents(name: str) -> None:
             assert tile & (tile - 1) == 0 and least <= tile <= max(least, power_of_two(plans.ranks[rank]), 16)
             if plans.roles(group)[rank] is Role.WHOLE:
                 assert tile >= plans.ranks[rank]
-        stream = group.arrangement.stream
-        if plans.products(group) and stream is not None and tiling.of(stream) > 32:
-            assert tiling.options.edge_tile == 32
+
+
+@pytest.mark.parametrize("name", ("full", "causal", "ragged"))
+def test_edges_have_small_tiles_only_where_a_thread_has_no_registers_left(name: str) -> None:
+    plans, group, _ = planner(KINDS[name])
+    seen = set()
+    for tiling in candidates(plans, group):
+        results = tiling.of("m") * (tiling.of("n") + tiling.of("f")) / (32 * tiling.options.num_warps)
+        small = results > 160 and tiling.of("n") > 32
+        assert tiling.options.edge_tile == (32 if small else 0)
+        seen.add(small)
+    assert seen == {False, True}
 
 
 def test_sums_of_all_products_fit_the_registers_of_a_thread() -> None:

@@ -24,6 +24,7 @@ from cascade.backends.triton.lower import uses
 from cascade.backends.triton.machine import MAX_REGISTERS, WARP, Work
 from cascade.backends.triton.plan import (
     BYTES,
+    EIGHT,
     Axis,
     Carry,
     Dot,
@@ -44,6 +45,7 @@ from cascade.backends.triton.plan import (
     Tensor,
     TopKept,
     every_op,
+    in_eights,
 )  # fmt: skip
 from cascade.inference import FLOATS
 from cascade.ir import Apply, Cast, Const, DType, Expr, Extent, Local, Rank, Size
@@ -56,6 +58,7 @@ LINE = 128  # bytes that L2 moves at once: of a shorter run of neighbours the re
 GROUP_SIDE = 64  # rows of a product whose left operand may stay in registers
 QUAD = 4  # threads that hold the same row of a product: what is computed per row is computed by each of them
 SHUFFLE = 4.0  # lanes that an exchange between the threads of a warp takes
+NETWORK = 19  # comparisons that sort eight
 EXTREME = 2.0  # lanes that a minimum, a maximum or a comparison takes: they run at half rate
 
 LANES = {
@@ -404,11 +407,18 @@ class _Count:
             case Redo():
                 self.lanes(op.axes, EXTREME, run)  # whether all is finite: the steps themselves are not foreseen
             case TopKept():
-                self.lanes(self.variables[op.source][0], 3 * EXTREME * op.count, run)
+                self.lanes(self.variables[op.source][0], self.top_kept(op), run)
             case Start() | Carry():
                 pass
             case _:
                 assert_never(op)
+
+    def top_kept(self, op: TopKept) -> float:
+        """Lanes an element: a maximum, a comparison and a choice for each of the largest; or a network, and moves."""
+        if not in_eights(self.kernel, op):
+            return 3 * EXTREME * op.count
+        moves = sum(max(1, EIGHT - position) for position in range(op.count))
+        return (2 * EXTREME * NETWORK + 3 * EXTREME * op.count + moves) / EIGHT
 
     def loop(self, op: Loop, run: _Run) -> None:
         """Counts a loop; what stands in its rounds behind a loop of their own, the products of that wait for."""
@@ -599,23 +609,30 @@ def _elements(kernel: Kernel, axes: Sequence[str]) -> int:
 
 
 def shared_memory(kernel: Kernel) -> int:
-    """The bytes of shared memory of a program, guessed: operands that a loop fetches ahead, operands that stay, a
-    result on its way out, and what warps tell each other in reductions."""
+    """The bytes of shared memory of a program, guessed: operands that a loop fetches ahead, those that it or
+    what follows still needs, a result on its way out, and what warps tell each other in reductions."""
     sizes = {tensor.name: BYTES[tensor.dtype] for tensor in kernel.tensors}
     operands = {side for op in every_op(kernel.ops) if isinstance(op, Dot) for side in (op.left, op.right)}
 
     def tile(op: Load | Store) -> int:
         return _elements(kernel, op.axes) * sizes[op.tensor]
 
-    ahead = 0
-    for loop in (op for op in every_op(kernel.ops) if isinstance(op, Loop)):
+    def fetched(loop: Loop) -> int:
         buffers = sum(tile(op) for op in loop.body if isinstance(op, Load) and op.name in operands)
-        ahead = max(ahead, buffers * max(1, kernel.options.num_stages) + _computed(kernel, loop.body, operands))
-    staying = sum(tile(op) for op in kernel.ops if isinstance(op, Load) and op.name in operands)
+        return buffers * max(1, kernel.options.num_stages) + _computed(kernel, loop.body, operands)
+
+    staying = {op.name: tile(op) for op in kernel.ops if isinstance(op, Load) and op.name in operands}
+    held = 0 if any(isinstance(op, Loop) for op in kernel.ops) else sum(staying.values())
+    for place, op in enumerate(kernel.ops):
+        if isinstance(op, Loop):
+            before = {each.name for each in kernel.ops[:place] if isinstance(each, Load)}
+            needed = {name for each in every_op(kernel.ops[place:]) for name in uses(each)} & before
+            kept = sum(size for name, size in staying.items() if name in needed)
+            held = max(held, kept + max(fetched(loop) for loop in every_op((op,)) if isinstance(loop, Loop)))
     leaving = max((tile(op) for op in every_op(kernel.ops) if isinstance(op, Store) and op.box is not None), default=0)
     leaving //= kernel.options.pieces
     talking = 4 * kernel.options.num_warps * (16 if operands else 1)
-    together = ahead + staying + leaving if kernel.options.resident else max(ahead + staying, leaving)
+    together = held + leaving if kernel.options.resident else max(held, leaving)
     return together + talking + (0 if operands else _exchanged(kernel))
 
 

@@ -15,9 +15,10 @@ from cascade.backends.triton.grid import Ending, ending
 from cascade.backends.triton.lower import RESERVED
 from cascade.backends.triton.plan import (
     Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Redo, Role, Scan, Seen, Start, Store, Tensor,
-    TopKept, every_op, extent_expr,
+    TopKept, every_op, extent_expr, in_eights,
 )  # fmt: skip
 from cascade.backends.triton.spell import ATOM, COMPARE, PRODUCT, SPELLINGS, SUM, TYPES, UNARY
+from cascade.backends.triton.units import scaled_by
 from cascade.inference import FLOATS
 from cascade.ir import Apply, Cast, Const, DType, Expr, Extent, Local, Rank
 from cascade.ops import OPS, Kind
@@ -396,14 +397,14 @@ class _Emitter:
         """An operation by its row, operands brought to common dimensions."""
         if (whole := self.quotient(expr)) is not None:
             return _Piece(whole, (), PRODUCT, False)
-        pieces = [self.piece(arg) for arg in expr.args]
+        row = self.row(expr.op)
+        pieces = [self.piece(scaled_by(arg, row.scale) if row.scale else arg) for arg in expr.args]
         together = self.order({rank for piece in pieces for rank in piece.axes})
         largest = max(pieces, key=lambda piece: len(piece.axes))
         axes = largest.axes if set(largest.axes) == set(together) else together
         if expr.op == "mul" and len(axes) == 3 and [piece.axes for piece in pieces] == [axes[:2], axes[1:]]:
             pieces.reverse()  # a sum over the middle of a[:, :, None] * b[None, :, :] would become a product in tf32
         pieces = [self.aligned(piece, axes) for piece in pieces]
-        row = self.row(expr.op)
         real = any(piece.real for piece in pieces)
         if not real and expr.op in spell.INTEGER:
             return self.integer(expr, pieces, axes)
@@ -694,14 +695,14 @@ class _Emitter:
         known = self.variable(op.source)
         assert known is not None
         axes, dtype = known
-        place, _rank = axes.index(op.over), self.rank(op.over)
         short = op.bits == 16 and dtype in (DType.BF16, DType.F16)
         wide, shift = ("tl.int32", 16) if short else ("tl.int64", 32)
         key, column = f"{op.values}_key", self.text(Rank(op.over), axes)
         base = op.source if short else self.text(Local(op.source), axes)
         number = f"({base} + 0.0)"  # of one zero, and on a GPU of one NaN; a CPU keeps the sign of a NaN
-        if self.portable:
-            number = f'tl.where({base} == {base}, {base} + 0.0, float("nan"))'
+        if self.portable:  # whose bf16 has no arithmetic
+            zero = f"({base}.to(tl.float32) + 0.0).to({TYPES[dtype]})" if short else f"{base} + 0.0"
+            number = f'tl.where({base} == {base}, {zero}, float("nan"))'
         bits = f"{number}.to(tl.int{16 if short else 32}, bitcast=True)" + (".to(tl.int32)" if short else "")
         low = "0x7FFF" if short else "0x7FFFFFFF"
         size = self.block(op.over)
@@ -715,14 +716,7 @@ class _Emitter:
             self.line(f"{key} = tl.where({self.text(Local(op.live), axes)}, {key}, {least})")
         count = f"{op.values}_best"
         self.line(f"{count} = tl.zeros({self.dims(op.axes)}, {wide})")
-        kept = self.text(Rank(op.kept), op.axes)
-        marks = ", ".join("None" if r == op.over else ":" for r in axes)
-        back = ", ".join("None" if r == op.kept else ":" for r in op.axes)
-        top_in, top_out = (f"top[{marks}]", f"top[{back}]") if len(axes) > 1 else ("top", "top")
-        self.line(f"for i in tl.static_range({op.count}):")
-        self.line(f"    top = tl.max({key}, {place})")
-        self.line(f"    {count} = tl.where({kept} == i, {top_out}, {count})")
-        self.line(f"    {key} = tl.where({key} == {top_in}, {least}, {key})")
+        self.take_largest(op, axes, (key, count, least))
         if op.there is not None:
             self.line(f"{op.there} = {count} != {least}")
         self.line(f"{op.coords} = ({size} - 1 - ({count} & {hex((1 << shift) - 1)})).to(tl.int32)")
@@ -733,6 +727,23 @@ class _Emitter:
             self.line(f"{op.values} = {op.values}_bits.to(tl.int16).to({TYPES[dtype]}, bitcast=True).to(tl.float32)")
         else:
             self.line(f"{op.values} = {op.values}_bits.to(tl.float32, bitcast=True)")
+
+    def take_largest(self, op: TopKept, axes: tuple[str, ...], names: tuple[str, str, str]) -> None:
+        """The `count` largest keys, sorted: out of sorted eights, or of all of them again and again."""
+        key, best, least = names
+        kept = self.text(Rank(op.kept), op.axes)
+        if in_eights(self.kernel, op) and not self.one_by_one:
+            self.helpers.setdefault("largest")
+            row, back = ("", "") if len(axes) > 1 else ("[None, :]", f".reshape({self.block(op.kept)})")
+            self.line(f"{best} = largest({key}{row}, {best}{row}, {kept}{row}, {op.count}, {least}){back}")
+            return
+        marks = ", ".join("None" if r == op.over else ":" for r in axes)
+        back = ", ".join("None" if r == op.kept else ":" for r in op.axes)
+        top_in, top_out = (f"top[{marks}]", f"top[{back}]") if len(axes) > 1 else ("top", "top")
+        self.line(f"for i in tl.static_range({op.count}):")
+        self.line(f"    top = tl.max({key}, {axes.index(op.over)})")
+        self.line(f"    {best} = tl.where({kept} == i, {top_out}, {best})")
+        self.line(f"    {key} = tl.where({key} == {top_in}, {least}, {key})")
 
     # --- loops -------------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,10 @@ BYTES = {
 }  # fmt: skip
 
 
+EIGHT = 8  # neighbours that are sorted together
+FEW_LARGEST = 2  # of a row are found sooner one after the other
+
+
 class Role(Enum):
     """How a rank lies in a kernel."""
 
@@ -346,6 +350,13 @@ def every_op(ops: Sequence[Op]) -> Iterator[Op]:
         yield op
         if isinstance(op, Loop):
             yield from every_op(op.body)
+
+
+def in_eights(kernel: Kernel, op: TopKept) -> bool:
+    """Whether the largest of a row are found among sorted eights: where going through all for each takes longer."""
+    axes = next(axes for name, axes, _ in kernel.variables if name == op.source)
+    rows = len(axes) < 3 and axes[-1] == op.over and op.axes == (*axes[:-1], op.kept)
+    return rows and op.count > FEW_LARGEST and kernel.axis(op.over).tile >= 2 * EIGHT
 
 
 def extent_expr(size: Size) -> Expr:

@@ -6,6 +6,8 @@ something faster is exact enough for results of 16 bits, `FAST` has a row for it
 
 from __future__ import annotations
 
+import math
+
 from dataclasses import dataclass
 
 from cascade.ir import DType
@@ -31,6 +33,7 @@ class Spelling:
     infix: int = 0  # Python's precedence of the operator; 0: a call, or something in brackets of its own
     helper: str | None = None
     assembly: bool = False  # whether the helper has instructions that Triton's interpreter does not know
+    scale: float = 0.0  # times which the operand is written; 0: as it is
 
 
 COMPARE, OR, XOR, AND, SUM, PRODUCT, UNARY, ATOM = 1, 2, 3, 4, 5, 6, 7, 9
@@ -86,7 +89,7 @@ INTEGER: dict[str, str] = {"min": "tl.minimum({0}, {1})", "max": "tl.maximum({0}
 
 FAST: dict[str, Spelling] = {
     "tanh": Spelling("tanh({0})", helper="tanh_approx", assembly=True),
-    "sigmoid": Spelling("sigmoid({0})", helper="sigmoid_approx", assembly=True),
+    "sigmoid": Spelling("sigmoid_base_two({0})", helper="sigmoid_base_two", assembly=True, scale=-1.0 / math.log(2.0)),
     "gelu": Spelling("gelu({0})", helper="gelu_approx"),
 }
 """Rows for results of 16 bits: tanh has a relative error of about 2^-11, the reciprocal of a sigmoid one of 2^-23, gelu
@@ -119,9 +122,10 @@ def clamped(x, low, high):
     x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
 """,
-    "sigmoid_approx": """@triton.jit
-def sigmoid(x):
-    d = 1.0 + tl.exp2(x * -1.4426950408889634)
+    "sigmoid_base_two": """@triton.jit
+def sigmoid_base_two(x):
+    # 1 / (1 + 2^x): what x is made of takes up the factor -log2(e)
+    d = 1.0 + tl.exp2(x)
     return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [d], dtype=tl.float32, is_pure=True, pack=1)
 """,
     "silu": """@triton.jit
@@ -184,6 +188,59 @@ def halves(x):
     # the columns left and right of the middle
     return x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute(0, 2, 1).split()
 """,
+    "ordered": """@triton.jit
+def ordered(a, b):
+    return tl.maximum(a, b), tl.minimum(a, b)
+""",
+    "neighbours": """@triton.jit
+def neighbours(x):
+    # the even columns and the odd ones
+    return x.reshape([x.shape[0], x.shape[1] // 2, 2]).split()
+""",
+    "largest": """@triton.jit
+def largest(key, best, place, COUNT: tl.constexpr, LEAST: tl.constexpr):
+    # eight neighbours are sorted by a network of 19 comparisons, within a thread; then the next largest of a row is
+    # the first of some eight, and the others of that eight move up
+    a, b = neighbours(key)
+    a, c = neighbours(a)
+    b, d = neighbours(b)
+    a, e = neighbours(a)
+    b, f = neighbours(b)
+    c, g = neighbours(c)
+    d, h = neighbours(d)
+    a, b = ordered(a, b)
+    c, d = ordered(c, d)
+    e, f = ordered(e, f)
+    g, h = ordered(g, h)
+    a, c = ordered(a, c)
+    b, d = ordered(b, d)
+    e, g = ordered(e, g)
+    f, h = ordered(f, h)
+    b, c = ordered(b, c)
+    f, g = ordered(f, g)
+    a, e = ordered(a, e)
+    d, h = ordered(d, h)
+    b, f = ordered(b, f)
+    c, g = ordered(c, g)
+    b, e = ordered(b, e)
+    d, g = ordered(d, g)
+    c, e = ordered(c, e)
+    d, f = ordered(d, f)
+    d, e = ordered(d, e)
+    for i in tl.static_range(COUNT):
+        top = tl.max(a, 1)
+        best = tl.where(place == i, top[:, None], best)
+        taken = a == top[:, None]
+        a = tl.where(taken, b, a)
+        b = tl.where(taken, c, b)
+        c = tl.where(taken, d, c)
+        d = tl.where(taken, e, d)
+        e = tl.where(taken, f, e)
+        f = tl.where(taken, g, f)
+        g = tl.where(taken, h, g)
+        h = tl.where(taken, LEAST, h)
+    return best
+""",
     "composed": """@triton.jit
 def composed(a, b, later_a, later_b):
     # two steps as one: s becomes a * s + b, then later_a * (a * s + b) + later_b
@@ -216,7 +273,9 @@ def times(a, b):
 """,
 }
 
-NEEDS = {"floor_divide": ("floor_modulo",), "float_divide": ("float_modulo",)}
+NEEDS = {
+    "floor_divide": ("floor_modulo",), "float_divide": ("float_modulo",), "largest": ("ordered", "neighbours"),
+}  # fmt: skip
 """The helpers that a helper calls."""
 
 PORTABLE = {
@@ -226,11 +285,11 @@ PORTABLE = {
     def tanh(x):
         return 2.0 * tl.sigmoid(2.0 * x) - 1.0
 """,
-    "sigmoid_approx": """if triton.knobs.runtime.interpret:  # the interpreter knows no assembly
+    "sigmoid_base_two": """if triton.knobs.runtime.interpret:  # the interpreter knows no assembly
 
     @triton.jit
-    def sigmoid(x):
-        return tl.sigmoid(x)
+    def sigmoid_base_two(x):
+        return 1.0 / (1.0 + tl.exp2(x))
 """,
 }
 """What takes the place of a helper with assembly where a file runs in Triton's interpreter."""

@@ -37,11 +37,12 @@ from cascade.passes.memo import load, store
 from cascade.text import render, render_stmt
 from cascade.walk import targets
 
-VERSION = "3"  # of entries on disk; another one whenever a choice may change
+VERSION = "4"  # of entries on disk; another one whenever a choice may change
 QUICK = 6  # candidates that are timed with little effort
 SHOWN = 4  # candidates besides the chosen one that a choice remembers
 SMALLEST = 16  # side of a matrix product
-EDGE_TILE = 32  # of a stream where tests stand: with more a thread runs out of registers
+EDGE_TILE = 32  # of a stream where tests stand and a thread has no registers left for those of more
+CROWDED = 160  # results of products that a thread holds: with more of them it has none left
 THREAD = (8, 64)  # elements of a row that one thread should have, at least and at most
 SINGLY = (1, 4)  # the same where each step is of one coordinate
 MANY = 1024  # programs: where there are more, tiles smaller than they must be are not worth a try
@@ -54,7 +55,7 @@ Compiler: TypeAlias = Callable[[Sequence[Request], str], Sequence[StaticFacts | 
 
 # Tile of the rank that is a side, of the stream, warps, stages: products that carry a state along the stream.
 ONE_SIDE = (
-    (128, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 4, 2), (128, 128, 8, 2),
+    (128, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 3), (64, 128, 4, 2), (64, 64, 4, 2), (128, 128, 8, 2),
     (128, 64, 8, 3), (128, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3), (16, 64, 4, 3), (16, 128, 4, 3), (16, 64, 4, 2),
 )  # fmt: skip
 # The same where operands are so wide that those do not fit.
@@ -188,7 +189,8 @@ def _with_products(planner: Planner, group: Group, base: Tiling) -> Iterator[Til
         if resident and count <= resident * FEW_PROGRAMS:
             continue  # each would have one tile
         beside = BESIDE if (len(sides) == 2 and count > FEW_PROGRAMS) or nested else 0
-        edge = EDGE_TILE if stream is not None and chosen[stream] > EDGE_TILE else 0
+        crowded = _accumulated(planner, group, chosen) > CROWDED * WARP * warps
+        edge = EDGE_TILE if crowded and stream is not None and chosen[stream] > EDGE_TILE else 0
         yield Tiling(tuple(chosen.items()), Options(warps, stages, edge, beside, resident, pieces))
     for warps, stages in () if table else ((4, 2), (4, 3), (8, 2), (8, 3)):
         options = dataclasses.replace(base.options, num_warps=warps, num_stages=stages)

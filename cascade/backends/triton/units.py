@@ -48,6 +48,17 @@ def in_base_two(
     return after, None if fold is None else units.fold(fold), frozenset(changed)
 
 
+def scaled_by(expr: Expr, factor: float) -> Expr:
+    """An expression times a number, which goes into the terms of a sum: there it often meets another one."""
+    match expr:
+        case Apply(op="add" | "sub"):
+            return dataclasses.replace(expr, args=tuple(scaled_by(arg, factor) for arg in expr.args))
+        case Apply(op="neg"):
+            return scaled_by(expr.args[0], -factor)
+        case _:
+            return product([*factors(expr), Const(factor)])
+
+
 def sums_along(stmt: Einsum, rank: str | None) -> bool:
     """Whether a statement is a sum over a rank."""
     return isinstance(stmt.expr, Reduce) and stmt.expr.reducer == "sum" and rank in stmt.expr.ranks

@@ -1498,7 +1498,7 @@ class _Lowering:
         )
         variable = self.variable(name, axes, tensor.dtype)
         for entry in self.setting.index.values():
-            if read.tensor in (entry.first, entry.stop, entry.whole_first, entry.whole_stop):
+            if entry.has(read.tensor):
                 stream = self.group.arrangement.stream
                 assert stream is not None
                 self.ranges[variable] = 0, -(-self.most(stream) // entry.tile)  # they count tiles of the stream
@@ -1538,6 +1538,8 @@ class _Lowering:
             extent = extent_expr(tensor.shape[position])
             if isinstance(index, Read) and index.tensor in self.setting.inside:
                 continue
+            if isinstance(index, Apply) and any(entry.has(read.tensor) for entry in self.setting.index.values()):
+                continue  # a program's own tile: there is one, however many there are
             if isinstance(index, Rank):
                 axis = self.axis(index.name)
                 if axis.role in (Role.STREAM, Role.WHOLE, Role.INNER) and not axis.exact:

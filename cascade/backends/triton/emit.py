@@ -412,7 +412,7 @@ class _Emitter:
         if OPS[expr.op].kind is Kind.FLOAT and expr.op != "div":  # functions of floats: an integer becomes one
             pieces = [p if p.real else _Piece(f"({self.bracketed(p, ADD, 0)} + 0.0)", p.axes) for p in pieces]
         words = [self.bracketed(piece, row, position) for position, piece in enumerate(pieces)]
-        result_real = (real or expr.op == "div" or "tl.exp" in row.text) and row.infix != COMPARE
+        result_real = (real or expr.op in ("div", "exp", "exp2")) and row.infix != COMPARE
         text = row.text.format(*words)
         if self.portable and not axes and row.infix == COMPARE:  # else the interpreter spreads it as a number
             return _Piece(f"(tl.full([], True, tl.int1) & ({text}))", axes, ATOM, False)

@@ -419,7 +419,9 @@ class _Emitter:
         return _Piece(text, axes, row.infix or ATOM, result_real)
 
     def row(self, op: str) -> spell.Spelling:
-        """How an operation is written: the fast way where results are short and it can run."""
+        """How an operation is written: the fast way where results or factors are short and it can run."""
+        if op in spell.ROUGH and any(isinstance(each, Dot) and not each.exact for each in every_op(self.kernel.ops)):
+            return spell.ROUGH[op]
         fast = spell.FAST.get(op)
         if fast is None or (self.portable and fast.assembly) or not self.short_results():
             return SPELLINGS[op]

@@ -92,6 +92,9 @@ FAST: dict[str, Spelling] = {
 """Rows for results of 16 bits: tanh has a relative error of about 2^-11, the reciprocal of a sigmoid one of 2^-23, gelu
 one of 2^-11 above -5.5; below, where it is nearly 0, it is off by less than 2^-34."""
 
+ROUGH: dict[str, Spelling] = {"exp": Spelling("tl.exp({0})")}
+"""Rows for kernels with products of 16 bits, whose rounding is larger: it is off by 2^-24 times its argument."""
+
 HELPERS: dict[str, str] = {
     "sign": """@triton.jit
 def sign(x):

@@ -5,8 +5,8 @@
 Every tensor that an exponential reads linearly changes its unit, with everything that it is made of linearly; whoever
 else reads it multiplies by ln(2). A factor that a definition has anyway takes up log2(e), so the change is free.
 
-Not where a difference of a tensor and what it is made of is needed as well, X - R of an entropy: it cancels, exactly only
-in one unit. The exponential multiplies it by log2(e) then, in the place of a second difference.
+Not where a difference of a tensor and what it is made of is needed as well, X - R of an entropy: it cancels, exactly
+only in one unit. The exponential multiplies it by log2(e) then, in the place of a second difference.
 """
 
 from __future__ import annotations

@@ -447,6 +447,7 @@ class Planner:
         576  -->  512 and 64, instead of 1024
 
         In full precision in more of them: the sum of a short chain of products is exacter, and takes fewer registers.
+        There also where another product has the rank whole: it stays an axis beside its pieces.
         """
         exact = self.exact(group)
         kept = {rank for stmt in group.statements for target in targets(stmt) for rank in target.ranks}
@@ -458,17 +459,19 @@ class Planner:
         taken = set(self.sizes)
         for axis in setting.axes:
             sizes = pieces_of(axis.extent, exact) if isinstance(axis.extent, int) else ()
-            whole = axis.role is Role.WHOLE and axis.rank in products - kept - summed
+            beside = axis.rank in kept
+            whole = axis.role is Role.WHOLE and axis.rank in products - summed and (exact or not beside)
             if not whole or len(sizes) < 2 or sizes[-1] < 16:
                 axes.append(axis)
                 continue
-            names = [axis.rank, *(fresh(axis.rank, taken) for _ in sizes[1:])]
+            names = [fresh(axis.rank, taken) if beside or number else axis.rank for number in range(len(sizes))]
+            axes.extend([axis] if beside else ())
             pieces[axis.rank] = tuple(zip(names, (sum(sizes[:n]) for n in range(len(sizes))), strict=True))
             axes.extend(Axis(name, Role.WHOLE, size, size, True) for name, size in zip(names, sizes, strict=True))
         if not pieces:
             return setting
         numbers = {**setting.numbers, **{axis.rank: axis.tile for axis in axes if axis.rank not in self.sizes}}
-        numbers |= {axis.rank: axis.tile for axis in axes if axis.rank in pieces}
+        numbers |= {axis.rank: axis.tile for axis in axes if axis.rank in pieces and axis.rank not in kept}
         extents = {**setting.extents, **{axis.rank: axis.extent for axis in axes}}
         return dataclasses.replace(setting, axes=tuple(axes), pieces=pieces, numbers=numbers, extents=extents)
 

@@ -25,7 +25,7 @@ from cascade.backends.triton.plan import (
     BYTES, Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Options, Partial, Redo, Role, Scan, Seen,
     Start, Store, Tensor, TopKept, every_op, extent_expr,
 )  # fmt: skip
-from cascade.backends.triton.products import factors, folded, matrix_product, product, ranks_of
+from cascade.backends.triton.products import factors, folded, is_plain, matrix_product, product, ranks_of
 from cascade.backends.triton.recurrence import carried, composition, ends, is_last, stepped
 from cascade.backends.triton.shares import Shares
 from cascade.backends.triton.widths import Interval, fits, interval, values_of
@@ -312,19 +312,13 @@ class _Lowering:
         additions. A third would take the registers that loads in flight need, and so would one where a stream is gone
         through again, in tiles as large as a program can hold; products are accumulated as they are.
         """
-        if trips.count > 1 or any(map(self.is_product, self.group.statements)):
+        if trips.count > 1 or not all(is_plain(stmt, self.setting.dtypes) for stmt in self.group.statements):
             return set()
         needed = {name for stmt in statements for name in reads(stmt)}
         needed |= {node.tensor.rstrip("'") for stmt in statements for node in self.merge_reads(stmt)
                    if node.tensor.rstrip("'") not in defines(stmt)}  # fmt: skip
         found = [name for stmt in states for name in defines(stmt) if self.is_plain_sum(stmt) and name not in needed]
         return set(found) if len(found) < 3 else set()
-
-    def is_product(self, stmt: Stmt) -> bool:
-        """Whether a statement is a product of matrices; in full precision one with a vector is a sum like any other."""
-        found = matrix_product(stmt)
-        exact = any(self.setting.dtypes[name] is DType.F32 for name in reads(stmt))
-        return found is not None and bool(not exact or (found.rows and found.columns))
 
     def is_plain_sum(self, stmt: Stmt) -> bool:
         """Whether a state is a floating-point sum of tiles of the stream, none of which is moved or begins it."""

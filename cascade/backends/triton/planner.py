@@ -20,7 +20,7 @@ from cascade.backends.triton.partition import (
     Group, Rest, Trips, all_ranks, fold_along, held, partition, power_of_two, reduced_ranks, steps_singly,
 )  # fmt: skip
 from cascade.backends.triton.plan import BYTES, Axis, Blocks, Kernel, Options, Role, Tensor, extent_expr
-from cascade.backends.triton.products import matrix_product, ranks_of
+from cascade.backends.triton.products import is_plain, matrix_product, ranks_of
 from cascade.backends.triton.recurrence import in_pairs, stepped
 from cascade.backends.triton.rows import MOST_VALUES, Rows, expected_tiles, members, most_tiles, rows_a_tile, rows_of
 from cascade.backends.triton.shares import Shares, Uneven, shares_of, tables_of
@@ -710,6 +710,9 @@ class Planner:
         return {rank: roles[rank] for rank in named}
 
     def products(self, group: Group) -> list[Stmt]:
+        streamed = group.arrangement.stream is not None
+        if streamed and all(is_plain(stmt, self.dtypes) for stmt in group.statements):
+            return []
         return [stmt for stmt in group.statements if matrix_product(stmt) is not None]
 
     def across(self, group: Group, whole: Mapping[str, int]) -> int:
@@ -758,7 +761,7 @@ class Planner:
     def tiled(self, group: Group) -> set[str]:
         """The shared ranks that a program has a tile of: the sides of matrix products, else what lies contiguously."""
         shared = set(group.arrangement.shared)
-        products = [found for stmt in group.statements if (found := matrix_product(stmt)) is not None]
+        products = [found for stmt in self.products(group) if (found := matrix_product(stmt)) is not None]
         if products:
             sides = [side & shared for found in products for side in (found.rows, found.columns)]
             chosen: set[str] = set()

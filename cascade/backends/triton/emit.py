@@ -638,7 +638,7 @@ class _Emitter:
         for size in (VECTOR, WARP // VECTOR, warps, *(CHAIN for _ in range(tile.bit_length()))):
             levels.insert(0, min(size, tile // math.prod(levels)))
         levels = [size for size in levels if size > 1]
-        if tile <= WARP:
+        if tile <= WARP * VECTOR:  # a warp has it in chains of a vector
             return f"tl.sum({text}, {place})"
         shape = [self.block(other) for other in axes]
         shape[place : place + 1] = [f"{block} // {math.prod(levels[1:])}", *map(str, levels[1:])]

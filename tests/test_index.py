@@ -219,6 +219,16 @@ def test_compiled_lengths(text: str, kind: str) -> None:
         attend(text, inputs, tile=16)
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+def test_lengths_that_change_from_call_to_call(parts: int) -> None:
+    written, made = prepared(DOCUMENT.text)
+    call = call_of(Chosen(made, tile=16, parts=parts))
+    for length in LENGTHS:
+        inputs = {name: tensor.to(DEVICE) for name, tensor in drawn(DOCUMENT, length).items()}
+        verdict = judge_all(call(**inputs), standard(written, inputs, {}))
+        assert verdict.ok, f"{length}: {verdict}"
+
+
 @pytest.mark.parametrize("kind", ["steps", "none"])
 def test_an_index_of_a_stream_that_is_shared(kind: str) -> None:
     attend(CAUSAL, drawn(DOCUMENT, 70) | {"doc": documents(70, 2, 0, kind)}, tile=16, parts=3)

@@ -14,15 +14,17 @@ import tokenize
 import pytest
 import torch
 
+import cascade
 from cascade.backends.triton.explain import Launch, describe
 from cascade.backends.triton.partition import Arrangement, Group, Rest
-from cascade.backends.triton.plan import Fold, Kernel, Loop, Role, render_kernel
+from cascade.backends.triton.plan import Dot, Fold, Kernel, Loop, Role, every_op, render_kernel
 from cascade.backends.triton.planner import powers
 from cascade.walk import reads
 from tests.kernel_programs import PROGRAMS
 from tests.planned import all_kernels, emitted, final, only_group, planner_for
 from tests.tolerance import Draw
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = pathlib.Path(__file__).parent.parent
 BACKENDS = sorted((ROOT / "cascade" / "backends").rglob("*.py"))
 WORKLOADS = (
@@ -298,3 +300,37 @@ def test_what_reduces_the_results_of_a_short_product_stays_with_it() -> None:
     for classes, groups in ((64, 1), (4096, 2)):
         x, r = torch.empty(512, 2048, dtype=torch.bfloat16), torch.empty(2048, classes, dtype=torch.bfloat16)
         assert len(planner_for(final(text), {"X": x, "R": r}).groups()) == groups
+
+
+def test_products_in_full_precision_sum_short_chains() -> None:
+    """Also over a rank that another product has whole: a score over 512 elements that are values as well."""
+    for kernel in kernels("latent_shared", torch.float32, B=1, H=16, M=1, N=333, E=64, F=512):
+        for op in every_op(kernel.ops):
+            assert not isinstance(op, Dot) or kernel.axis(op.over).tile <= 64
+
+
+def test_a_product_with_a_vector_in_full_precision_is_a_sum_by_coordinate() -> None:
+    (kernel,) = kernels("matrix_vector", torch.float32, M=1001, K=8191)
+    assert kernel.axis("m").role is Role.POINT and kernel.axis("k").parts == 1
+    assert "C_lanes = C_lanes + a * b" in emitted(kernel)
+
+
+@pytest.mark.parametrize("length", [63, 119, 300, 1000])
+def test_sums_in_full_precision_add_elements_far_apart_first(length: int) -> None:
+    """Along a row that rises sums of neighbours are large, and so are their roundings."""
+    generator = torch.Generator().manual_seed(length)
+    x = torch.linspace(-1, 1, length) + 0.3 * torch.randn(200, length, generator=generator)
+    gold = x.double().sum(1)
+    neighbours = torch.nn.functional.pad(x, (0, 1024 - length))
+    while neighbours.shape[1] > 1:
+        neighbours = neighbours[:, ::2] + neighbours[:, 1::2]
+    call = cascade.compile(PROGRAMS["row_sum"].text, backend="triton")
+    for other in (1, 37):  # lengths that change share a long tile
+        call(X=x[:, :other].contiguous().to(DEVICE))
+    ours = call(X=x.to(DEVICE)).cpu()
+    assert (ours - gold).square().mean() <= (neighbours[:, 0] - gold).square().mean() / 2
+
+
+def test_only_sums_in_full_precision_are_in_levels() -> None:
+    exact, short = (kernels("row_sum", dtype, M=5, N=1000) for dtype in (torch.float32, torch.float16))
+    assert "tl.reshape(" in emitted(exact[0]) and "tl.reshape(" not in emitted(short[0])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -34,3 +36,22 @@ def test_gelu_of_results_of_32_bits_is_exact() -> None:
     x = torch.linspace(-6, 6, 4001, device=DEVICE)
     made = cascade.compile("cascade c(X[I]) -> Y[I] { Y[i] = gelu(X[i]) }", backend="triton")
     assert torch.allclose(made(x), torch.nn.functional.gelu(x), rtol=1e-5, atol=1e-6)
+
+
+UNIT = 2.0**-24  # of numbers of 32 bits
+
+
+@pytest.mark.parametrize(
+    ("call", "wanted", "low", "high", "units"),
+    [("exp(X[i])", torch.exp, -87.3, 88.7, 4), ("tanh(X[i])", torch.tanh, -12.0, 12.0, 6)],
+    ids=["exp", "tanh"],
+)
+def test_functions_of_32_bits_are_exact(
+    call: str, wanted: Callable[[Tensor], Tensor], low: float, high: float, units: int
+) -> None:
+    made = cascade.compile(f"cascade c(X[I]) -> Y[I] {{ Y[i] = {call} }}", backend="triton")
+    x = torch.cat([torch.linspace(low, high, 20001), torch.linspace(-1, 1, 20001)]).to(DEVICE)
+    gold = wanted(x.double())
+    assert ((made(x).double() - gold).abs() <= units * UNIT * gold.abs()).all()
+    ends = torch.tensor([math.inf, -math.inf, math.nan, 0.0, 1e30, -1e30, 89.0, -104.0], device=DEVICE)
+    assert torch.equal(made(ends).nan_to_num(0.5), wanted(ends.double()).float().nan_to_num(0.5))

@@ -65,7 +65,7 @@ LANES = {
     "min": EXTREME, "max": EXTREME, "eq": EXTREME, "ne": EXTREME, "lt": EXTREME, "le": EXTREME, "gt": EXTREME,
     "ge": EXTREME, "relu": EXTREME, "clamp": 2 * EXTREME, "select": 1.0, "floordiv": 8.0, "mod": 8.0, "div": 8.0,
     "sqrt": 6.0, "sin": 12.0, "cos": 12.0, "erf": 20.0, "gelu": 11.0, "silu": 4.0, "sigmoid": 3.0, "tanh": 4.0,
-    "pow": 8.0, "round": 2.0, "sign": 4.0,
+    "exp": 11.0, "pow": 8.0, "round": 2.0, "sign": 4.0,
 }  # fmt: skip
 """Lanes that an operation takes per element, where it is not one."""
 

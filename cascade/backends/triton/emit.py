@@ -5,6 +5,7 @@ The text imports Triton only and needs nothing of this project. `Source` has it 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,9 @@ from cascade.walk import walk
 
 
 ADD = SPELLINGS["add"]
+WARP = 32  # threads that exchange without shared memory
+VECTOR = 4  # elements of 32 bits that a thread loads at once, at most
+CHAIN = 8  # additions one after the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,14 +417,16 @@ class _Emitter:
         if OPS[expr.op].kind is Kind.FLOAT and expr.op != "div":  # functions of floats: an integer becomes one
             pieces = [p if p.real else _Piece(f"({self.bracketed(p, ADD, 0)} + 0.0)", p.axes) for p in pieces]
         words = [self.bracketed(piece, row, position) for position, piece in enumerate(pieces)]
-        result_real = (real or expr.op == "div" or "tl.exp" in row.text) and row.infix != COMPARE
+        result_real = (real or expr.op in ("div", "exp", "exp2")) and row.infix != COMPARE
         text = row.text.format(*words)
         if self.portable and not axes and row.infix == COMPARE:  # else the interpreter spreads it as a number
             return _Piece(f"(tl.full([], True, tl.int1) & ({text}))", axes, ATOM, False)
         return _Piece(text, axes, row.infix or ATOM, result_real)
 
     def row(self, op: str) -> spell.Spelling:
-        """How an operation is written: the fast way where results are short and it can run."""
+        """How an operation is written: the fast way where results or factors are short and it can run."""
+        if op in spell.ROUGH and any(isinstance(each, Dot) and not each.exact for each in every_op(self.kernel.ops)):
+            return spell.ROUGH[op]
         fast = spell.FAST.get(op)
         if fast is None or (self.portable and fast.assembly) or not self.short_results():
             return SPELLINGS[op]
@@ -612,11 +618,39 @@ class _Emitter:
             text = f"tl.where({at_end}, {text}, 0)"
         axes = list(inner)
         for rank in sorted(op.over, key=axes.index, reverse=True):
-            text = self.along(op, text, axes.index(rank))
+            if op.reducer == "sum" and piece.real and self.full_precision():
+                text = self.apart(text, axes, rank)
+            else:
+                text = self.along(op, text, axes.index(rank))
             axes.remove(rank)
         if op.reducer in ("any", "all"):
             text = f"{text} > 0"
         return text if tuple(axes) == op.axes else self.aligned(_Piece(text, tuple(axes)), op.axes).text
+
+    def apart(self, text: str, axes: Sequence[str], rank: str) -> str:
+        """A sum in full precision: elements far apart are added first, in short chains.
+
+        Triton would add up a chain of all elements of a thread, then neighbours: along a row that rises or falls sums
+        of neighbours are large, and so are their roundings. A level more is one that threads exchange.
+        """
+        place, block, tile = axes.index(rank), self.block(rank), self.kernel.axis(rank).tile
+        levels: list[int] = []
+        warps = VECTOR * self.kernel.options.num_warps
+        for size in (VECTOR, WARP // VECTOR, warps, *(CHAIN for _ in range(tile.bit_length()))):
+            levels.insert(0, min(size, tile // math.prod(levels)))
+        levels = [size for size in levels if size > 1]
+        if tile <= WARP * VECTOR:  # a warp has it in chains of a vector
+            return f"tl.sum({text}, {place})"
+        shape = [self.block(other) for other in axes]
+        shape[place : place + 1] = [f"{block} // {math.prod(levels[1:])}", *map(str, levels[1:])]
+        summed = f"tl.reshape({text}, [{', '.join(shape)}])"
+        for _ in levels:
+            summed = f"tl.sum({summed}, {place})"
+        return summed
+
+    def full_precision(self) -> bool:
+        """Whether all floats that are read and written have 32 bits."""
+        return {tensor.dtype for tensor in self.kernel.tensors if tensor.dtype in FLOATS} == {DType.F32}
 
     def scan(self, op: Scan) -> None:
         """Steps composed along a dimension, in order."""

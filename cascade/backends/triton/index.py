@@ -51,6 +51,10 @@ class Entry:
     index: tuple[Expr, ...]
     tile: int  # coordinates of the stream that the numbers count at a time
 
+    def has(self, name: str) -> bool:
+        """Whether a tensor is one of these."""
+        return name in (self.first, self.stop, self.whole_first, self.whole_stop)
+
     def read(self, name: str) -> Expr:
         """A number of the index for the tile at hand."""
         return Read(name, self.index)

@@ -25,7 +25,7 @@ from cascade.backends.triton.plan import (
     BYTES, Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Options, Partial, Redo, Role, Scan, Seen,
     Start, Store, Tensor, TopKept, every_op, extent_expr,
 )  # fmt: skip
-from cascade.backends.triton.products import factors, folded, matrix_product, product, ranks_of
+from cascade.backends.triton.products import factors, folded, is_plain, matrix_product, product, ranks_of
 from cascade.backends.triton.recurrence import carried, composition, ends, is_last, stepped
 from cascade.backends.triton.shares import Shares
 from cascade.backends.triton.widths import Interval, fits, interval, values_of
@@ -312,7 +312,7 @@ class _Lowering:
         additions. A third would take the registers that loads in flight need, and so would one where a stream is gone
         through again, in tiles as large as a program can hold; products are accumulated as they are.
         """
-        if trips.count > 1 or any(matrix_product(stmt) for stmt in self.group.statements):
+        if trips.count > 1 or not all(is_plain(stmt, self.setting.dtypes) for stmt in self.group.statements):
             return set()
         needed = {name for stmt in statements for name in reads(stmt)}
         needed |= {node.tensor.rstrip("'") for stmt in statements for node in self.merge_reads(stmt)
@@ -1498,7 +1498,7 @@ class _Lowering:
         )
         variable = self.variable(name, axes, tensor.dtype)
         for entry in self.setting.index.values():
-            if read.tensor in (entry.first, entry.stop, entry.whole_first, entry.whole_stop):
+            if entry.has(read.tensor):
                 stream = self.group.arrangement.stream
                 assert stream is not None
                 self.ranges[variable] = 0, -(-self.most(stream) // entry.tile)  # they count tiles of the stream
@@ -1538,6 +1538,8 @@ class _Lowering:
             extent = extent_expr(tensor.shape[position])
             if isinstance(index, Read) and index.tensor in self.setting.inside:
                 continue
+            if isinstance(index, Apply) and any(entry.has(read.tensor) for entry in self.setting.index.values()):
+                continue  # a program's own tile: there is one, however many there are
             if isinstance(index, Rank):
                 axis = self.axis(index.name)
                 if axis.role in (Role.STREAM, Role.WHOLE, Role.INNER) and not axis.exact:

@@ -20,7 +20,7 @@ from cascade.backends.triton.partition import (
     Group, Rest, Trips, all_ranks, fold_along, held, partition, power_of_two, reduced_ranks, steps_singly,
 )  # fmt: skip
 from cascade.backends.triton.plan import BYTES, Axis, Blocks, Kernel, Options, Role, Tensor, extent_expr
-from cascade.backends.triton.products import matrix_product, ranks_of
+from cascade.backends.triton.products import is_plain, matrix_product, ranks_of
 from cascade.backends.triton.recurrence import in_pairs, stepped
 from cascade.backends.triton.rows import MOST_VALUES, Rows, expected_tiles, members, most_tiles, rows_a_tile, rows_of
 from cascade.backends.triton.shares import Shares, Uneven, shares_of, tables_of
@@ -447,6 +447,7 @@ class Planner:
         576  -->  512 and 64, instead of 1024
 
         In full precision in more of them: the sum of a short chain of products is exacter, and takes fewer registers.
+        There also where another product has the rank whole: it stays an axis beside its pieces.
         """
         exact = self.exact(group)
         kept = {rank for stmt in group.statements for target in targets(stmt) for rank in target.ranks}
@@ -458,17 +459,19 @@ class Planner:
         taken = set(self.sizes)
         for axis in setting.axes:
             sizes = pieces_of(axis.extent, exact) if isinstance(axis.extent, int) else ()
-            whole = axis.role is Role.WHOLE and axis.rank in products - kept - summed
+            beside = axis.rank in kept
+            whole = axis.role is Role.WHOLE and axis.rank in products - summed and (exact or not beside)
             if not whole or len(sizes) < 2 or sizes[-1] < 16:
                 axes.append(axis)
                 continue
-            names = [axis.rank, *(fresh(axis.rank, taken) for _ in sizes[1:])]
+            names = [fresh(axis.rank, taken) if beside or number else axis.rank for number in range(len(sizes))]
+            axes.extend([axis] if beside else ())
             pieces[axis.rank] = tuple(zip(names, (sum(sizes[:n]) for n in range(len(sizes))), strict=True))
             axes.extend(Axis(name, Role.WHOLE, size, size, True) for name, size in zip(names, sizes, strict=True))
         if not pieces:
             return setting
         numbers = {**setting.numbers, **{axis.rank: axis.tile for axis in axes if axis.rank not in self.sizes}}
-        numbers |= {axis.rank: axis.tile for axis in axes if axis.rank in pieces}
+        numbers |= {axis.rank: axis.tile for axis in axes if axis.rank in pieces and axis.rank not in kept}
         extents = {**setting.extents, **{axis.rank: axis.extent for axis in axes}}
         return dataclasses.replace(setting, axes=tuple(axes), pieces=pieces, numbers=numbers, extents=extents)
 
@@ -707,6 +710,9 @@ class Planner:
         return {rank: roles[rank] for rank in named}
 
     def products(self, group: Group) -> list[Stmt]:
+        streamed = group.arrangement.stream is not None
+        if streamed and all(is_plain(stmt, self.dtypes) for stmt in group.statements):
+            return []
         return [stmt for stmt in group.statements if matrix_product(stmt) is not None]
 
     def across(self, group: Group, whole: Mapping[str, int]) -> int:
@@ -755,7 +761,7 @@ class Planner:
     def tiled(self, group: Group) -> set[str]:
         """The shared ranks that a program has a tile of: the sides of matrix products, else what lies contiguously."""
         shared = set(group.arrangement.shared)
-        products = [found for stmt in group.statements if (found := matrix_product(stmt)) is not None]
+        products = [found for stmt in self.products(group) if (found := matrix_product(stmt)) is not None]
         if products:
             sides = [side & shared for found in products for side in (found.rows, found.columns)]
             chosen: set[str] = set()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from cascade.ir import Apply, Const, Einsum, Expr, Rank, Read, Reduce, Stmt
-from cascade.walk import rewrite, walk
+from cascade.inference import FLOATS
+from cascade.ir import Apply, Const, DType, Einsum, Expr, Rank, Read, Reduce, Stmt
+from cascade.walk import reads, rewrite, walk
 
 
 def factors(expr: Expr) -> tuple[Expr, ...]:
@@ -113,6 +114,14 @@ def matrix_product(stmt: Stmt) -> MatrixProduct | None:
         if found is not None:
             return found
     return None
+
+
+def is_plain(stmt: Stmt, dtypes: Mapping[str, DType]) -> bool:
+    """Whether a statement is no product of matrices; in full precision one with a vector is a sum as any other."""
+    found = matrix_product(stmt)
+    if found is None:
+        return True
+    return not (found.rows and found.columns) and {dtypes[name] for name in reads(stmt)} & FLOATS == {DType.F32}
 
 
 def _two_sides(over: str, inside: Sequence[Expr], rest: tuple[Expr, ...], stmt: Einsum) -> MatrixProduct | None:

@@ -55,7 +55,7 @@ SPELLINGS: dict[str, Spelling] = {
     "floordiv": Spelling("float_divide({0}, {1})", helper="float_divide"),
     "mod": Spelling("float_modulo({0}, {1})", helper="float_modulo"),
     "neg": Spelling("-{0}", UNARY),
-    "exp": Spelling("tl.exp({0})"),
+    "exp": Spelling("exponential({0})", helper="exponential"),
     "exp2": Spelling("tl.exp2({0})"),
     "log": Spelling("tl.log({0})"),
     "log2": Spelling("tl.log2({0})"),
@@ -95,6 +95,9 @@ FAST: dict[str, Spelling] = {
 """Rows for results of 16 bits: tanh has a relative error of about 2^-11, the reciprocal of a sigmoid one of 2^-23, gelu
 one of 2^-11 above -5.5; below, where it is nearly 0, it is off by less than 2^-34."""
 
+ROUGH: dict[str, Spelling] = {"exp": Spelling("tl.exp({0})")}
+"""Rows for kernels with products of 16 bits, whose rounding is larger: it is off by 2^-24 times its argument."""
+
 HELPERS: dict[str, str] = {
     "sign": """@triton.jit
 def sign(x):
@@ -105,13 +108,21 @@ def round_even(x):
     # adding 1.5 * 2^23 leaves no bit behind the point: the hardware rounds, ties to even
     return tl.where(tl.abs(x) < 4194304.0, (x + 12582912.0) - 12582912.0, x)
 """,
+    "exponential": """@triton.jit
+def exponential(x):
+    # 2^n e^r: the hardware's 2^y of x * log2(e) would show the rounding of a large product
+    shifted = tl.minimum(tl.maximum(x * 1.4426950408889634, -127.0), 127.0) + 12582912.0  # whole, n in the low bits
+    n = shifted - 12582912.0
+    r = x - n * 0.693145751953125 - n * 1.4286068202862268e-06  # ln(2) in parts: n times the first is exact
+    power = ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)
+    return tl.exp2(r * 1.4426950408889634) * power
+""",
     "tanh": """@triton.jit
 def tanh(x):
-    t = tl.exp(-2.0 * tl.abs(x))
-    y = (1.0 - t) / (1.0 + t)  # exact enough away from 0, where the difference cancels; there a series
-    s = x * x
-    series = x * (1.0 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835)))))
-    return tl.where(tl.abs(x) < 0.3, series, tl.where(x < 0, -y, y))
+    size, s = tl.abs(x), x * x
+    far = 1.0 - 2.0 / (exponential(2.0 * size) + 1.0)  # would cancel near 0; there a polynomial, off by 2^-25
+    near = x + x * (s * (-0.33332957 + s * (0.13320942 + s * (-0.05268415 + s * 0.01645876))))
+    return tl.where(size < 0.55, near, tl.where(x < 0, -far, far))
 """,
     "tanh_approx": """@triton.jit
 def tanh(x):
@@ -274,7 +285,8 @@ def times(a, b):
 }
 
 NEEDS = {
-    "floor_divide": ("floor_modulo",), "float_divide": ("float_modulo",), "largest": ("ordered", "neighbours"),
+    "floor_divide": ("floor_modulo",), "float_divide": ("float_modulo",), "tanh": ("exponential",),
+    "largest": ("ordered", "neighbours"),
 }  # fmt: skip
 """The helpers that a helper calls."""
 

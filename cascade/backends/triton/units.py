@@ -4,13 +4,16 @@
 
 Every tensor that an exponential reads linearly changes its unit, with everything that it is made of linearly; whoever
 else reads it multiplies by ln(2). A factor that a definition has anyway takes up log2(e), so the change is free.
+
+Not where a difference of a tensor and what it is made of is needed as well, X - R of an entropy: it cancels, exactly
+only in one unit. The exponential multiplies it by log2(e) then, in the place of a second difference.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from cascade.backends.triton.products import factors, product
 from cascade.ir import Apply, Const, Einsum, Expr, Fold, FoldInit, FoldMerge, Read, Reduce, Stmt
@@ -28,6 +31,7 @@ def in_base_two(
     """
     own = {name: stmt for stmt in statements if isinstance(stmt, Einsum) for name in defines(stmt)}
     merges = [] if fold is None else [merge.expr for merge in fold.merge]
+    exact = frozenset(name for expr in [*(s.expr for s in own.values()), *merges] for name in cancelling(expr, own))
     changed: set[str] = set()
     ordered = {name for stmt in statements if not isinstance(stmt, Einsum) for name in reads(stmt)}  # kept as it is
     todo = [
@@ -39,11 +43,11 @@ def in_base_two(
     ]
     while todo:
         name = todo.pop().rstrip("'")
-        fixed = name in stored or name in ordered or name in changed or name not in own
+        fixed = name in stored or name in ordered or name in changed or name in exact or name not in own
         if not fixed and not sums_along(own[name], stream) and takes_factors(own[name].expr):
             changed.add(name)
             todo.extend(linear_reads(own[name].expr))
-    units = _Units(frozenset(changed))
+    units = _Units(frozenset(changed), exact)
     after = tuple(units.statement(stmt) for stmt in statements)
     return after, None if fold is None else units.fold(fold), frozenset(changed)
 
@@ -86,11 +90,46 @@ def linear_reads(expr: Expr) -> Iterator[str]:
             return
 
 
+def cancelling(expr: Expr, own: Mapping[str, Einsum]) -> Iterator[str]:
+    """The tensors whose differences are needed outside exponentials: both sides of one are made of the same."""
+    if isinstance(expr, Apply) and expr.op == "exp":
+        return
+    if isinstance(expr, Apply) and expr.op in ("add", "sub"):
+        left, right = (made_of(arg, own) for arg in expr.args)
+        if left & right:
+            yield from (left | right) & own.keys()
+    for child in children(expr):
+        yield from cancelling(child, own)
+
+
+def made_of(expr: Expr, own: Mapping[str, Einsum]) -> set[str]:
+    """The tensors whose size an expression has: through sums, products and extremes, definitions included."""
+    found: set[str] = set()
+    todo = [expr]
+    while todo:
+        match todo.pop():
+            case Read(tensor=tensor):
+                name = tensor.rstrip("'")
+                if name not in found and name in own:
+                    todo.append(own[name].expr)
+                found.add(name)
+            case Apply(op="add" | "sub" | "neg" | "max" | "min" | "mul" | "div", args=args):
+                todo.extend(args)
+            case Apply(op="select", args=args):
+                todo.extend(args[1:])
+            case Reduce(reducer="max" | "min", body=body):
+                todo.append(body)
+            case _:
+                pass
+    return found
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Units:
-    """The tensors whose values are exponents to base two."""
+    """The tensors whose values are exponents to base two, and those of which differences must be exact."""
 
     changed: frozenset[str]
+    exact: frozenset[str]
 
     def has(self, name: str) -> bool:
         return name.rstrip("'") in self.changed
@@ -133,7 +172,7 @@ class _Units:
                 return expr
             case Const() if expr.value == 0 or _infinite(expr):
                 return expr
-            case Apply(op="add" | "sub" | "neg" | "max" | "min"):
+            case Apply(op="add" | "sub" | "neg" | "max" | "min") if self.exact.isdisjoint(linear_reads(expr)):
                 return dataclasses.replace(expr, args=tuple(map(self.scaled, expr.args)))
             case Apply(op="select"):
                 return dataclasses.replace(

@@ -126,6 +126,9 @@ BYTES = {
 }
 
 
+TORCH_BYTES = {"i8": torch.int8, "f8e4m3": torch.float8_e4m3fn, "f8e5m2": torch.float8_e5m2}
+
+
 @pytest.mark.parametrize("name", BYTES)
 def test_weights_of_few_bits_are_widened_on_their_way_into_a_product(name: str) -> None:
     generator = torch.Generator().manual_seed(3)
@@ -139,6 +142,20 @@ def test_weights_of_few_bits_are_widened_on_their_way_into_a_product(name: str) 
     assert "tl.dot" in "".join(call.sources().values()) and "_right[" not in call.explain()
     wanted = x.double() @ (weights * scales.double().repeat_interleave(64 // scales.shape[1], 1)).T
     assert float((found.double().cpu() - wanted).norm() / wanted.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["i8", "f8e4m3", "f8e5m2"])
+@pytest.mark.parametrize("result", ["f16", "f32"])
+def test_bytes_are_stored_in_the_type_that_they_meet_and_lose_nothing(kind: str, result: str, always: None) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weights = torch.randint(-8, 8, (48, 64), generator=generator).to(TORCH_BYTES[kind])
+    given = {"X": torch.randn(19, 64, generator=generator).half(), "W": weights, "s": torch.rand(48).half()}
+    text = BYTES["column"].replace("i8", kind).replace("Y[T,F]", f"Y: {result}[T,F]")
+    call = cascade.compile(text, backend="triton")
+    found = call(**{key: value.to(DEVICE) for key, value in given.items()})
+    assert "_right[f,d] = cast(W[f,d], f16)" in "".join(call.sources().values())
+    wanted = given["X"].double() @ (weights.double() * given["s"].double()[:, None]).T
+    assert float((found.double().cpu() - wanted).norm() / wanted.norm()) < (1e-6 if result == "f32" else 1e-3)
 
 
 def test_a_sum_of_products_of_bytes_is_exact() -> None:
@@ -168,6 +185,21 @@ def test_an_operand_is_stored_for_many_rows_and_computed_for_few() -> None:
     assert many["Y_sum"] == "Y_sum[t,f] = sum[d] Y_sum_right[f,d] * X[t,d]"
     assert stored_at(RMS, {"T": 16, **wide}) == {}
     assert "Y_sum_left" in stored_at(RMS, {"T": 2048, "D": 8192, "F": 16384})
+
+
+@pytest.mark.parametrize("kind", ["i8", "f8e4m3", "f8e5m2"])
+def test_bytes_are_widened_once_for_many_rows_and_inside_the_product_for_few(kind: str) -> None:
+    text, wide = BYTES["column"].replace("i8", kind), {"D": 4096, "F": 4096}
+    assert stored_at(text, {"T": 8192, **wide})["Y_right"] == "Y_right[f,d] = cast(W[f,d], bf16)"
+    assert stored_at(text, {"T": 16, **wide}) == {}
+    exact = text.replace("X[T,D]", "X: f32[T,D]")  # widened to f32, to multiply off the matrix units
+    assert stored_at(exact, {"T": 8192, **wide}) == {}
+
+
+def test_what_scales_the_reduced_rank_goes_to_the_bytes_that_are_widened_anyway() -> None:
+    text = "cascade c(X[T,D], g[D], W: i8[F,D]) -> Y[T,F] { Y[t,f] = sum[d] X[t,d] * g[d] * W[f,d] }"
+    many = stored_at(text, {"T": 8192, "D": 4096, "F": 16384})  # though the other side has fewer elements
+    assert many["Y_right"] == "Y_right[f,d] = cast(W[f,d] * g[d], bf16)"
 
 
 def test_what_cancels_against_a_product_reads_what_it_reads() -> None:

@@ -25,7 +25,7 @@ from cascade.backends.triton.plan import (
     BYTES, Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Options, Partial, Redo, Role, Scan, Seen,
     Start, Store, Tensor, TopKept, every_op, extent_expr,
 )  # fmt: skip
-from cascade.backends.triton.products import factors, folded, matrix_product, product, ranks_of
+from cascade.backends.triton.products import factors, folded, matrix_product, multiplied_in, product, ranks_of
 from cascade.backends.triton.recurrence import carried, composition, ends, is_last, stepped
 from cascade.backends.triton.shares import Shares
 from cascade.backends.triton.widths import Interval, fits, interval, values_of
@@ -1220,7 +1220,7 @@ class _Lowering:
         names = [name for term in terms for name in _tensors(term) if self.setting.dtypes[name] in FLOATS]
         data = {self.setting.dtypes[name] for name in names if name not in self.values}
         kinds = data if data and self.short_results() else {self.setting.dtypes[name] for name in names}
-        return DType.F32 if len(kinds) != 1 or DType.F64 in kinds else kinds.pop()
+        return multiplied_in(kinds) if kinds else DType.F32
 
     def is_data(self, terms: Sequence[Expr]) -> bool:
         """Whether a side is floats as they lie in memory."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from cascade.ir import Apply, Const, Einsum, Expr, Rank, Read, Reduce, Stmt
+from cascade.inference import promote
+from cascade.ir import Apply, Const, DType, Einsum, Expr, Rank, Read, Reduce, Stmt
 from cascade.walk import rewrite, walk
 
 
@@ -157,6 +158,15 @@ def _grouped(plain: Sequence[Expr], other: Sequence[Expr], common: set[str]) -> 
         if len(quotients) == 1 and bare == divided:
             found.append((rank, int(next(iter(quotients)))))
     return tuple(found)
+
+
+def multiplied_in(kinds: Collection[DType]) -> DType:
+    """The type in which a matrix product multiplies floats of these types, at least one.
+
+    Bytes take the type of the 16 bits that they meet, which has all their numbers; else unlike ones meet in f32.
+    """
+    found = functools.reduce(promote, sorted(kinds, key=lambda kind: kind.value))
+    return DType.F32 if found is DType.F64 else found
 
 
 def reads_something(expr: Expr) -> bool:

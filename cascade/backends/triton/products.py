@@ -99,6 +99,11 @@ class MatrixProduct:
     columns: frozenset[str]
     grouped: tuple[tuple[str, int], ...] = ()
 
+    @property
+    def two_sided(self) -> bool:
+        """Whether either side has a rank of its own: else it is a matrix by a vector, bound by reading the matrix."""
+        return bool(self.rows) and bool(self.columns or self.grouped)
+
 
 @functools.lru_cache(maxsize=4096)  # asked of the same statements at every turn
 def matrix_product(stmt: Stmt) -> MatrixProduct | None:

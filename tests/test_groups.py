@@ -5,16 +5,19 @@ The witness is the interpreter in float64, on the cascade as it is written.
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
 import cascade
 from cascade import interp
+from cascade.backends.triton.count import work
 from cascade.backends.triton.plan import Load, every_op, render_kernel
 from cascade.ir import DType
 from cascade.values import Precision
-from tests.planned import all_kernels, final, planner_for
+from tests.planned import all_kernels, final, only_group, planner_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = "select(d % 2 == 0, P[{0}] % 16, P[{0}] // 16 % 16) - 8"
@@ -77,6 +80,29 @@ def test_an_element_comes_once_for_its_group() -> None:
         "whole": {("s", "d", 8)},
     }.items():
         assert grouped(GROUPED[name], inputs_of(GROUPED[name], 64)) == wanted, name
+
+
+def test_bytes_are_those_of_groups() -> None:
+    """Counted from the sizes of tensors: no byte goes through L2 again for another element of its group."""
+    given = inputs_of(GROUPED["whole"], 64)
+    planner = planner_for(final(GROUPED["whole"]), given)
+    (kernel,) = all_kernels(planner)
+    found = work(kernel, planner.extents)
+    assert (found.read_bytes, found.l2_bytes) == (sum(2.0 * t.numel() for t in given.values()), 0.0)
+
+
+def test_a_filter_that_cuts_tiles_smaller_than_groups_reads_single_elements() -> None:
+    """Where a filter ends a loop its last tiles are smaller, and no group fits in."""
+    text = GROUPED["filtered"].replace("d // 8", "d // 64")
+    given = {"X": torch.randn(24, 65536).half(), "s": torch.randn(24, 1024).half()}
+    planner = planner_for(final(text), given)
+    group, sizes = only_group(planner), {}
+    tiling = planner.default_tiling(group)
+    for edge in (0, 32):
+        cut = dataclasses.replace(tiling, options=dataclasses.replace(tiling.options, edge_tile=edge))
+        kernel = planner.kernel("c", group, (group,), cut)
+        sizes[edge] = [op.grouped for op in every_op(kernel.ops) if isinstance(op, Load) and op.tensor == "s"]
+    assert sizes == {0: [("d", 64)], 32: [None]}
 
 
 def test_a_group_that_ends_inside_a_tile_is_read_by_its_elements() -> None:

@@ -5,6 +5,7 @@ The witnesses: the interpreter on the cascade before and after, and torch in flo
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 
@@ -17,11 +18,13 @@ import cascade
 from cascade import interp
 from cascade.backends.triton import operands
 from cascade.backends.triton.operands import with_operands
+from cascade.backends.triton.partition import Group
+from cascade.backends.triton.plan import Load, every_op
 from cascade.ir import DType, Einsum
 from cascade.text import render_stmt
 from cascade.values import Precision
 from cascade.verify import verify
-from tests.planned import final
+from tests.planned import final, planner_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RMS = """cascade c(X[T,D], g[D], W[F,D]) -> Y[T,F] {
@@ -206,6 +209,19 @@ def test_what_cancels_against_a_product_reads_what_it_reads() -> None:
     """The mean's part of a norm: weights rounded for the product and weights summed are the same."""
     many = stored_at(LAYER, {"T": 8192, "D": 4096, "F": 4096})
     assert many["Y_sum_1"] == "Y_sum_1[f] = sum[d] Y_sum_right[f,d]"
+
+
+def test_a_matrix_that_meets_a_vector_beside_a_product_is_read_once() -> None:
+    """And what merges the parts of both is one kernel: it moves so little that a launch would take longer."""
+    sizes = {"X": (16, 4096), "g": (4096,), "W": (4096, 4096)}
+    given = {name: torch.empty(shape, dtype=torch.float16) for name, shape in sizes.items()}
+    planner = planner_for(final(LAYER), given)
+    groups = planner.groups()
+    group = next(g for g in groups if isinstance(g, Group) and "Y" in g.names)
+    kernel = planner.kernel("c", group, groups, planner.default_tiling(group))
+    assert [op.tensor for op in every_op(kernel.ops) if isinstance(op, Load)].count("W") == 1
+    tiling = dataclasses.replace(planner.default_tiling(group), parts=2)
+    assert len(planner.split("c", group, groups, tiling)[2]) == 1
 
 
 def test_an_operand_keeps_its_digits_where_a_result_has_them() -> None:

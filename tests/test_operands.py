@@ -5,6 +5,7 @@ The witnesses: the interpreter on the cascade before and after, and torch in flo
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 
@@ -17,11 +18,13 @@ import cascade
 from cascade import interp
 from cascade.backends.triton import operands
 from cascade.backends.triton.operands import with_operands
+from cascade.backends.triton.partition import Group
+from cascade.backends.triton.plan import Load, every_op
 from cascade.ir import DType, Einsum
 from cascade.text import render_stmt
 from cascade.values import Precision
 from cascade.verify import verify
-from tests.planned import final
+from tests.planned import final, planner_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RMS = """cascade c(X[T,D], g[D], W[F,D]) -> Y[T,F] {
@@ -126,6 +129,9 @@ BYTES = {
 }
 
 
+TORCH_BYTES = {"i8": torch.int8, "f8e4m3": torch.float8_e4m3fn, "f8e5m2": torch.float8_e5m2}
+
+
 @pytest.mark.parametrize("name", BYTES)
 def test_weights_of_few_bits_are_widened_on_their_way_into_a_product(name: str) -> None:
     generator = torch.Generator().manual_seed(3)
@@ -139,6 +145,20 @@ def test_weights_of_few_bits_are_widened_on_their_way_into_a_product(name: str) 
     assert "tl.dot" in "".join(call.sources().values()) and "_right[" not in call.explain()
     wanted = x.double() @ (weights * scales.double().repeat_interleave(64 // scales.shape[1], 1)).T
     assert float((found.double().cpu() - wanted).norm() / wanted.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["i8", "f8e4m3", "f8e5m2"])
+@pytest.mark.parametrize("result", ["f16", "f32"])
+def test_bytes_are_stored_in_the_type_that_they_meet_and_lose_nothing(kind: str, result: str, always: None) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weights = torch.randint(-8, 8, (48, 64), generator=generator).to(TORCH_BYTES[kind])
+    given = {"X": torch.randn(19, 64, generator=generator).half(), "W": weights, "s": torch.rand(48).half()}
+    text = BYTES["column"].replace("i8", kind).replace("Y[T,F]", f"Y: {result}[T,F]")
+    call = cascade.compile(text, backend="triton")
+    found = call(**{key: value.to(DEVICE) for key, value in given.items()})
+    assert "_right[f,d] = cast(W[f,d], f16)" in "".join(call.sources().values())
+    wanted = given["X"].double() @ (weights.double() * given["s"].double()[:, None]).T
+    assert float((found.double().cpu() - wanted).norm() / wanted.norm()) < (1e-6 if result == "f32" else 1e-3)
 
 
 def test_a_sum_of_products_of_bytes_is_exact() -> None:
@@ -170,10 +190,38 @@ def test_an_operand_is_stored_for_many_rows_and_computed_for_few() -> None:
     assert "Y_sum_left" in stored_at(RMS, {"T": 2048, "D": 8192, "F": 16384})
 
 
+@pytest.mark.parametrize("kind", ["i8", "f8e4m3", "f8e5m2"])
+def test_bytes_are_widened_once_for_many_rows_and_inside_the_product_for_few(kind: str) -> None:
+    text, wide = BYTES["column"].replace("i8", kind), {"D": 4096, "F": 4096}
+    assert stored_at(text, {"T": 8192, **wide})["Y_right"] == "Y_right[f,d] = cast(W[f,d], bf16)"
+    assert stored_at(text, {"T": 16, **wide}) == {}
+    exact = text.replace("X[T,D]", "X: f32[T,D]")  # widened to f32, to multiply off the matrix units
+    assert stored_at(exact, {"T": 8192, **wide}) == {}
+
+
+def test_what_scales_the_reduced_rank_goes_to_the_bytes_that_are_widened_anyway() -> None:
+    text = "cascade c(X[T,D], g[D], W: i8[F,D]) -> Y[T,F] { Y[t,f] = sum[d] X[t,d] * g[d] * W[f,d] }"
+    many = stored_at(text, {"T": 8192, "D": 4096, "F": 16384})  # though the other side has fewer elements
+    assert many["Y_right"] == "Y_right[f,d] = cast(W[f,d] * g[d], bf16)"
+
+
 def test_what_cancels_against_a_product_reads_what_it_reads() -> None:
     """The mean's part of a norm: weights rounded for the product and weights summed are the same."""
     many = stored_at(LAYER, {"T": 8192, "D": 4096, "F": 4096})
     assert many["Y_sum_1"] == "Y_sum_1[f] = sum[d] Y_sum_right[f,d]"
+
+
+def test_a_matrix_that_meets_a_vector_beside_a_product_is_read_once() -> None:
+    """And what merges the parts of both is one kernel: it moves so little that a launch would take longer."""
+    sizes = {"X": (16, 4096), "g": (4096,), "W": (4096, 4096)}
+    given = {name: torch.empty(shape, dtype=torch.float16) for name, shape in sizes.items()}
+    planner = planner_for(final(LAYER), given)
+    groups = planner.groups()
+    group = next(g for g in groups if isinstance(g, Group) and "Y" in g.names)
+    kernel = planner.kernel("c", group, groups, planner.default_tiling(group))
+    assert [op.tensor for op in every_op(kernel.ops) if isinstance(op, Load)].count("W") == 1
+    tiling = dataclasses.replace(planner.default_tiling(group), parts=2)
+    assert len(planner.split("c", group, groups, tiling)[2]) == 1
 
 
 def test_an_operand_keeps_its_digits_where_a_result_has_them() -> None:

@@ -473,7 +473,8 @@ class _Count:
 
     def load(self, op: Load, run: _Run) -> None:
         tensor = self.tensor(op.tensor)
-        size = max(self.moved(op.axes, run) * BYTES[tensor.dtype], 0.0 if op.axes else run.times * SECTOR)
+        size = self.moved(op.axes, run) * BYTES[tensor.dtype] / _stands_for(op)
+        size = max(size, 0.0 if op.axes else run.times * SECTOR)
         self.loaded[tensor] = self.loaded.get(tensor, 0.0) + size
         self.vain += size * self.waste(op, tensor)
         for test in (*op.live, *(op.edge if op.box is None else ())):
@@ -484,8 +485,10 @@ class _Count:
         if not op.axes or tensor.strides[-1] != 1:
             return 0.0
         last = op.index[-1]
+        if isinstance(op, Load) and op.grouped is not None and isinstance(last, Apply):
+            last = last.args[0]
         axis = self.kernel.axis(last.name) if isinstance(last, Rank) else None
-        run = axis.tile if axis is not None else 1
+        run = axis.tile // _stands_for(op) if axis is not None else 1
         if run >= _number(tensor.shape[-1], self.sizes) or (axis is None and len(op.axes) > 1):
             return 0.0  # whole rows, or who knows
         return max(0.0, LINE / (run * BYTES[tensor.dtype]) - 1.0)
@@ -596,12 +599,18 @@ def _flight(kernel: Kernel) -> float:
     sizes = {tensor.name: BYTES[tensor.dtype] for tensor in kernel.tensors}
 
     def loads(ops: Sequence[Op]) -> float:
-        return float(sum(_elements(kernel, op.axes) * sizes[op.tensor] for op in ops if isinstance(op, Load)))
+        every = (op for op in ops if isinstance(op, Load))
+        return float(sum(_elements(kernel, op.axes) * sizes[op.tensor] / _stands_for(op) for op in every))
 
     bodies = [loads(op.body) for op in every_op(kernel.ops) if isinstance(op, Loop)]
     if not bodies:
         return loads(kernel.ops)
     return max(bodies) * (max(1, kernel.options.num_stages - 1) if _ahead(kernel) else 1)
+
+
+def _stands_for(op: Load | Store) -> int:
+    """For how many elements of a tile one moves."""
+    return op.grouped[1] if isinstance(op, Load) and op.grouped is not None else 1
 
 
 def _elements(kernel: Kernel, axes: Sequence[str]) -> int:

@@ -91,6 +91,9 @@ class _Emitter:
     within_loop: bool = False  # inside a loop over a stream
     edge_end: tuple[int, int] = (0, 0)  # where the last block of lines for edges ends
     assumed: list[str] = field(default_factory=list)  # lines that stand before all loops
+    grouped_by: tuple[str, int] | None = (
+        None  # of the load at hand: the rank of which it has a quotient, and the number
+    )
 
     # --- the whole ---------------------------------------------------------------------------------------------------
 
@@ -324,7 +327,7 @@ class _Emitter:
 
     def dims(self, axes: Sequence[str]) -> str:
         """The shape of a tile, as it is written."""
-        return "[" + ", ".join(self.block(rank) for rank in axes) + "]"
+        return "[" + ", ".join(self.blocks(axes, self.grouped_by)) + "]"
 
     def order(self, axes: set[str]) -> tuple[str, ...]:
         return tuple(axis.rank for axis in self.kernel.axes if axis.rank in axes and not axis.single)
@@ -401,6 +404,8 @@ class _Emitter:
         """An operation by its row, operands brought to common dimensions."""
         if (whole := self.quotient(expr)) is not None:
             return _Piece(whole, (), PRODUCT, False)
+        if (groups := self.groups(expr)) is not None:
+            return groups
         row = self.row(expr.op)
         pieces = [self.piece(scaled_by(arg, row.scale) if row.scale else arg) for arg in expr.args]
         together = self.order({rank for piece in pieces for rank in piece.axes})
@@ -422,6 +427,16 @@ class _Emitter:
         if self.portable and not axes and row.infix == COMPARE:  # else the interpreter spreads it as a number
             return _Piece(f"(tl.full([], True, tl.int1) & ({text}))", axes, ATOM, False)
         return _Piece(text, axes, row.infix or ATOM, result_real)
+
+    def groups(self, expr: Expr) -> _Piece | None:
+        """The quotient of which a load has one element for each value; None for anything else."""
+        if self.grouped_by is None or expr != Apply("floordiv", (Rank(self.grouped_by[0]), Const(self.grouped_by[1]))):
+            return None
+        rank, size = self.grouped_by
+        text = f"tl.arange(0, {self.block(rank)} // {size})"
+        if self.kernel.axis(rank).role is not Role.WHOLE:
+            text = f"({self.rank(rank)}_first // {size} + {text})"
+        return _Piece(text, (rank,), ATOM, False)
 
     def row(self, op: str) -> spell.Spelling:
         """How an operation is written: the fast way where results or factors are short and it can run."""
@@ -1013,17 +1028,39 @@ class _Emitter:
         if op.box is not None and by_box and not op.edge:
             self.line(self.boxed(op, op.box))
             return
+        self.grouped_by = op.grouped
         place = self.address(self.tensor(op.tensor), op.index, op.axes)
+        self.grouped_by = None
         if op.axes:
             self.line(f"{op.name}_place = {place}")
             place = f"{op.name}_place"
         tested = self.pointed(op, place, (*op.live, *op.edge))
         if not op.edge or self.always_edge:
             self.line(tested)
+            self.repeat(op)
             return
         plain = self.boxed(op, op.box) if op.box is not None and by_box else self.pointed(op, place, op.live)
         for line in ("if EDGE:", f"    {tested}", "else:", f"    {plain}"):
             self.line(line)
+        self.repeat(op)
+
+    def repeat(self, op: Load) -> None:
+        """Each element beside itself until it stands for its group: nothing leaves a thread's registers."""
+        if op.grouped is None:
+            return
+        (rank, left), last = op.grouped, len(op.axes)
+        order = list(range(last))
+        order.insert(op.axes.index(rank) + 1, last)
+        while left > 1:
+            left //= 2
+            text = f"tl.join({op.name}, {op.name})"
+            text = text if order[-1] == last else f"tl.permute({text}, ({', '.join(map(str, order))}))"
+            self.line(f"{op.name} = {text}.reshape({', '.join(self.blocks(op.axes, (rank, left)))})")
+
+    def blocks(self, axes: Sequence[str], group: tuple[str, int] | None = None) -> list[str]:
+        """The extents of a tile; of one rank that of groups of neighbours."""
+        rank, size = group or ("", 1)
+        return [self.block(axis) + (f" // {size}" if axis == rank and size > 1 else "") for axis in axes]
 
     def boxed(self, op: Load, box: tuple[int, ...]) -> str:
         """A tile by its descriptor; dimensions of one coordinate are dropped."""

@@ -25,7 +25,9 @@ from cascade.backends.triton.plan import (
     BYTES, Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Options, Partial, Redo, Role, Scan, Seen,
     Start, Store, Tensor, TopKept, every_op, extent_expr,
 )  # fmt: skip
-from cascade.backends.triton.products import factors, folded, is_plain, matrix_product, product, ranks_of
+from cascade.backends.triton.products import (
+    factors, folded, is_plain, matrix_product, multiplied_in, product, ranks_of,
+)  # fmt: skip
 from cascade.backends.triton.recurrence import carried, composition, ends, is_last, stepped
 from cascade.backends.triton.shares import Shares
 from cascade.backends.triton.widths import Interval, fits, interval, values_of
@@ -142,7 +144,7 @@ class _Lowering:
             self.storeevery_op(trips)
         else:
             self.store_partial(trips, self.setting.split)
-        self.ops = [*self.whose_part(), *(without_edges(op) for op in live_ops(self.ops))]
+        self.ops = [*self.whose_part(), *(whole_groups(without_edges(op)) for op in live_ops(self.ops))]
         used = {op.tensor for op in every_op(self.ops) if isinstance(op, (Load, Store))}
         return Kernel(
             self.name,
@@ -243,8 +245,8 @@ class _Lowering:
     def separate(self, statements: tuple[Stmt, ...]) -> list[tuple[Stmt, ...]]:
         """The statements of a trip in loops of their own, where those have nothing to do with each other.
 
-        Only where each has a matrix product: two small loops overlap better than a large one that needs all registers.
-        Whatever is bound by memory reads what it shares only once in one loop; so do rows that are gathered.
+        Only where each has a product of two matrices: two small loops overlap better than a large one that needs all
+        registers. Whatever is bound by memory reads what it shares only once in one loop; so do rows that are gathered.
         """
         owner_of = {name: place for place, stmt in enumerate(statements) for name in defines(stmt)}
         root = list(range(len(statements)))
@@ -265,7 +267,7 @@ class _Lowering:
         if (
             self.setting.row is None
             and len(parts) > 1
-            and all(any(matrix_product(stmt) for stmt in part) for part in parts.values())
+            and all(any((p := matrix_product(s)) and p.two_sided for s in part) for part in parts.values())
         ):
             return [tuple(part) for part in parts.values()]
         return [statements]
@@ -1220,7 +1222,7 @@ class _Lowering:
         names = [name for term in terms for name in _tensors(term) if self.setting.dtypes[name] in FLOATS]
         data = {self.setting.dtypes[name] for name in names if name not in self.values}
         kinds = data if data and self.short_results() else {self.setting.dtypes[name] for name in names}
-        return DType.F32 if len(kinds) != 1 or DType.F64 in kinds else kinds.pop()
+        return multiplied_in(kinds) if kinds else DType.F32
 
     def is_data(self, terms: Sequence[Expr]) -> bool:
         """Whether a side is floats as they lie in memory."""
@@ -1505,8 +1507,29 @@ class _Lowering:
         lowered = [(test, self.expression(test).expr) for test in tests]
         always_ = tuple(low for test, low in lowered if not self.is_edge(test))
         edge = tuple(low for test, low in lowered if self.is_edge(test))
-        self.ops.append(Load(variable, tensor.name, index, axes, always_, edge, box, self.eviction(read)))
+        grouped = self.groups_of(index, axes, tests)
+        self.ops.append(Load(variable, tensor.name, index, axes, always_, edge, box, self.eviction(read), grouped))
         return Local(variable)
+
+    def groups_of(self, index: Sequence[Expr], axes: tuple[str, ...], tests: Sequence[Expr]) -> tuple[str, int] | None:
+        """The rank of a tile that an index has only divided by a number, and the number, a power of two.
+
+        Only where tiles begin with a group and end with one, and no test tells the coordinates of a group apart.
+        """
+        for part in index:
+            match part:
+                case Apply(op="floordiv", args=(Rank(name=rank), Const(value=int(size)))) if rank in axes:
+                    pass
+                case _:
+                    continue
+            axis, options = self.axis(rank), self.setting.options
+            lengths = (axis.tile, axis.advance, axis.tile // options.pieces)
+            others = [other for other in index if other is not part]
+            alone = not any(rank in ranks_of(other) or rank in self.index_axes(other) for other in others)
+            apart = any(self.concerns(test, (rank,)) for test in tests)
+            if size > 1 and size.bit_count() == 1 and alone and not apart and not any(n % size for n in lengths):
+                return rank, size
+        return None
 
     def eviction(self, read: Read) -> str:
         """Whether a tile is read again: by a later trip, by other programs, or by nobody."""
@@ -1656,6 +1679,21 @@ def without_edges(op: Op) -> Op:
     if not isinstance(op, Loop) or any(map(tested, every_op(op.body))):
         return op
     return dataclasses.replace(op, edges=False, inner=None)
+
+
+def whole_groups(op: Op) -> Op:
+    """A loop whose tiles at the edges are so small that they would cut groups, with what has groups read one by one."""
+
+    def read(inner: Op) -> Op:
+        if isinstance(inner, Loop):
+            return dataclasses.replace(inner, body=tuple(map(read, inner.body)))
+        cut = isinstance(inner, Load) and inner.grouped and inner.grouped[0] == rank and edge_tile % inner.grouped[1]
+        return dataclasses.replace(inner, grouped=None) if cut and isinstance(inner, Load) else inner
+
+    if not isinstance(op, Loop) or not op.edges or not op.edge_tile:
+        return op
+    rank, edge_tile = op.rank, op.edge_tile
+    return read(op)
 
 
 def uses(op: Op) -> Iterator[str]:

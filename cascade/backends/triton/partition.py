@@ -148,6 +148,7 @@ def _joined(
     """The groups with those in one that a statement of the last needs and that lie over programs as it does.
 
     Nothing had them together before: each reads other data. Products keep their kernels, and the tiles these want.
+    What moves so little that launches are most of its time need not lie as it did, if there are programs enough.
     """
     for group in found[: found.index(last)][::-1]:
         between = found[found.index(group) + 1 : found.index(last)]
@@ -159,10 +160,20 @@ def _joined(
         if any(_row_order(each, cascade) for each in merged.statements):
             continue
         lying = [arrange(each.statements, cascade, extents) for each in (group, last, merged)]
-        if len({None if a is None else (frozenset(a.shared), a.stream) for a in lying}) == 1:
+        alike = len({None if a is None else (frozenset(a.shared), a.stream) for a in lying}) == 1
+        if alike or _is_short(merged.statements, lying[-1], extents):
             found = [merged if each is last else each for each in found if each is not group]
             last = merged
     return found
+
+
+def _is_short(statements: Sequence[Stmt], together: Arrangement | None, extents: Mapping[str, int]) -> bool:
+    """Whether what statements read and write takes less time than a launch, by programs that keep a GPU busy."""
+    if together is None or together.stream is not None or _coordinates(together.shared, extents) < MANY:
+        return False
+    written = sum(_coordinates(target.ranks, extents) for stmt in statements for target in targets(stmt))
+    moved = written + sum(_coordinates(ranks, extents) for _, ranks in set(_accesses(statements)))
+    return moved * ELEMENT <= LAUNCH
 
 
 def _ahead(at: int, needed: Set[str], found: Sequence[_Growing]) -> list[int] | None:

@@ -86,7 +86,8 @@ class Tensor:
 class Load:
     """`name` := the tensor at these coordinates, over `axes` in this order; 0 where not live.
 
-    With tests a tile comes by pointers, also where it has a box: at the edges, or always.
+    With tests a tile comes by pointers, also where it has a box: at the edges, or always. Where the index has a rank of
+    the tile only divided by a number, an element comes once and stands for so many neighbours.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Load:
     edge: tuple[Expr, ...]  # tests that stand only where a tile of the stream is not whole
     box: tuple[int, ...] | None  # the box of the descriptor; None: by pointers
     evict: str = ""  # what becomes of it in the cache: evict_first where nobody reads it again, evict_last where soon
+    grouped: tuple[str, int] | None = None  # the rank along which one stands for several, a power of two of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,7 +404,8 @@ def render_op(op: Op) -> list[str]:
             tests = "".join(f" if {render_expr(c)}" for c in op.live) + "".join(
                 f" edge {render_expr(c)}" for c in op.edge
             )
-            return [f"{_over(op.name, op.axes)} = load {op.tensor}[{_list(op.index)}] by {how}{tests}"]
+            once = "" if op.grouped is None else f" each for {op.grouped[1]} along {op.grouped[0]}"
+            return [f"{_over(op.name, op.axes)} = load {op.tensor}[{_list(op.index)}] by {how}{once}{tests}"]
         case Let():
             rounded = f" as {op.dtype.value}" if op.dtype else ""
             return [f"{_over(op.name, op.axes)} = {render_expr(op.expr)}{rounded}"]

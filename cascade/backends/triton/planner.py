@@ -20,7 +20,7 @@ from cascade.backends.triton.partition import (
     Group, Rest, Trips, all_ranks, fold_along, held, partition, power_of_two, reduced_ranks, steps_singly,
 )  # fmt: skip
 from cascade.backends.triton.plan import BYTES, Axis, Blocks, Kernel, Options, Role, Tensor, extent_expr
-from cascade.backends.triton.products import is_plain, matrix_product, ranks_of
+from cascade.backends.triton.products import is_plain, matrix_product, multiplied_in, ranks_of
 from cascade.backends.triton.recurrence import in_pairs, stepped
 from cascade.backends.triton.rows import MOST_VALUES, Rows, expected_tiles, members, most_tiles, rows_a_tile, rows_of
 from cascade.backends.triton.shares import Shares, Uneven, shares_of, tables_of
@@ -738,7 +738,7 @@ class Planner:
             if computed and any(self.dtypes[name] in (DType.F32, DType.F64) for name in stored):
                 return True
             kinds = data if data and not results & {DType.F32, DType.F64} else {self.dtypes[name] for name in names}
-            if len(kinds) > 1 or DType.F32 in kinds:
+            if kinds and multiplied_in(kinds) is DType.F32:
                 return True
         return False
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from cascade.inference import FLOATS
+from cascade.inference import FLOATS, promote
 from cascade.ir import Apply, Const, DType, Einsum, Expr, Rank, Read, Reduce, Stmt
 from cascade.walk import reads, rewrite, walk
 
@@ -99,6 +99,11 @@ class MatrixProduct:
     columns: frozenset[str]
     grouped: tuple[tuple[str, int], ...] = ()
 
+    @property
+    def two_sided(self) -> bool:
+        """Whether either side has a rank of its own: else it is a matrix by a vector, bound by reading the matrix."""
+        return bool(self.rows) and bool(self.columns or self.grouped)
+
 
 @functools.lru_cache(maxsize=4096)  # asked of the same statements at every turn
 def matrix_product(stmt: Stmt) -> MatrixProduct | None:
@@ -166,6 +171,15 @@ def _grouped(plain: Sequence[Expr], other: Sequence[Expr], common: set[str]) -> 
         if len(quotients) == 1 and bare == divided:
             found.append((rank, int(next(iter(quotients)))))
     return tuple(found)
+
+
+def multiplied_in(kinds: Collection[DType]) -> DType:
+    """The type in which a matrix product multiplies floats of these types, at least one.
+
+    Bytes take the type of the 16 bits that they meet, which has all their numbers; else unlike ones meet in f32.
+    """
+    found = functools.reduce(promote, sorted(kinds, key=lambda kind: kind.value))
+    return DType.F32 if found is DType.F64 else found
 
 
 def reads_something(expr: Expr) -> bool:

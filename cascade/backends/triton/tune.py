@@ -37,7 +37,7 @@ from cascade.passes.memo import load, store
 from cascade.text import render, render_stmt
 from cascade.walk import targets
 
-VERSION = "4"  # of entries on disk; another one whenever a choice may change
+VERSION = "5"  # of entries on disk; another one whenever a choice may change
 QUICK = 6  # candidates that are timed with little effort
 SHOWN = 4  # candidates besides the chosen one that a choice remembers
 SMALLEST = 16  # side of a matrix product
@@ -57,6 +57,7 @@ Compiler: TypeAlias = Callable[[Sequence[Request], str], Sequence[StaticFacts | 
 ONE_SIDE = (
     (128, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 3), (64, 128, 4, 2), (64, 64, 4, 2), (128, 128, 8, 2),
     (128, 64, 8, 3), (128, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3), (16, 64, 4, 3), (16, 128, 4, 3), (16, 64, 4, 2),
+    (64, 128, 4, 3), (32, 128, 4, 4), (16, 256, 4, 4),
 )  # fmt: skip
 # The same where operands are so wide that those do not fit.
 WIDE = ((64, 32, 8, 2), (64, 32, 8, 1), (64, 16, 8, 2), (32, 32, 4, 2), (32, 16, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1))
@@ -71,7 +72,7 @@ TWO_SIDES = (
     (128, 128, 64, 4, 3), (64, 256, 64, 4, 4), (256, 64, 64, 4, 4), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4),
     (64, 64, 64, 4, 4), (64, 32, 64, 4, 4), (32, 64, 64, 4, 4), (16, 64, 128, 4, 4), (64, 16, 128, 4, 4),
     (16, 128, 64, 4, 4), (128, 16, 64, 4, 4), (128, 256, 32, 8, 3), (128, 128, 32, 8, 3), (64, 64, 32, 4, 3),
-    (32, 32, 32, 4, 3),
+    (32, 32, 32, 4, 3), (16, 32, 256, 4, 4), (32, 16, 256, 4, 4), (16, 16, 256, 4, 4),
 )  # fmt: skip
 EXACT_SIDES = (
     (64, 64, 32, 4, 2), (64, 64, 16, 4, 2), (128, 128, 16, 8, 2), (64, 128, 16, 8, 2), (128, 64, 16, 8, 2),

@@ -218,6 +218,17 @@ def test_columns_of_rows_in_memory_are_moved_in_vain() -> None:
     assert vain[0] > vain[1] > vain[2] == 0
 
 
+@pytest.mark.parametrize(("rows", "columns", "warps", "copies"), [(16, 32, 4, 4), (32, 32, 4, 2), (64, 32, 4, 1)])
+def test_every_warp_of_a_small_product_computes_the_operand_that_it_multiplies(
+    rows: int, columns: int, warps: int, copies: int
+) -> None:
+    text = "cascade c(X[M,K], g[K], W[K,N]) -> Y[M,N] { Y[m,n] = sum[k] tanh(X[m,k] * g[k]) * W[k,n] }"
+    plans = planner(text, X=(1024, 64), g=(64,), W=(64, 1024))
+    plan = kernel(plans, Options(warps, 2), m=rows, n=columns, k=64)
+    once = (1024 // rows) * (1024 // columns) * rows * 64  # the operand of every program
+    assert work(plan, plans.extents).exps == pytest.approx(copies * once, rel=0.01)
+
+
 # --- registers and shared memory -------------------------------------------------------------------------------------
 
 # Rows x stream, warps, stages, extent of a head: registers and shared memory that Triton 3.6 compiles to on sm_90.

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import cascade
+from cascade.backends.triton.spell import HELPERS
+from tests.planned import all_kernels, emitted, final, planner_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALLEST = 2.0**-24  # of the numbers of 16 bits
@@ -55,3 +59,35 @@ def test_functions_of_32_bits_are_exact(
     assert ((made(x).double() - gold).abs() <= units * UNIT * gold.abs()).all()
     ends = torch.tensor([math.inf, -math.inf, math.nan, 0.0, 1e30, -1e30, 89.0, -104.0], device=DEVICE)
     assert torch.equal(made(ends).nan_to_num(0.5), wanted(ends.double()).float().nan_to_num(0.5))
+
+
+def test_a_quotient_of_few_numbers_is_rounded_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn((2, 100_000), generator=generator) * 1000
+    exact = a.double() / b.double()
+    for off in (-2, -1, 0, 1, 2):  # units that the hardware's division may be off by
+        q = (exact.float().view(torch.int32) + off).view(torch.float32)
+        rest = (a.double() - q.double() * b.double()).float()  # what a fused multiply-add leaves
+        better = q + rest / b
+        assert ((better.double() - exact).abs() <= 1.001 * UNIT * exact.abs()).all()
+    names: dict[str, Any] = {"tl": Arithmetic, "triton": Arithmetic}
+    exec(HELPERS["quotient"], names)
+    ends = [(math.inf, 3.0), (-3.0, 0.0), (3.0, math.inf), (math.nan, 1.0), (0.0, 5.0), (-3000.0, 3.0)]
+    for x, y in ends:
+        found = names["quotient"](torch.tensor(x), torch.tensor(y))
+        assert torch.equal(found.nan_to_num(0.5), (torch.tensor(x) / torch.tensor(y)).nan_to_num(0.5))
+
+
+class Arithmetic:
+    """What the helper needs of Triton, on tensors of PyTorch; the multiply-add with one rounding."""
+
+    jit = staticmethod(lambda function: function)
+    where = staticmethod(torch.where)
+    fma = staticmethod(lambda a, b, c: (a.double() * b.double() + c.double()).float())
+
+
+def test_a_mean_is_divided_and_a_tile_multiplied() -> None:
+    text = "cascade c(X[M,N]) -> Y[M,N] { U[m] = (sum[n] X[m,n]) / N; Y[m,n] = (X[m,n] - U[m]) / (1.0 + abs(U[m])) }"
+    kernels = all_kernels(planner_for(final(text), {"X": torch.zeros(3000, 100)}))
+    (source,) = map(emitted, kernels)
+    assert re.search(r"quotient\(U_sum, \(N \+ 0\.0\)\)", source) and "1.0 / (" in source

@@ -369,3 +369,20 @@ def test_explanation_names_the_plan_and_the_next_best() -> None:
     assert "kernel c: 1 of 2" in text and "4096 programs of 128 m x 64 n" in text and "4 warps, 2 stages" in text
     assert choice.estimate.text() in text and "next: " in text and "registers a thread" in text
     assert "no kernel, it calls another cascade: 2 of 2" in text
+    head, row, rest = text.splitlines()[:3]
+    assert head.split() == ["step", "reads", "writes", "operations", "predicted", "measured", "of", "the", "bound"]
+    size = 4 * 32 * 4096 * 128 * 2  # bytes of a tensor
+    assert row.startswith("c ") and f"{3 * size / 1e6:.3g} MB" in row and f"{size / 1e6:.3g} MB" in row
+    assert f"{choice.estimate.time_us:.1f} us" in row and f"% of {choice.estimate.bound}" in row
+    assert rest.startswith("no kernel: it calls another cascade")
+
+
+def test_explanation_has_the_time_that_was_measured(tmp_path: Path) -> None:
+    plans, group, groups = planner(KINDS["causal"])
+    for _ in ("timed", "kept"):
+        choice = choose(plans, "c", group, groups, H100, effort="quick", timer=lambda tiling: 1.5, cache=tmp_path)
+        kernel, sizes = planned(plans, "c", group, groups, choice.tiling)
+        row = describe(Launch(kernel, sizes, choice), Launch(kernel, sizes, choice)).splitlines()[1:4]
+        bound = dict(choice.estimate.parts)[choice.estimate.bound]
+        assert "1500.0 us" in row[0] and row[0].endswith(f"{bound / 15:.0f}% of {choice.estimate.bound}")
+        assert "3000.0 us" in row[2] and row[2].startswith("all ")

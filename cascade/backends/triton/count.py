@@ -17,7 +17,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from cascade.backends.triton.lower import uses
@@ -55,6 +55,7 @@ MOST_PLACES = 1024  # of a grid at which bounds are evaluated; of a larger one t
 PLAIN_REGISTERS = 28  # of a thread for addresses, counters and states of one dimension
 SECTOR = 32  # bytes; less than that is never read
 LINE = 128  # bytes that L2 moves at once: of a shorter run of neighbours the rest is moved in vain
+MMA_ROWS, MMA_COLUMNS = 16, 8  # that a warp multiplies at a time
 GROUP_SIDE = 64  # rows of a product whose left operand may stay in registers
 QUAD = 4  # threads that hold the same row of a product: what is computed per row is computed by each of them
 SHUFFLE = 4.0  # lanes that an exchange between the threads of a warp takes
@@ -390,8 +391,10 @@ class _Count:
             case Dot():
                 self.dot(op, run)
             case Let():
-                self.spend(op.expr, run)
-                self.lanes(op.axes, 1.0 if op.dtype is not None else 0.0, run)
+                copies = self.copies(op.name)
+                copied = replace(run, times=run.times * copies, edge=run.edge * copies)
+                self.spend(op.expr, copied)
+                self.lanes(op.axes, 1.0 if op.dtype is not None else 0.0, copied)
             case Mask():
                 for test in op.live:
                     self.spend(test, self.only(run, op.edge))
@@ -514,6 +517,18 @@ class _Count:
         self.matrix += flops
         self.products[op] = (rows, columns, over)
         self.weights[op] = flops
+
+    def copies(self, name: str) -> int:
+        """How many warps compute the same element: of a small product's operand each one all that it multiplies."""
+        warps = self.kernel.options.num_warps
+        for op in every_op(self.kernel.ops):
+            if isinstance(op, Dot) and name in (op.left, op.right):
+                rows, columns = (self.kernel.axis(rank).tile for rank in op.axes)
+                if rows >= GROUP_SIDE and warps % 4 == 0:
+                    return 1
+                down = min(warps, max(1, rows // MMA_ROWS))
+                return warps // down if name == op.left else max(1, warps * MMA_COLUMNS // columns)
+        return 1
 
     def spend(self, expr: Expr, run: _Run) -> set[str]:
         """Counts an expression; its axes. Each operation counts over its own axes, as it is computed there."""

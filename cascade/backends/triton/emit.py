@@ -16,7 +16,7 @@ from cascade.backends.triton.grid import Ending, ending
 from cascade.backends.triton.lower import RESERVED
 from cascade.backends.triton.plan import (
     Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Redo, Role, Scan, Seen, Start, Store, Tensor,
-    TopKept, every_op, extent_expr, in_eights,
+    TopKept, every_op, extent_expr, few_quotients, in_eights,
 )  # fmt: skip
 from cascade.backends.triton.spell import ATOM, COMPARE, PRODUCT, SPELLINGS, SUM, TYPES, UNARY
 from cascade.backends.triton.units import scaled_by
@@ -407,6 +407,8 @@ class _Emitter:
         if (groups := self.groups(expr)) is not None:
             return groups
         row = self.row(expr.op)
+        if expr.op == "div" and not self.portable and not isinstance(expr.args[0], Const) and self.divides_few(expr):
+            row = spell.ONCE_ROUNDED
         pieces = [self.piece(scaled_by(arg, row.scale) if row.scale else arg) for arg in expr.args]
         together = self.order({rank for piece in pieces for rank in piece.axes})
         largest = max(pieces, key=lambda piece: len(piece.axes))
@@ -419,7 +421,9 @@ class _Emitter:
             return self.integer(expr, pieces, axes)
         if row.helper is not None:
             self.helpers.setdefault(row.helper)
-        if OPS[expr.op].kind is Kind.FLOAT and expr.op != "div":  # functions of floats: an integer becomes one
+        if (
+            OPS[expr.op].kind is Kind.FLOAT and row is not SPELLINGS["div"]
+        ):  # functions of floats: an integer becomes one
             pieces = [p if p.real else _Piece(f"({self.bracketed(p, ADD, 0)} + 0.0)", p.axes) for p in pieces]
         words = [self.bracketed(piece, row, position) for position, piece in enumerate(pieces)]
         result_real = (real or expr.op in ("div", "exp", "exp2")) and row.infix != COMPARE
@@ -427,6 +431,11 @@ class _Emitter:
         if self.portable and not axes and row.infix == COMPARE:  # else the interpreter spreads it as a number
             return _Piece(f"(tl.full([], True, tl.int1) & ({text}))", axes, ATOM, False)
         return _Piece(text, axes, row.infix or ATOM, result_real)
+
+    def divides_few(self, expr: Apply) -> bool:
+        """Whether a division has so few results that it may take its time."""
+        axes = {rank for arg in expr.args for rank in self.piece(arg).axes}
+        return few_quotients(axes, {axis.rank: axis.tile for axis in self.kernel.axes})
 
     def groups(self, expr: Expr) -> _Piece | None:
         """The quotient of which a load has one element for each value; None for anything else."""

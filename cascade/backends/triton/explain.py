@@ -1,5 +1,8 @@
-"""What a call runs, in words: each kernel with its statements, its tiles, what is predicted of it, and what else was
-considered.
+"""What a call runs, in words: a table of its kernels, then each with its statements, its tiles, what is predicted of
+it, and what else was considered.
+
+    step  reads    writes  operations     predicted  measured   of the bound
+    mix   403 MB   134 MB  1.1 TFLOP      2280.2 us  2138.0 us  64% of matrix
 
     kernel mix: 1 of 1
         O[b,h,m,f] = ...
@@ -10,10 +13,11 @@ considered.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from cascade.backends.triton.count import live_registers, programs, shared_memory
+from cascade.backends.triton.count import live_registers, programs, shared_memory, work
+from cascade.backends.triton.machine import Work
 from cascade.backends.triton.offline import StaticFacts
 from cascade.backends.triton.partition import Rest
 from cascade.backends.triton.plan import Kernel, Role
@@ -34,7 +38,7 @@ class Launch:
 
 def describe(*steps: Launch | Rest) -> str:
     """The steps of a call as text, in the order they run."""
-    lines: list[str] = []
+    lines = [*_table(steps), ""] if any(isinstance(step, Launch) and step.choice for step in steps) else []
     for number, step in enumerate(steps, 1):
         if isinstance(step, Rest):
             lines.append(f"no kernel, {step.reason}: {number} of {len(steps)}")
@@ -44,6 +48,57 @@ def describe(*steps: Launch | Rest) -> str:
         lines.extend(f"    {statement}" for statement in step.kernel.statements)
         lines.extend(f"  {line}" for line in _plan(step))
     return "\n".join(lines) + "\n"
+
+
+def _table(steps: Sequence[Launch | Rest]) -> Iterator[str]:
+    """What each step moves and computes, how long it takes, and how much of that the unit is busy that bounds it."""
+    rows: list[tuple[str, ...]] = [("step", "reads", "writes", "operations", "predicted", "measured", "of the bound")]
+    counted = [(step, work(step.kernel, step.sizes)) for step in steps if isinstance(step, Launch) and step.choice]
+    known = {id(step): _row(step, found) for step, found in counted}
+    for step in steps:
+        name = step.kernel.name if isinstance(step, Launch) else f"no kernel: {step.reason}"
+        rows.append(known.get(id(step), (name, "", "", "", "", "", "")))
+    if len(counted) > 1:
+        choices = [step.choice for step, _ in counted if step.choice is not None]
+        times = [choice.milliseconds for choice in choices if choice.milliseconds is not None]
+        rows.append((
+            "all", quantity(sum(found.read_bytes for _, found in counted), "B"),
+            quantity(sum(found.write_bytes for _, found in counted), "B"),
+            _operations(sum(found.matrix_flops for _, found in counted)),
+            f"{sum(choice.estimate.time_us for choice in choices):.1f} us",
+            f"{1e3 * sum(times):.1f} us" if len(times) == len(choices) else "", "",
+        ))  # fmt: skip
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        yield "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _row(step: Launch, found: Work) -> tuple[str, ...]:
+    """A line of the table. Bytes are those of memory; operations those of matrix products."""
+    choice = step.choice
+    assert choice is not None
+    estimate, measured = choice.estimate, choice.milliseconds
+    taken = estimate.time_us if measured is None else 1e3 * measured
+    busy = dict(estimate.parts).get(estimate.bound)
+    return (
+        step.kernel.name, quantity(found.read_bytes, "B"), quantity(found.write_bytes, "B"),
+        _operations(found.matrix_flops),
+        f"{estimate.time_us:.1f} us", "" if measured is None else f"{taken:.1f} us",
+        "" if busy is None else f"{100 * busy / taken:.0f}% of {estimate.bound}",
+    )  # fmt: skip
+
+
+def quantity(count: float, unit: str) -> str:
+    """A number of units with three digits, `33.6 MB`: each prefix is a thousand times the one before."""
+    for prefix in ("", "k", "M", "G"):
+        if count < 999.5:
+            return f"{count:.3g} {prefix}{unit}"
+        count /= 1000
+    return f"{count:.3g} T{unit}"
+
+
+def _operations(flops: float) -> str:
+    return quantity(flops, "FLOP") if flops else ""
 
 
 def _plan(step: Launch) -> Iterator[str]:

@@ -23,7 +23,7 @@ from cascade.backends.triton.index import Entry, widest
 from cascade.backends.triton.partition import Group, Trips, reduced_ranks
 from cascade.backends.triton.plan import (
     BYTES, Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Options, Partial, Redo, Role, Scan, Seen,
-    Start, Store, Tensor, TopKept, every_op, extent_expr,
+    Start, Store, Tensor, TopKept, every_op, extent_expr, few_quotients,
 )  # fmt: skip
 from cascade.backends.triton.products import (
     factors, folded, is_plain, matrix_product, multiplied_in, product, ranks_of,
@@ -1337,6 +1337,7 @@ class _Lowering:
     def cheaper(self, expr: Apply) -> Expr:
         """A division of a tile by what is the same for many of its elements, as a product with one over it.
 
+        A few numbers, such as a mean for each row, are divided: what is subtracted from others must be rounded once.
         Factors are multiplied together first that have few dimensions, numbers among them; coordinates become floats
         before they meet.
         """
@@ -1350,6 +1351,8 @@ class _Lowering:
         if expr.op in ("add", "sub") and self.type_of(expr) is DType.F32:
             return Apply(expr.op, tuple(map(self.floated, expr.args)))
         if expr.op != "div":
+            return expr
+        if few_quotients(self.shape(expr), {axis.rank: axis.tile for axis in self.setting.axes}):
             return expr
         if isinstance(expr.args[1], Const) and self.type_of(expr.args[0]) is DType.F32:
             return product([expr.args[0], Const(1.0 / float(expr.args[1].value))]) if expr.args[1].value else expr

@@ -12,7 +12,8 @@ of a loop where some coordinates of a tile are absent.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypeAlias, assert_never
@@ -27,6 +28,7 @@ BYTES = {
 }  # fmt: skip
 
 
+FEW_QUOTIENTS = 1024  # elements of a tile
 EIGHT = 8  # neighbours that are sorted together
 FEW_LARGEST = 2  # of a row are found sooner one after the other
 
@@ -359,6 +361,11 @@ def in_eights(kernel: Kernel, op: TopKept) -> bool:
     axes = next(axes for name, axes, _ in kernel.variables if name == op.source)
     rows = len(axes) < 3 and axes[-1] == op.over and op.axes == (*axes[:-1], op.kept)
     return rows and op.count > FEW_LARGEST and kernel.axis(op.over).tile >= 2 * EIGHT
+
+
+def few_quotients(axes: Collection[str], tiles: Mapping[str, int]) -> bool:
+    """Whether so few numbers are divided that a division rounded once costs nothing that shows."""
+    return math.prod(tiles[rank] for rank in axes) < FEW_QUOTIENTS
 
 
 def extent_expr(size: Size) -> Expr:

@@ -80,6 +80,9 @@ SPELLINGS: dict[str, Spelling] = {
     "pow": Spelling("power({0}, {1})", helper="power"),
 }  # `default` is lowered to a select and has no row
 
+ONCE_ROUNDED = Spelling("quotient({0}, {1})", helper="quotient")
+"""A division whose result is rounded once; the other one may be off by two units."""
+
 NATURAL = {"floordiv": Spelling("{0} // {1}", PRODUCT), "mod": Spelling("{0} % {1}", PRODUCT)}
 """The same of integers that are never negative."""
 
@@ -102,6 +105,13 @@ HELPERS: dict[str, str] = {
     "sign": """@triton.jit
 def sign(x):
     return tl.where(x == x, (x > 0).to(tl.float32) - (x < 0).to(tl.float32), x)
+""",
+    "quotient": """@triton.jit
+def quotient(a, b):
+    # what the hardware's division leaves over is divided again; nothing is left of what is not finite
+    q = a / b
+    rest = tl.fma(-q, b, a)
+    return tl.where(rest == rest, q + rest / b, q)
 """,
     "round_even": """@triton.jit
 def round_even(x):
@@ -291,6 +301,12 @@ NEEDS = {
 """The helpers that a helper calls."""
 
 PORTABLE = {
+    "quotient": """if triton.knobs.runtime.interpret:  # whose division is exact, and whose fma rounds twice
+
+    @triton.jit
+    def quotient(a, b):
+        return a / b
+""",
     "tanh_approx": """if triton.knobs.runtime.interpret:  # the interpreter knows no assembly
 
     @triton.jit

@@ -110,12 +110,13 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The tiles of a kernel, what the model says of them, how they were chosen, and the next best ones."""
+    """The tiles of a kernel, what the model says of them, how they were chosen, the next best ones, and the time."""
 
     tiling: Tiling
     estimate: Estimate
     how: str
     others: tuple[Candidate, ...] = ()
+    milliseconds: float | None = None  # where it was measured, now or in an earlier run
 
 
 # --- candidates ------------------------------------------------------------------------------------------------------
@@ -449,7 +450,7 @@ def choose(  # long because it is the order in which everything is tried
 def _chosen(order: Sequence[Candidate], place: int, how: str) -> Choice:
     chosen = order[place]
     others = tuple(one for one in order if one is not chosen)[:SHOWN]
-    return Choice(chosen.tiling, chosen.estimate, how, others)
+    return Choice(chosen.tiling, chosen.estimate, how, others, chosen.milliseconds)
 
 
 def _last_resort(planner: Planner, name: str, group: Group, groups: Sequence[Group | Rest], machine: Machine) -> Choice:
@@ -513,6 +514,6 @@ def _kept(path: Path, order: Sequence[Candidate]) -> Choice | None:
     entry = load(path)
     for place, one in enumerate(order):
         if entry is not None and entry[:3] == _entry(one)[:3]:  # type: ignore[index]
-            milliseconds = entry[4]
-            return _chosen(order, place, f"kept from an earlier run: {milliseconds:.4g} ms there")
+            known = [*order[:place], dataclasses.replace(one, milliseconds=entry[4]), *order[place + 1 :]]
+            return _chosen(known, place, f"kept from an earlier run: {entry[4]:.4g} ms there")
     return None

@@ -91,9 +91,7 @@ class _Emitter:
     within_loop: bool = False  # inside a loop over a stream
     edge_end: tuple[int, int] = (0, 0)  # where the last block of lines for edges ends
     assumed: list[str] = field(default_factory=list)  # lines that stand before all loops
-    grouped_by: tuple[str, int] | None = (
-        None  # of the load at hand: the rank of which it has a quotient, and the number
-    )
+    grouped_by: tuple[str, int] | None = None  # the rank that the load at hand has divided by a number, and the number
 
     # --- the whole ---------------------------------------------------------------------------------------------------
 
@@ -421,9 +419,7 @@ class _Emitter:
             return self.integer(expr, pieces, axes)
         if row.helper is not None:
             self.helpers.setdefault(row.helper)
-        if (
-            OPS[expr.op].kind is Kind.FLOAT and row is not SPELLINGS["div"]
-        ):  # functions of floats: an integer becomes one
+        if OPS[expr.op].kind is Kind.FLOAT and row is not SPELLINGS["div"]:  # functions of floats take no integers
             pieces = [p if p.real else _Piece(f"({self.bracketed(p, ADD, 0)} + 0.0)", p.axes) for p in pieces]
         words = [self.bracketed(piece, row, position) for position, piece in enumerate(pieces)]
         result_real = (real or expr.op in ("div", "exp", "exp2")) and row.infix != COMPARE

@@ -659,14 +659,17 @@ class _Emitter:
         for size in (VECTOR, WARP // VECTOR, warps, *(CHAIN for _ in range(tile.bit_length()))):
             levels.insert(0, min(size, tile // math.prod(levels)))
         levels = [size for size in levels if size > 1]
+        plain = f"tl.sum({text}, {place})"
         if tile <= WARP * VECTOR:  # a warp has it in chains of a vector
-            return f"tl.sum({text}, {place})"
-        shape = [self.block(other) for other in axes]
-        shape[place : place + 1] = [f"{block} // {math.prod(levels[1:])}", *map(str, levels[1:])]
+            return plain
+        shape, least = [self.block(other) for other in axes], math.prod(levels[1:])
+        shape[place : place + 1] = [f"{block} // {least}", *map(str, levels[1:])]
         summed = f"tl.reshape({text}, [{', '.join(shape)}])"
         for _ in levels:
             summed = f"tl.sum({summed}, {place})"
-        return summed
+        axis = self.kernel.axis(rank)
+        varies = axis.role is Role.WHOLE and not isinstance(axis.extent, int)  # a file has tiles for other lengths too
+        return f"({summed} if {block} >= {least} else {plain})" if varies else summed
 
     def full_precision(self) -> bool:
         """Whether all floats that are read and written have 32 bits."""

@@ -7,7 +7,6 @@ fastest and the model's first four in turns. Without a GPU the plumbing runs wit
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import math
@@ -29,7 +28,7 @@ from benchmarks.row import release, synchronise
 from benchmarks.table import Table, cell
 from benchmarks.timing import Budget, events_around, input_sets, measure, reason
 from benchmarks.workload import Workload, size_of
-from cascade.backends.triton.launch import Bench, KernelStep, Launcher, RestStep, alike, has_descriptors, layout, unset
+from cascade.backends.triton.launch import Bench, KernelStep, Launcher, Step, alike, has_descriptors, layout, unset
 from cascade.backends.triton.machine import Estimate, Machine, machine
 from cascade.backends.triton.partition import Group, Rest
 from cascade.backends.triton.planner import Planner, Tiling
@@ -49,7 +48,7 @@ SHORT_MS = 0.1  # a look at shorter kernels shows the host
 LOOKING = 0.7  # of a workload's time, the rest is for turns
 ROUNDS = 8
 
-Steps = Sequence[KernelStep | RestStep]
+Steps = Sequence[Step]
 
 
 @dataclass(eq=False)
@@ -274,19 +273,8 @@ def compile_only(steps: Steps, given: Mapping[str, Tensor]) -> None:
     tensors, device = dict(given), next(iter(given.values())).device
     for step in (step for step in steps if isinstance(step, KernelStep)):
         tensors |= {name: torch.empty(shape, dtype=dtype, device=device) for name, shape, dtype in step.made}
-        probe = copy.copy(step)
-        probe.function = _Asking(step.function)
-        probe.first(tensors)
-
-
-@dataclass(frozen=True)
-class _Asking:
-    """Stands where a kernel is launched, and only has it compiled."""
-
-    function: Any
-
-    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., Any]:
-        return functools.partial(self.function.warmup, grid=grid)
+        arguments, options = step.arguments(tensors)
+        step.function.warmup(*arguments, grid=step.grid, **options)
 
 
 def prepared(subject: Subject, one: Tried, steps: Steps) -> dict[str, Tensor]:

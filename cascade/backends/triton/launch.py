@@ -393,22 +393,26 @@ class KernelStep:
 
     def first(self, tensors: Mapping[str, Tensor]) -> None:
         """The first launch compiles, and finds what will be the same in every later one: all but addresses."""
-        arguments: list[Any] = []
-        names: dict[int, str] = {}
-        for position, argument in enumerate(self.source.arguments):
+        arguments, options = self.arguments(tensors)
+        compiled = self.function[self.grid](*arguments, **options)
+        if not interpreted():
+            kinds = enumerate(self.source.arguments)
+            names = {position: one.tensor for position, one in kinds if one.kind in ("pointer", "descriptor")}
+            self.again = relaunch(compiled, self.grid, arguments, names)
+
+    def arguments(self, tensors: Mapping[str, Tensor]) -> tuple[list[Any], dict[str, int]]:
+        """What the kernel is called with, and Triton's options; a kernel whose programs stay has its grid then."""
+        found: list[Any] = []
+        for argument in self.source.arguments:
             if argument.kind in ("pointer", "descriptor"):
                 tensor = tensors[argument.tensor]
-                names[position] = argument.tensor
-                arguments.append(tensor if argument.kind == "pointer" else descriptor(tensor, argument.box))
+                found.append(tensor if argument.kind == "pointer" else descriptor(tensor, argument.box))
             else:
-                arguments.append(self.fixed(argument, tensors))
+                found.append(self.fixed(argument, tensors))
         if self.source.resident:
             device = next(iter(tensors.values())).device
             self.grid = (min(self.grid[0], self.source.resident * multiprocessors(device)), 1, 1)
-        options = {"num_warps": self.source.num_warps, "num_stages": self.source.num_stages}
-        compiled = self.function[self.grid](*arguments, **options)
-        if not interpreted():
-            self.again = relaunch(compiled, self.grid, arguments, names)
+        return found, {"num_warps": self.source.num_warps, "num_stages": self.source.num_stages}
 
     def fixed(self, argument: Argument, tensors: Mapping[str, Tensor]) -> int:
         """What is the same in every call of this kind."""

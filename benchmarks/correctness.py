@@ -47,6 +47,7 @@ EDGES = (15, 16, 33, 63, 64, 65, 128, 129, 255, 256)  # around the extents that 
 HEADS = (16, 32, 64, 80, 96, 128, 160, 192, 256)
 EVERY_LENGTH = ("causal", "ragged", "decode_grouped", "softmax", "masked_logsumexp", "layernorm", "gemm", "row_sum")
 MANY = 70_000  # independent outputs: more than a dimension of a grid holds
+KEPT = 2 << 30  # bytes of free memory that torch may hold on to
 REPEATS = 100
 GRACE = 45.0  # seconds after which a process that should have ended is ended: a case may take long to compile
 HUGE = (70_001, 32_768)  # rows and their length: more than 2^31 elements
@@ -239,7 +240,12 @@ def outcome(case: Case, interp: bool) -> Verdict:
 
 
 def poison() -> None:
-    """Fills the free memory that torch's allocator holds with NaN, so that whatever reads or keeps it shows."""
+    """Fills the free memory that torch's allocator holds with NaN, so that whatever reads or keeps it shows.
+
+    Of much of it most goes back first: other processes, and Triton for its kernels, take from what torch leaves.
+    """
+    if torch.cuda.memory_reserved() - torch.cuda.memory_allocated() > KEPT:
+        torch.cuda.empty_cache()
     held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     blocks = [
         torch.full((size,), math.nan, device=DEVICE) for size in (1 << 8, 1 << 12, 1 << 16, 1 << 20) for _ in range(4)

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from cascade.backends.triton import partition, planner
 from cascade.backends.triton.launch import KernelStep, place
+from cascade.backends.triton.offline import StaticFacts, facts
 from cascade.backends.triton.shares import Uneven, shares_of, tables_of
 from cascade.backends.triton.split import divisible
+from cascade.backends.triton.static import request
 from cascade.frontend.build import parse_cascade
 from cascade.interp import Precision, run
 from cascade.ir import Cascade, DType, Rank, Read
@@ -184,6 +186,19 @@ def test_stretches_in_even_parts() -> None:
 
     for parts in (2, 7):
         evenly(STRETCH, draw, parts)
+
+
+@pytest.mark.parametrize("lengths", [DType.I32, DType.I64])
+def test_tables_compile_for_lengths_of_any_type(lengths: DType) -> None:
+    text = PROGRAMS["ragged"].text.replace("len: i32", f"len: {lengths.value}")
+    launcher = Chosen(final(text), parts=3, even=True)
+    inputs = Draw(PROGRAMS["ragged"], {**sizes_of(PROGRAMS["ragged"]), "B": 9000}).inputs(0)  # tiles of rows
+    inputs["len"] = inputs["len"].to(torch.int64 if lengths is DType.I64 else torch.int32)
+    plan = launcher.plan(inputs, {})
+    assert plan is not None
+    table = next(step for step in plan.steps if isinstance(step, KernelStep))
+    (found,) = facts([request(table.kernel, table.source)], "sm_90")
+    assert isinstance(found, StaticFacts), found
 
 
 def test_the_tables_share_all_tiles_alike() -> None:

@@ -334,7 +334,10 @@ def test_results_may_differ_by_rounding_only() -> None:
     assert not launch.alike(odd, wanted) and not launch.alike(wanted, odd) and launch.alike(odd, odd.clone())
 
 
-def test_kernel_too_large_for_the_device_gets_the_next_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [OutOfResources(300000, 232448, "shared memory"), RuntimeError("PassManager::run failed")]
+)
+def test_kernel_that_cannot_be_launched_gets_the_next_tiles(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     plans, group, groups = planner(KINDS["causal"])
     launcher = launch.Launcher(plans.cascade)
     taken: list[Tiling] = []
@@ -351,7 +354,7 @@ def test_kernel_too_large_for_the_device_gets_the_next_tiles(monkeypatch: pytest
 
         def __call__(self, inputs: object) -> tuple[()]:
             if len(taken) < 3:
-                raise OutOfResources(300000, 232448, "shared memory")
+                raise error
             return ()
 
     monkeypatch.setattr(launch.Launcher, "plan", lambda self, inputs, sizes: Plan())

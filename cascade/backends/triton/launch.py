@@ -72,7 +72,7 @@ class Launcher:
     source: Cascade | None = None  # as it was written: what passes made of it may have finer types
     plans: dict[Any, CallPlan | None] = field(default_factory=dict)
     choices: dict[str, Choice] = field(default_factory=dict)  # by kernel, of the last plan
-    refused: dict[str, set[Tiling]] = field(default_factory=dict)  # by kernel: what the device has no room for
+    refused: dict[str, set[Tiling]] = field(default_factory=dict)  # by kernel: what cannot be launched
     extents: dict[str, set[int]] = field(default_factory=dict)  # that calls had, by shape symbol
     tilings: dict[Any, Tiling] = field(default_factory=dict)  # by what a choice depends on
     assumed: dict[str, list[int]] = field(default_factory=dict)  # by shape symbol: extents that kernels were made for
@@ -95,7 +95,9 @@ class Launcher:
         while plan is not None:
             try:
                 return plan(inputs)
-            except OutOfResources:
+            except (OutOfResources, RuntimeError) as error:
+                if not refused(error):
+                    raise
                 self.refuse(plan)
                 plan = self.plans[key] = self.plan(inputs, sizes)
         return None
@@ -461,6 +463,14 @@ class TableStep:
 
 
 Step: TypeAlias = "KernelStep | RestStep | SortStep | TableStep"
+
+
+def refused(error: Exception) -> bool:
+    """Whether a kernel could not be launched with its tiles: no room for them, or a pass of the compiler fails.
+
+    Triton 3.6 gives two layouts to the operands of a comparison in some kernels, and says so as below.
+    """
+    return isinstance(error, OutOfResources) or "PassManager::run failed" in str(error)
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -489,11 +489,17 @@ class _Lowering:
             self.values[name] = Value(old, *self.joined(stmt))
             return []
         tile = self.reduction(stmt) if isinstance(stmt.expr, Reduce) else self.inner(stmt)
-        joined = join(reducer, moved, tile.expr)
-        target = old.name if into else self.variable(f"{name}_next", axes, self.variables[old.name][1])
+        dtype = self.variables[old.name][1]
+        joined = self.as_integer(dtype, join(reducer, moved, tile.expr))
+        target = old.name if into else self.variable(f"{name}_next", axes, dtype)
         self.ops.append(Let(target, axes, joined))
         self.values[name] = Value(Local(target), tile.live, None)
         return [] if into else [(old.name, target)]
+
+    def as_integer(self, dtype: DType, expr: Expr) -> Expr:
+        """An expression in an integer type that holds less: a variable of a loop keeps its type."""
+        kept = self.type_of(expr)
+        return expr if dtype in FLOATS or kept in (dtype, DType.BOOL) or kept in FLOATS else Cast(dtype, expr)
 
     def merge_reads(self, stmt: Stmt) -> Iterator[Read]:
         merge = self.merge(defines(stmt)[0])
@@ -1040,7 +1046,7 @@ class _Lowering:
             expr, over, live = self.elements(summed)
             tile = self.variable(f"{stmt.target.name}_tile", axes, dtype)
             self.ops.append(Fold(tile, axes, "sum", over, expr))
-            self.ops.append(Let(total.name, axes, join("sum", total, Local(tile))))
+            self.ops.append(Let(total.name, axes, self.as_integer(dtype, join("sum", total, Local(tile)))))
             added = Value(total, live)
         body, self.ops = self.ops, self.outer.pop()
         self.within, self.masks = None, kept_masks

@@ -95,6 +95,7 @@ EXACT_NESTED = (
 )  # fmt: skip
 FINER = (32, 1)  # times as many parts of a stream as fill a GPU: with more the last round of programs is shorter
 FEWEST = 4  # tiles of a part, so that its beginning and its end count for little
+TABLED = 2048  # rows: each entry of the tables of even parts looks at all of them; so many fill a GPU in any order
 AVERAGE = 0.5  # of the longest row: how long rows are where data says so, as far as is known before it is seen
 BESIDE = 8  # tiles of one side: what runs at a time reads about as much of either side
 
@@ -127,10 +128,11 @@ def candidates(planner: Planner, group: Group) -> tuple[Tiling, ...]:
     base = planner.default_tiling(group)
     found: Iterable[Tiling] = (_with_products if planner.products(group) else _rows)(planner, group, base)
     shared: list[Tiling] = []
-    uneven = planner.uneven(group) is not None
+    uneven = planner.uneven(group)
+    tabled = uneven is not None and planner.ranks[uneven.rank] <= TABLED
     for tiling in (*found, base):
         for each in _parts(planner, group, tiling):
-            if uneven:
+            if tabled:
                 shared.append(dataclasses.replace(tiling, parts=max(each, 2), even=True))
             shared.append(dataclasses.replace(tiling, parts=each))
     return tuple(dict.fromkeys(shared))

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.backends.triton.widths import fits, interval, values_of
+from cascade.backends.triton.widths import fits, values_of
 from cascade.frontend.build import parse_cascade
 from cascade.interp import Precision, run
+from cascade.intervals import interval
 from cascade.ir import Apply, Cast, Const, DType, Expr, Rank
 from tests.planned import Chosen, call_of, final
 

@@ -30,9 +30,10 @@ from cascade.backends.triton.products import (
 )  # fmt: skip
 from cascade.backends.triton.recurrence import carried, composition, ends, is_last, stepped
 from cascade.backends.triton.shares import Shares
-from cascade.backends.triton.widths import Interval, fits, interval, values_of
+from cascade.backends.triton.widths import fits, values_of
 from cascade.errors import Diagnostic, UnsupportedError
 from cascade.inference import FLOATS
+from cascade.intervals import Interval, interval
 from cascade.ir import (
     Apply, Cast, Const, DType, Einsum, Expr, Extent, FoldMerge, Local, Rank, Read, Reduce, Result, Size, Stmt, TopK,
 )  # fmt: skip

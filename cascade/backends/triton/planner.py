@@ -113,7 +113,7 @@ class Planner:
         self.sizes, self.shapes = dict(shapes.ranks), dict(shapes.tensors)
         self.actual = {rank: self.number(size) for rank, size in shapes.ranks.items()}
         self.ranks = {rank: size if isinstance(size, int) else self.typical[size] for rank, size in self.sizes.items()}
-        self.absent = may_be_absent(self.cascade, self.actual)
+        self.absent = may_be_absent(self.cascade, {**self.extents, **self.actual})
         self.dtypes = infer_dtypes(self.cascade, {name: layout.dtype for name, layout in self.layouts.items()})
         self.rows = self.named_rows()
 

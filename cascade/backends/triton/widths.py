@@ -1,4 +1,4 @@
-"""How many bits integers need: the values that a lowered expression can take, by arithmetic on intervals.
+"""How many bits integers need: which types have all values that an expression can come to.
 
 The language has exact integers. A kernel computes them in 32 bits, or fewer where data has fewer, wherever that holds
 every value that coordinates, sizes and the types of data allow; else in 64.
@@ -6,18 +6,9 @@ every value that coordinates, sizes and the types of data allow; else in 64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
-
 from cascade.backends.triton.plan import BYTES
-from cascade.ir import Apply, Cast, Const, DType, Expr
-from cascade.ops import OPS, Kind
-
-Interval: TypeAlias = tuple[int, int]
-"""The least and the largest value."""
-
-Known: TypeAlias = Callable[[Expr], Interval]
-"""The values of a coordinate, a size or a variable."""
+from cascade.intervals import Interval
+from cascade.ir import DType
 
 
 def values_of(dtype: DType) -> Interval:
@@ -32,55 +23,3 @@ def fits(values: Interval, dtype: DType) -> bool:
     """Whether a type has all of these values."""
     low, high = values_of(dtype)
     return low <= values[0] and values[1] <= high
-
-
-def interval(expr: Expr, known: Known) -> Interval:
-    """A stretch with every value of an expression of integers, were each operation exact."""
-    match expr:
-        case Const():
-            return int(expr.value), int(expr.value)
-        case Cast():
-            return interval(expr.arg, known)
-        case Apply(op="select"):
-            return _hull([interval(arg, known) for arg in expr.args[1:]])
-        case Apply() if OPS[expr.op].kind is Kind.BOOL:
-            return 0, 1
-        case Apply():
-            return _applied(expr.op, [interval(arg, known) for arg in expr.args])
-        case _:
-            return known(expr)
-
-
-def _applied(op: str, args: Sequence[Interval]) -> Interval:
-    low, high = args[0]
-    first, last = args[-1]
-    most = max(abs(low), abs(high))
-    match op:
-        case "add":
-            return low + first, high + last
-        case "sub":
-            return low - last, high - first
-        case "mul":
-            ends = [a * b for a in args[0] for b in args[1]]
-            return min(ends), max(ends)
-        case "neg":
-            return -high, -low
-        case "min":
-            return min(low, first), min(high, last)
-        case "max" | "relu":
-            return (max(low, first), max(high, last)) if op == "max" else (max(low, 0), max(high, 0))
-        case "floordiv":
-            ends = [a // b for a in args[0] for b in args[1]] if first > 0 else [-most, most]
-            return min(ends), max(ends)
-        case "mod":
-            return (0, last - 1) if first > 0 else (min(first, 0), max(last, 0))
-        case "clamp":
-            return _hull(args)
-        case "abs" | "sign":
-            return -most, most
-        case _:
-            return values_of(DType.I64)
-
-
-def _hull(args: Sequence[Interval]) -> Interval:
-    return min(low for low, _ in args), max(high for _, high in args)

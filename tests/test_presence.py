@@ -1,0 +1,55 @@
+"""What may be absent: the answer is conservative, and as sharp as coordinates that lie in the shape for all data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cascade import interp
+from cascade.frontend.build import parse_cascade
+from cascade.ir import Cascade
+from cascade.presence import may_be_absent
+
+EXTENTS = {"m": 8, "n": 6, "M": 8, "N": 6}
+INSIDE = {
+    "a remainder by the extent": "Y[m] = X[(m + M // 2) % M]",
+    "a remainder of data": "Y[m] = X[J[m] % M]",
+}
+INSIDE_AT_SIZES = {
+    "a quotient": "Y[m] = X[m // 2]",
+    "a mirror": "Y[m] = X[M - 1 - m]",
+    "one of another rank": "Y[n] = X[n + 2]",
+    "a remainder by less": "Y[m] = X[m % 5]",
+    "a choice": "Y[m] = X[select(m < 4, m, m - 4)]".replace("m - 4", "7 - m"),
+}
+OUTSIDE = {
+    "a step back": "Y[m] = X[m - 1]",
+    "data": "Y[m] = X[J[m]]",
+    "twice": "Y[m] = X[2 * m]",
+    "a remainder by more": "Y[m] = X[m % 9]",
+    "a filter": "Y[m] = X[m] where m < 3",
+}
+
+
+def program(body: str) -> Cascade:
+    given = "[n: N]" if "Y[n]" in body else ""
+    ranks = "N" if given else "M"
+    return parse_cascade(
+        f"cascade c(X[M], J: i32[M]) -> Y[{ranks}] {'with n = N ' if given else ''}{{ Z{body[1:]}; Y[{ranks.lower()}] = Z[{ranks.lower()}] ?? 7 }}"
+    )
+
+
+@pytest.mark.parametrize("name", [*INSIDE, *INSIDE_AT_SIZES, *OUTSIDE])
+def test_what_may_be_absent(name: str) -> None:
+    found = program((INSIDE | INSIDE_AT_SIZES | OUTSIDE)[name])
+    assert ("Z" in may_be_absent(found)) == (name not in INSIDE)
+    assert ("Z" in may_be_absent(found, EXTENTS)) == (name in OUTSIDE)
+
+
+@pytest.mark.parametrize("name", [*INSIDE, *INSIDE_AT_SIZES])
+def test_what_may_not_be_is_present(name: str) -> None:
+    """The default never shows, whatever the data."""
+    found = program((INSIDE | INSIDE_AT_SIZES)[name])
+    inputs = {"X": torch.arange(8.0) / 16, "J": torch.tensor([0, -3, 100, 8, 7, -8, 2, 1], dtype=torch.int32)}
+    sizes = {"N": 6} if "N" in str(found) else {}
+    assert bool((interp.run(found, inputs, sizes)["Y"] < 1).all())

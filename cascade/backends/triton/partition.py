@@ -13,7 +13,7 @@ stream.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from cascade.backends.triton.bounds import conjuncts
@@ -26,6 +26,7 @@ from cascade.order import members, units
 from cascade.presence import may_be_absent
 from cascade.walk import defines, expressions, free_ranks, reads, targets, walk
 
+VIEW = "the same memory in another shape"
 ROW_LIMIT = 32768  # elements of a row that a program may hold at once
 STEPS_LIMIT = 8192  # the same where they are stepped through: a scan has them several times
 PRODUCT_LIMIT = 1024  # extent of a rank that a tile of a matrix product may have whole
@@ -85,15 +86,21 @@ class Rest:
         return tuple(name for stmt in self.statements for name in defines(stmt))
 
 
-def partition(cascade: Cascade, extents: Mapping[str, int]) -> tuple[Group | Rest, ...]:
-    """The statements of a canonical cascade in groups, in an order in which they can run."""
+def partition(cascade: Cascade, extents: Mapping[str, int], views: Collection[str] = ()) -> tuple[Group | Rest, ...]:
+    """The statements of a canonical cascade in groups, in an order in which they can run.
+
+    `extents` are those of ranks; `views` are what is the same memory as another tensor: nothing computes that.
+    """
     found: list[_Growing] = []
     for unit in units(cascade.body, ()):
         if unit.cyclic and len(unit.statements) > 1:
             found.append(_Growing.of(unit.statements, "its statements need each other's earlier coordinates"))
             continue
         for stmt in unit.statements:
-            found = _placed(stmt, found, cascade, extents)
+            if not set(views).isdisjoint(defines(stmt)):
+                found.append(_Growing.of((stmt,), VIEW))
+            else:
+                found = _placed(stmt, found, cascade, extents)
     return tuple(_finished(item, cascade, extents) for item in found)
 
 

@@ -96,6 +96,7 @@ class Planner:
     moving: frozenset[str] = frozenset()  # shape symbols that change from call to call: no tile counts on them
     supposed: Mapping[str, int] = field(default_factory=dict)  # of those, extents that are no less: choices suit these
     why: Mapping[str, str] = field(default_factory=dict)  # of tensors that the author's cascade has not
+    views: Mapping[str, str] = field(default_factory=dict)  # tensors that are the memory of another one
     merges: bool = False  # what parts of a stream have left: nothing is left to share
     ranks: dict[str, int] = field(init=False)  # the extents that choices are made for
     actual: dict[str, int] = field(init=False)  # those of this call
@@ -129,7 +130,7 @@ class Planner:
         """The statements by kernel."""
         if self._groups is None:
             rows = members([one for one in self.rows if self.sortable(one)])
-            found = partition(self.in_rows(rows), self.ranks)
+            found = partition(self.in_rows(rows), self.ranks, self.views)
             groups = (self.by_rows(item, rows) if isinstance(item, Group) else item for item in found)
             self._groups = tuple(self.streamed(item) if isinstance(item, Group) else item for item in groups)
         return self._groups
@@ -244,7 +245,9 @@ class Planner:
         shape = self.shapes[name]
         if layout is None:
             numbers = [self.number(size) for size in shape]
-            layout = Layout(tuple(numbers), contiguous(numbers), self.storage(name, operand), True)
+            given = self.layouts.get(self.same_memory(name)[0])
+            kind, aligned = (self.storage(name, operand), True) if given is None else (given.dtype, given.aligned)
+            layout = Layout(tuple(numbers), contiguous(numbers), kind, aligned)
         known = tuple(
             0 if extent == 1 else stride if stride in (0, 1) else None
             for extent, stride in zip(layout.shape, layout.strides, strict=True)
@@ -253,6 +256,15 @@ class Planner:
             known = (*known[:-1], 1)
         result = name in {result.name for result in self.cascade.results}
         return Tensor(name, layout.dtype, shape, known, result, self.describable(layout))
+
+    def same_memory(self, name: str) -> tuple[str, ...]:
+        """The tensors that are one in memory, in different shapes; first the one that is written, or given."""
+
+        def written(tensor: str) -> str:
+            return written(self.views[tensor]) if tensor in self.views else tensor
+
+        first = written(name)
+        return (first, *(view for view in self.views if written(view) == first))
 
     def describable(self, layout: Layout) -> bool:
         """Whether a descriptor can be made: aligned base and strides, a contiguous last dimension, no expansion."""
@@ -268,8 +280,9 @@ class Planner:
 
         What is stored row by row has as many elements as operands: 16 bits, if they have the range of 32.
         """
-        dtype = self.dtypes[name]
-        result = next((result for result in self.cascade.results if result.name == name), None)
+        names = self.same_memory(name)
+        result = next((result for result in self.cascade.results if result.name in names), None)
+        dtype = self.dtypes[name if result is None else result.name]
         in_rows = dtype is DType.BF16 and any(
             isinstance(d, GroupBy) and name in d.statements for d in self.cascade.schedule
         )
@@ -659,12 +672,13 @@ class Planner:
 
     def feeds_product(self, name: str, groups: Sequence[Group | Rest]) -> bool:
         """Whether a tensor is an operand of a matrix product of a later group that is not one in full precision."""
+        names = set(self.same_memory(name))
         for group in groups:
-            tensor_cores = isinstance(group, Group) and name not in group.names and not self.exact(group)
+            tensor_cores = isinstance(group, Group) and names.isdisjoint(group.names) and not self.exact(group)
             for stmt in group.statements if tensor_cores else ():
                 found = matrix_product(stmt)
                 terms = () if found is None else (*found.left, *found.right)
-                if any(isinstance(node, Read) and node.tensor == name for term in terms for node in walk(term)):
+                if any(isinstance(node, Read) and node.tensor in names for term in terms for node in walk(term)):
                     return True
         return False
 

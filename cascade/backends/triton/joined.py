@@ -1,0 +1,269 @@
+"""Ranks that lie together in all that a kernel touches, as one rank.
+
+    Z[m,d] = sum[h,e] U[m,h,e] * W[d,h,e]
+    -->  U_flat[m,he] = U[m, he // E, he % E];  W_flat[d,he] = W[d, he // E, he % E]
+         Z[m,d] = sum[he] U_flat[m,he] * W_flat[d,he]
+
+A matrix product has rows, columns and a rank that it sums over; heads and their widths, or batches and their rows, are
+one of these together. The statements that say so cost nothing: what they define is the same memory in another shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cascade.backends.triton.partition import Group, partition
+from cascade.backends.triton.products import matrix_product
+from cascade.inference import Shapes, infer_shapes
+from cascade.ir import (
+    Apply, Cascade, Const, Directive, Einsum, Expr, Extent, Fold, Fuse, Given, GroupBy, Rank, Read, Reduce, Size, Stmt,
+    Target,
+)  # fmt: skip
+from cascade.presence import may_be_absent
+from cascade.walk import defines, fresh, map_expressions, names, reads, rewrite, walk
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A cascade with ranks as one: the extents of these, by the two that make each, and which tensors are views."""
+
+    cascade: Cascade
+    sizes: Mapping[str, tuple[Size, Size]] = field(default_factory=dict)  # by their shape symbols, in order
+    views: Mapping[str, str] = field(default_factory=dict)  # of which tensor
+
+    def extents(self, known: Mapping[str, int]) -> dict[str, int]:
+        """The known extents of shape symbols, and those of joined ranks where both of theirs are known."""
+        found = dict(known)
+        for symbol, sizes in self.sizes.items():
+            numbers = [size if isinstance(size, int) else found.get(size) for size in sizes]
+            if None not in numbers:
+                found[symbol] = numbers[0] * numbers[1]  # type: ignore[operator]
+        return found
+
+
+def with_joined(cascade: Cascade, extents: Mapping[str, int], contiguous: Collection[str]) -> Joined:
+    """The cascade with such ranks as one; `extents` are those of shape symbols.
+
+    `contiguous` are the parameters that lie without gaps: of these another shape is the same memory. What kernels
+    exchange is made so.
+    """
+    found = Joined(cascade)
+    while (pair := next(_pairs(found, found.extents(extents), contiguous), None)) is not None:
+        found = pair.applied(found)
+    return found
+
+
+def _pairs(before: Joined, extents: Mapping[str, int], contiguous: Collection[str]) -> Iterator[_Pair]:
+    """The ranks that are one, of the rows, the columns or what a product sums over, in kernels of products alone."""
+    cascade = before.cascade
+    shapes = infer_shapes(cascade)
+    ranks = {rank: size if isinstance(size, int) else extents[size] for rank, size in shapes.ranks.items()}
+    absent = may_be_absent(cascade, {**extents, **ranks})
+    ordered = {name for item in cascade.schedule if isinstance(item, GroupBy) for name in item.statements}
+    given = {param.name for param in cascade.params} - set(contiguous)
+    for group in partition(cascade, ranks, before.views):
+        names_read = {name for stmt in group.statements for name in reads(stmt)}
+        if not isinstance(group, Group) or not ordered.isdisjoint(group.names) or not _sums_only(group.statements):
+            continue
+        if not absent.isdisjoint(names_read | set(group.names)):
+            continue
+        for stmt in group.statements:
+            for first, second in _beside(stmt):
+                pair = _Pair(first, second, group.statements, shapes)
+                if all(map(pair.suits, group.statements)) and pair.read.isdisjoint(given):
+                    yield pair
+
+
+def _sums_only(statements: Sequence[Stmt]) -> bool:
+    """Whether statements are matrix products and maps."""
+    kinds = [isinstance(s, Einsum) and not s.inits and (matrix_product(s) or not _reduces(s)) for s in statements]
+    return all(kinds)
+
+
+def _reduces(stmt: Einsum) -> bool:
+    return any(isinstance(node, Reduce) for node in walk(stmt.expr))
+
+
+def _beside(stmt: Stmt) -> Iterator[tuple[str, str]]:
+    """Ranks side by side on one side of a product, or both summed over."""
+    product = matrix_product(stmt)
+    if product is None or not isinstance(stmt, Einsum) or not isinstance(stmt.expr, Reduce):
+        return
+    sides = (product.rows, product.columns, frozenset(stmt.expr.ranks))
+    indices = [stmt.target.ranks, *(_names(node.index) for node in walk(stmt.expr) if isinstance(node, Read))]
+    for index in indices:
+        for pair in itertools.pairwise(index):
+            if any(side.issuperset(pair) for side in sides):
+                yield pair
+
+
+def _names(index: Sequence[Expr]) -> tuple[str, ...]:
+    return tuple(part.name if isinstance(part, Rank) else "" for part in index)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """Two ranks, the statements of a kernel, and the shapes of the cascade."""
+
+    first: str
+    second: str
+    statements: tuple[Stmt, ...]
+    shapes: Shapes
+
+    @property
+    def ranks(self) -> tuple[Rank, Rank]:
+        """Both."""
+        return Rank(self.first), Rank(self.second)
+
+    @property
+    def read(self) -> set[str]:
+        """The tensors that are read at both."""
+        nodes = [n for stmt in self.statements if isinstance(stmt, Einsum) for n in walk(stmt.expr)]
+        return {node.tensor for node in nodes if isinstance(node, Read) and self.ranks[0] in node.index}
+
+    def suits(self, stmt: Stmt) -> bool:
+        """Whether a statement has them side by side, and nowhere else."""
+        if not isinstance(stmt, Einsum) or stmt.inits:
+            return False
+        nodes = [node for expr in (stmt.expr, stmt.where) if expr is not None for node in walk(expr)]
+        indices = [node.index for node in nodes if isinstance(node, Read)]
+        sums = [node.ranks for node in nodes if isinstance(node, Reduce)]
+        together = all(map(self.lies, (tuple(map(Rank, stmt.target.ranks)), *indices)))
+        used = 2 * sum(self.ranks[0] in index for index in indices)
+        summed = all((self.first in ranks) == (self.second in ranks) for ranks in sums)
+        return together and summed and used == sum(node in self.ranks for node in nodes)
+
+    def lies(self, index: Sequence[Expr]) -> bool:
+        """Whether coordinates have both, side by side and once, or neither."""
+        at = [place for place, part in enumerate(index) if part in self.ranks]
+        return not at or (len(at) == 2 and tuple(index[at[0] : at[0] + 2]) == self.ranks)
+
+    def applied(self, before: Joined) -> Joined:
+        """The cascade with them as one rank in these statements."""
+        cascade, taken = before.cascade, names(before.cascade)
+        sizes = (self.shapes.ranks[self.first], self.shapes.ranks[self.second])
+        symbol = next((name for name, known in before.sizes.items() if known == sizes), None)
+        symbol = symbol or fresh("_".join(map(str, sizes)), taken)
+        flat = _Flat(self, Rank(fresh(f"{self.first}{self.second}", taken)), taken, dict(before.views))
+        own = {name for stmt in self.statements for name in defines(stmt)}
+        kept = {result.name for result in cascade.results}
+        kept |= {name for stmt in cascade.body if stmt not in self.statements for name in reads(stmt)}
+        body: list[Stmt] = [flat.view(param.name, self.shapes) for param in cascade.params if param.name in self.read]
+        for stmt in cascade.body:
+            body.append(flat.changed(stmt) if stmt in self.statements else stmt)
+            for name in defines(stmt):
+                if name in own and name in kept and isinstance(stmt, Einsum) and self.first in stmt.target.ranks:
+                    body.append(flat.back(stmt, sizes[1]))
+                elif name not in own and name in self.read:
+                    body.append(flat.view(name, self.shapes))
+        schedule = tuple(map(flat.directive, cascade.schedule))
+        found = dataclasses.replace(
+            cascade, body=tuple(body), schedule=schedule, given=(*cascade.given, Given(flat.rank.name, symbol))
+        )
+        return Joined(found, {**before.sizes, symbol: sizes}, flat.views)
+
+
+@dataclass(slots=True)
+class _Flat:
+    """Statements with the one rank in the place of two, and what they call the tensors that have it."""
+
+    pair: _Pair
+    rank: Rank
+    taken: set[str]
+    views: dict[str, str]
+    renamed: dict[str, str] = field(default_factory=dict)
+
+    def name(self, tensor: str) -> str:
+        """What a tensor is called in the other shape."""
+        if tensor not in self.renamed:
+            self.renamed[tensor] = fresh(f"{tensor}_flat", self.taken)
+        return self.renamed[tensor]
+
+    def joined(self, index: Sequence[Expr]) -> tuple[Expr, ...]:
+        """Coordinates with one where both were."""
+        return tuple(self.rank if part == self.pair.ranks[0] else part for part in index if part != self.pair.ranks[1])
+
+    def expression(self, expr: Expr) -> Expr:
+        def change(node: Expr) -> Expr:
+            if isinstance(node, Read) and self.pair.ranks[0] in node.index:
+                primes = node.tensor[len(node.tensor.rstrip("'")) :]
+                return Read(self.name(node.tensor.rstrip("'")) + primes, self.joined(node.index))
+            if isinstance(node, Reduce) and self.pair.first in node.ranks:
+                ranks = (r for r in node.ranks if r != self.pair.second)
+                return dataclasses.replace(
+                    node, ranks=tuple(self.rank.name if rank == self.pair.first else rank for rank in ranks)
+                )
+            return node
+
+        return rewrite(expr, change)
+
+    def target(self, target: Target) -> Target:
+        if self.pair.first not in target.ranks:
+            return target
+        joined = self.joined(tuple(map(Rank, target.ranks)))
+        return Target(self.name(target.name), tuple(part.name for part in joined if isinstance(part, Rank)))
+
+    def changed(self, stmt: Stmt) -> Stmt:
+        """A statement with the one rank."""
+        found = map_expressions(stmt, self.expression)
+        return dataclasses.replace(found, target=self.target(found.target)) if isinstance(found, Einsum) else found
+
+    def view(self, tensor: str, shapes: Shapes) -> Einsum:
+        """A tensor that is read, in the other shape."""
+        node = next(
+            node
+            for stmt in self.pair.statements
+            if isinstance(stmt, Einsum)
+            for node in walk(stmt.expr)
+            if isinstance(node, Read) and node.tensor == tensor
+        )
+        size = shapes.ranks[self.pair.second]
+        width: Expr = Const(size) if isinstance(size, int) else Extent(size)
+        parts: dict[Expr, Expr] = dict(
+            zip(self.pair.ranks, (Apply(op, (self.rank, width)) for op in ("floordiv", "mod")), strict=True)
+        )
+        ranks = tuple(part.name for part in self.joined(node.index) if isinstance(part, Rank))
+        target = Target(self.name(tensor), ranks)
+        self.views[target.name] = tensor
+        return Einsum(target, Read(tensor, tuple(parts.get(part, part) for part in node.index)))
+
+    def back(self, stmt: Einsum, size: Size) -> Einsum:
+        """What a statement defined, in its own shape."""
+        width: Expr = Const(size) if isinstance(size, int) else Extent(size)
+        first, second = self.pair.ranks
+        one = Apply("add", (Apply("mul", (first, width)), second))
+        index = self.joined(tuple(map(Rank, stmt.target.ranks)))
+        self.views[stmt.target.name] = self.name(stmt.target.name)
+        return Einsum(
+            stmt.target, Read(self.name(stmt.target.name), tuple(one if p == self.rank else p for p in index))
+        )
+
+    def directive(self, item: Directive) -> Directive:
+        """A part of the schedule with the statements under their names."""
+        if isinstance(item, Fuse):
+            return dataclasses.replace(item, statements=self.names(item.statements))
+        if not isinstance(item, Fold):
+            return item
+        own = {name for stmt in self.pair.statements for name in defines(stmt)}
+
+        def changed(part: Any) -> Any:
+            if part.target.name not in own or part.expr is None:
+                return dataclasses.replace(part, target=self.target(part.target)) if part.target.name in own else part
+            return dataclasses.replace(part, target=self.target(part.target), expr=self.expression(part.expr))
+
+        return dataclasses.replace(
+            item,
+            state=self.names(item.state),
+            init=tuple(map(changed, item.init)),
+            update=self.names(item.update),
+            merge=tuple(map(changed, item.merge)),
+            finalize=self.names(item.finalize),
+        )
+
+    def names(self, some: Sequence[str]) -> tuple[str, ...]:
+        own = {name for stmt in self.pair.statements for name in defines(stmt)}
+        return tuple(self.renamed.get(name, name) if name in own else name for name in some)

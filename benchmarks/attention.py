@@ -236,25 +236,40 @@ def grid(device: torch.device, options: Any) -> Iterator[Workload]:
                     yield workload(name, shape.small() if options.tiny else shape, variant, peers, bars, device)
 
 
+RAGGED = Variant(
+    "ragged", "n < len[b]", params=", len: i32[B]", mask=lambda inputs: lambda b, h, m, n: n < inputs["len"][b],
+    more=lambda shape, device: {"len": torch.tensor(lengths_of(shape), dtype=torch.int32, device=device)}, batched=True,
+)  # fmt: skip
+
+
+def lengths_of(shape: Shape) -> list[int]:
+    """How many keys each row of a ragged batch has: as many short rows as long ones, in no order."""
+    rows = [max(1, shape.length * (row + 1) // shape.batches) for row in range(shape.batches)]
+    random.Random(0).shuffle(rows)
+    return rows
+
+
 def decoding(device: torch.device, options: Any) -> Iterator[Workload]:
     """The table `decode`: what it takes to read the keys and values once."""
-    for shape, bars in (
-        (Shape(32, 32, 8, 8192, 128), (Bar(0.97, copy=True),)),
-        (Shape(1, 32, 8, 131072, 128), (Bar(0.92, copy=True), Bar(1.0, peer="cudnn"))),
+    for variant, shape, bars in (
+        (NOOP, Shape(32, 32, 8, 8192, 128), (Bar(0.97, copy=True),)),
+        (NOOP, Shape(1, 32, 8, 131072, 128), (Bar(0.92, copy=True), Bar(1.0, peer="cudnn"))),
+        (RAGGED, Shape(32, 32, 8, 16384, 128), (Bar(1.0, peer="flex"),)),
     ):
-        name = f"decode {shape.text}"
-        yield decode_workload(name, shape.small() if options.tiny else shape, bars, device)
+        name = f"decode {'ragged ' if variant is RAGGED else ''}{shape.text}"
+        yield decode_workload(name, shape.small() if options.tiny else shape, variant, bars, device)
 
 
-def decode_workload(name: str, shape: Shape, bars: tuple[Bar, ...], device: torch.device) -> Workload:
-    """One query for every head against all keys."""
+def decode_workload(name: str, shape: Shape, variant: Variant, bars: tuple[Bar, ...], device: torch.device) -> Workload:
+    """One query for every head against all keys that its row has."""
 
     def inputs(generator: torch.Generator) -> Inputs:
         keys = (shape.batches, shape.shared, shape.length, shape.width)
         q = normal(generator, shape.batches, shape.heads, shape.width)
-        return {"Q": q, "K": normal(generator, *keys), "V": normal(generator, *keys)}
+        return {"Q": q, "K": normal(generator, *keys), "V": normal(generator, *keys), **variant.more(shape, device)}
 
-    moved = 2.0 * shape.batches * shape.width * (2 * shape.shared * shape.length + 2 * shape.heads)
-    peers = beside(NOOP, device, ("cudnn", "flash", "flex"))
-    text = programs.decode(shape.group)
-    return Workload(name, text, inputs, lambda given: expected(NOOP, given), found, peers, bars, moved=moved)
+    rows = lengths_of(shape) if variant is RAGGED else [shape.length] * shape.batches
+    moved = 2.0 * shape.width * (2 * shape.shared * sum(rows) + 2 * shape.heads * shape.batches)
+    peers = beside(variant, device, ("cudnn", "flash", "flex"))
+    text = programs.decode(shape.group, ragged=variant is RAGGED)
+    return Workload(name, text, inputs, lambda given: expected(variant, given), found, peers, bars, moved=moved)

@@ -24,12 +24,16 @@ def attention(group: int = 1, score: str = "{s}", where: str = "", params: str =
 """
 
 
-def decode(group: int) -> str:
-    """Attention of one new token: a single query for every head; `group` query heads share a key head."""
+def decode(group: int, ragged: bool = False) -> str:
+    """Attention of one new token: a single query for every head; `group` query heads share a key head.
+
+    A ragged batch has keys up to `len`, another number for every row.
+    """
     key = f"b,h//{group}" if group > 1 else "b,h"
     heads = "G" if group > 1 else "H"
-    return f"""cascade decode(Q[B,H,E], K[B,{heads},N,E], V[B,{heads},N,F]) -> O[B,H,F] {{
-    S[b,h,n] = (sum[e] Q[b,h,e] * K[{key},n,e]) / sqrt(E)
+    lengths, where = (", len: i32[B]", "   where n < len[b]") if ragged else ("", "")
+    return f"""cascade decode(Q[B,H,E], K[B,{heads},N,E], V[B,{heads},N,F]{lengths}) -> O[B,H,F] {{
+    S[b,h,n] = (sum[e] Q[b,h,e] * K[{key},n,e]) / sqrt(E){where}
     P[b,h,n] = softmax[n] S[b,h,n]
     O[b,h,f] = sum[n] P[b,h,n] * V[{key},n,f]
 }}

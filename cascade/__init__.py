@@ -7,6 +7,7 @@ printing and cost reports start at once on any machine.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -38,6 +39,8 @@ def __getattr__(name: str) -> Any:
     if name.startswith("_"):
         raise AttributeError(f"module 'cascade' has no attribute {name!r}")
     if name not in __all__:
+        if importlib.util.find_spec(f"cascade.{name}"):  # `from cascade import interp` asks here first
+            raise AttributeError(f"module 'cascade.{name}' is not imported yet")
         return _from_library(name)
     home = "compiled" if name in _ENTRIES else "errors" if name.endswith("Error") else "frontend.trace"
     value = getattr(importlib.import_module(f"cascade.{home}"), name)

@@ -527,7 +527,7 @@ class _Count:
                 if rows >= GROUP_SIDE and warps % 4 == 0:
                     return 1
                 down = min(warps, max(1, rows // MMA_ROWS))
-                return warps // down if name == op.left else max(1, warps * MMA_COLUMNS // columns)
+                return warps // down if name == op.left else max(down, warps * MMA_COLUMNS // columns)
         return 1
 
     def spend(self, expr: Expr, run: _Run) -> set[str]:

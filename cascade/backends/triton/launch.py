@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import linecache
 import statistics
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -53,6 +55,19 @@ ALIGNED = 16  # elements: what Triton asks strides for
 LONG = 4096  # extent that one is supposed to reach along which something is reduced: a stream loses little by that
 
 
+@functools.cache
+def driver() -> threading.Thread:
+    """Has Triton build what it talks to the device with, once and beside planning: C, where its cache is empty."""
+
+    def build() -> None:
+        with contextlib.suppress(Exception):  # whoever launches is told
+            triton.runtime.driver.active.get_current_device()
+
+    thread = threading.Thread(target=build if torch.cuda.is_available() and not interpreted() else None, daemon=True)
+    thread.start()
+    return thread
+
+
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU."""
     return bool(triton.knobs.runtime.interpret)
@@ -82,6 +97,7 @@ class Launcher:
         sizes = infer_shapes(self.cascade).ranks
         found = (sizes[rank] for stmt in self.cascade.body for rank in reduced_ranks(stmt))
         self.reduced = frozenset(size for size in found if isinstance(size, str))
+        driver()
 
     def __call__(self, inputs: Mapping[str, Tensor], sizes: Mapping[str, int]) -> tuple[Tensor, ...] | None:
         """The results for these tensors, all of them on one device that kernels run on.
@@ -396,6 +412,7 @@ class KernelStep:
     def first(self, tensors: Mapping[str, Tensor]) -> None:
         """The first launch compiles, and finds what will be the same in every later one: all but addresses."""
         arguments, options = self.arguments(tensors)
+        driver().join()
         compiled = self.function[self.grid](*arguments, **options)
         if not interpreted():
             kinds = enumerate(self.source.arguments)

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from cascade.backends.triton.partition import ELEMENT, LAUNCH, OPERATIONS, all_ranks
+from cascade.backends.triton.partition import ELEMENT, LAUNCH, OPERATIONS, all_ranks, partition
 from cascade.backends.triton.products import factors, matrix_product, product, ranks_of
 from cascade.inference import infer_dtypes, infer_shapes
 from cascade.ir import Apply, Cascade, Cast, Const, DType, Einsum, Expr, Rank, Read, Reduce, Stmt, Target
@@ -85,6 +85,7 @@ class _Stored:
 class _Program:
     """A cascade with what decides: extents of ranks, types and origins of tensors."""
 
+    cascade: Cascade
     sizes: Mapping[str, int]
     dtypes: Mapping[str, DType]
     made: frozenset[str]
@@ -96,6 +97,7 @@ class _Program:
         ranks = infer_shapes(cascade).ranks
         dtypes = infer_dtypes(cascade, inputs)
         return cls(
+            cascade,
             {rank: size if isinstance(size, int) else extents[size] for rank, size in ranks.items()},
             dtypes,
             frozenset(name for stmt in cascade.body for name in defines(stmt)),
@@ -155,9 +157,23 @@ class _Program:
         return math.prod(self.sizes[rank] for rank in _ranks(terms))
 
     def worth_storing(self, terms: Sequence[Expr], stmt: Stmt) -> bool:
-        """Whether a product loses more by computing an operand than it takes to write and read it."""
+        """Whether a product loses more by computing an operand than it takes to write and read it.
+
+        It is no launch more where a kernel before makes what the operand is computed from: that writes it then.
+        """
         lost = COMPUTED * 2 * math.prod(self.sizes[rank] for rank in all_ranks(stmt))
-        return lost > (2 * self.elements(terms) * ELEMENT + LAUNCH) * OPERATIONS
+        moved = 2 * self.elements(terms) * ELEMENT
+        if lost <= moved * OPERATIONS:
+            return False
+        return lost > (moved + LAUNCH) * OPERATIONS or self.is_made_before(terms, stmt)
+
+    def is_made_before(self, terms: Sequence[Expr], stmt: Stmt) -> bool:
+        """Whether factors are computed from what another kernel than that of the product makes."""
+        read = {node.tensor for term in terms for node in walk(term) if isinstance(node, Read)} & self.made
+        own = next(
+            group for group in partition(self.cascade, self.sizes) if not set(defines(stmt)).isdisjoint(group.names)
+        )
+        return bool(read) and read.isdisjoint(own.names)
 
     def narrowed(self, terms: Sequence[Expr], other: Sequence[Expr]) -> Expr:
         """What factors come to, in the 16 bits of the tensor that they are multiplied with unless results have more."""

@@ -8,18 +8,20 @@ from dataclasses import dataclass
 from cascade.backends.triton.operands import with_operands
 from cascade.backends.triton.picks import with_picks
 from cascade.backends.triton.scales import with_scales
+from cascade.backends.triton.sums import with_sums
 from cascade.inference import infer_shapes
-from cascade.ir import Cascade, DType
+from cascade.ir import Cascade, DType, Einsum, Reduce
 from cascade.walk import defines
 
 PICKED = "an element a row, computed anew: less than to store the whole tensor"
 STORED = "an operand made once: a product that computes it for every tile of its result would take longer"
+SUMMED = "one sum: what the sums that it was made of are multiplied with is known before"
 SCALED = "the bare sum: what it is multiplied with is the same along it, and comes behind its loop"
 
 
 @dataclass(frozen=True, slots=True)
 class Restated:
-    """A cascade as kernels are planned for it, and why there are tensors that the author's has not, by their names."""
+    """A cascade as kernels are planned for it, and why it has statements that the author's has not, by their names."""
 
     cascade: Cascade
     why: Mapping[str, str]
@@ -28,18 +30,25 @@ class Restated:
 def restated(cascade: Cascade, extents: Mapping[str, int], inputs: Mapping[str, DType]) -> Restated:
     """The cascade as kernels are planned for it, at extents of the shape symbols and types of the parameters."""
 
-    def scaled(found: Cascade) -> Cascade:
+    def of_ranks(found: Cascade) -> dict[str, int]:
         ranks = infer_shapes(found).ranks
-        return with_scales(found, {r: size if isinstance(size, int) else extents[size] for r, size in ranks.items()})
+        return {rank: size if isinstance(size, int) else extents[size] for rank, size in ranks.items()}
 
     steps: tuple[tuple[Callable[[Cascade], Cascade], str], ...] = (
         (lambda found: with_picks(found, extents), PICKED),
+        (lambda found: with_sums(found, of_ranks(found), inputs), SUMMED),
         (lambda found: with_operands(found, extents, inputs), STORED),
-        (scaled, SCALED),
+        (lambda found: with_scales(found, of_ranks(found)), SCALED),
     )
     why: dict[str, str] = {}
     for step, reason in steps:
-        before = {name for stmt in cascade.body for name in defines(stmt)}
+        known, before = {name for stmt in cascade.body for name in defines(stmt)}, sums(cascade)
         cascade = step(cascade)
-        why |= {name: reason for stmt in cascade.body for name in defines(stmt) if name not in before}
+        made = {name for stmt in cascade.body for name in defines(stmt)} - known | sums(cascade) - before
+        why |= dict.fromkeys(sorted(made), reason)
     return Restated(cascade, why)
+
+
+def sums(cascade: Cascade) -> set[str]:
+    """What a cascade defines as a reduction."""
+    return {stmt.target.name for stmt in cascade.body if isinstance(stmt, Einsum) and isinstance(stmt.expr, Reduce)}

@@ -23,7 +23,6 @@ from cascade.ir import (
     Apply, Cascade, Const, Directive, Einsum, Expr, Extent, Fold, Fuse, Given, GroupBy, Rank, Read, Reduce, Size, Stmt,
     Target,
 )  # fmt: skip
-from cascade.presence import may_be_absent
 from cascade.walk import defines, fresh, map_expressions, names, reads, rewrite, walk
 
 
@@ -44,6 +43,20 @@ class Joined:
                 found[symbol] = numbers[0] * numbers[1]  # type: ignore[operator]
         return found
 
+    def with_parts(self, symbols: Collection[str]) -> frozenset[str]:
+        """These symbols, and those of joined ranks that are made of one of them."""
+        found = set(symbols)
+        for symbol, sizes in self.sizes.items():
+            found |= {symbol} if not found.isdisjoint(map(str, sizes)) else set()
+        return frozenset(found)
+
+    def parts(self, symbols: Collection[str]) -> frozenset[str]:
+        """These symbols, and what those of joined ranks are made of."""
+        found = set(symbols)
+        for symbol in list(self.sizes)[::-1]:
+            found |= {str(size) for size in self.sizes[symbol]} if symbol in found else set()
+        return frozenset(found)
+
 
 def with_joined(cascade: Cascade, extents: Mapping[str, int], contiguous: Collection[str]) -> Joined:
     """The cascade with such ranks as one; `extents` are those of shape symbols.
@@ -62,14 +75,10 @@ def _pairs(before: Joined, extents: Mapping[str, int], contiguous: Collection[st
     cascade = before.cascade
     shapes = infer_shapes(cascade)
     ranks = {rank: size if isinstance(size, int) else extents[size] for rank, size in shapes.ranks.items()}
-    absent = may_be_absent(cascade, {**extents, **ranks})
     ordered = {name for item in cascade.schedule if isinstance(item, GroupBy) for name in item.statements}
     given = {param.name for param in cascade.params} - set(contiguous)
     for group in partition(cascade, ranks, before.views):
-        names_read = {name for stmt in group.statements for name in reads(stmt)}
         if not isinstance(group, Group) or not ordered.isdisjoint(group.names) or not _sums_only(group.statements):
-            continue
-        if not absent.isdisjoint(names_read | set(group.names)):
             continue
         for stmt in group.statements:
             for first, second in _beside(stmt):
@@ -79,13 +88,10 @@ def _pairs(before: Joined, extents: Mapping[str, int], contiguous: Collection[st
 
 
 def _sums_only(statements: Sequence[Stmt]) -> bool:
-    """Whether statements are matrix products and maps."""
-    kinds = [isinstance(s, Einsum) and not s.inits and (matrix_product(s) or not _reduces(s)) for s in statements]
-    return all(kinds)
-
-
-def _reduces(stmt: Einsum) -> bool:
-    return any(isinstance(node, Reduce) for node in walk(stmt.expr))
+    """Whether statements are sums and maps."""
+    nodes = [n for stmt in statements if isinstance(stmt, Einsum) and not stmt.inits for n in walk(stmt.expr)]
+    sums = all(node.reducer == "sum" for node in nodes if isinstance(node, Reduce))
+    return sums and all(isinstance(stmt, Einsum) for stmt in statements)
 
 
 def _beside(stmt: Stmt) -> Iterator[tuple[str, str]]:
@@ -160,7 +166,7 @@ class _Pair:
                     body.append(flat.back(stmt, sizes[1]))
                 elif name not in own and name in self.read:
                     body.append(flat.view(name, self.shapes))
-        schedule = tuple(map(flat.directive, cascade.schedule))
+        schedule = tuple(new for item in cascade.schedule if (new := flat.directive(item)) is not None)
         found = dataclasses.replace(
             cascade, body=tuple(body), schedule=schedule, given=(*cascade.given, Given(flat.rank.name, symbol))
         )
@@ -242,13 +248,18 @@ class _Flat:
             stmt.target, Read(self.name(stmt.target.name), tuple(one if p == self.rank else p for p in index))
         )
 
-    def directive(self, item: Directive) -> Directive:
-        """A part of the schedule with the statements under their names."""
+    def directive(self, item: Directive) -> Directive | None:
+        """A part of the schedule with the statements under their names; None where nothing is left of it."""
+        own = {name for stmt in self.pair.statements for name in defines(stmt)}
+        if isinstance(item, Fuse) and Rank(item.rank) in self.pair.ranks:
+            if own.issuperset(item.statements):
+                return dataclasses.replace(item, statements=self.names(item.statements), rank=self.rank.name)
+            left = tuple(name for name in item.statements if name not in own)
+            return dataclasses.replace(item, statements=left) if len(left) > 1 else None
         if isinstance(item, Fuse):
             return dataclasses.replace(item, statements=self.names(item.statements))
         if not isinstance(item, Fold):
             return item
-        own = {name for stmt in self.pair.statements for name in defines(stmt)}
 
         def changed(part: Any) -> Any:
             if part.target.name not in own or part.expr is None:

@@ -28,12 +28,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cascade import __version__, interp
 from cascade.backends.triton.emit import Argument, Source, emit, permutation
+from cascade.backends.triton.joined import Joined
 from cascade.backends.triton.machine import Machine, machine_for
 from cascade.backends.triton.explain import Launch, describe
 from cascade.backends.triton.partition import Group, Rest, power_of_two, reduced_ranks
 from cascade.backends.triton.plan import Blocks, Kernel
 from cascade.backends.triton.plan import Tensor as PlannedTensor
-from cascade.backends.triton.planner import Layout, Planner, Tiling
+from cascade.backends.triton.planner import Layout, Planner, Tiling, contiguous
 from cascade.backends.triton.relaunch import Relaunch, relaunch
 from cascade.backends.triton.restate import restated
 from cascade.backends.triton.rows import BLOCKS, SORTED
@@ -181,13 +182,21 @@ class Launcher:
         dtypes = {name: layout.dtype for name, layout in layouts.items()}
         typed = self.typed(dtypes)
 
-        def supposing(symbols: Collection[str]) -> Planner:
-            supposed = {symbol: self.supposed(symbol, extents[symbol]) for symbol in sorted(symbols)}
-            found = restated(typed, {**extents, **supposed}, dtypes)
-            return Planner(found.cascade, extents, layouts, descriptors, moving, supposed, why=found.why)
+        gapless = {n for n, layout in layouts.items() if tuple(layout.strides) == contiguous(layout.shape)}
 
-        plain = supposing(())
-        return supposing(moving - plain.numbers_of_kernels()) if moving else plain
+        def supposing(symbols: Collection[str]) -> tuple[Planner, Joined]:
+            supposed = {symbol: self.supposed(symbol, extents[symbol]) for symbol in sorted(symbols)}
+            found = restated(typed, {**extents, **supposed}, dtypes, gapless)
+            joined = found.joined
+            sizes = {**joined.extents(extents), **supposed}
+            return Planner(
+                found.cascade, joined.extents(extents), layouts, descriptors, joined.with_parts(moving),
+                {s: n for s, n in joined.extents(sizes).items() if s in joined.with_parts(symbols)},
+                why=found.why, views=joined.views,
+            ), joined  # fmt: skip
+
+        plain, joined = supposing(())
+        return supposing(moving - joined.parts(plain.numbers_of_kernels()))[0] if moving else plain
 
     def typed(self, inputs: Mapping[str, DType]) -> Cascade:
         """The cascade with results of the types that they have as written."""
@@ -375,8 +384,24 @@ class RestStep:
         tensors.update(interp.run(self.part, given, {}, Precision.COMPUTE))
 
 
-def outside(planner: Planner, group: Rest) -> RestStep:
+@dataclass(slots=True, eq=False)
+class ViewStep:
+    """A tensor in another shape, which is no work unless rows between kernels have gaps; a result has none."""
+
+    name: str
+    of: str
+    shape: tuple[int, ...]
+    made: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] = ()
+
+    def __call__(self, tensors: dict[str, Tensor]) -> None:
+        tensors[self.name] = tensors[self.of].reshape(self.shape).contiguous()
+
+
+def outside(planner: Planner, group: Rest) -> RestStep | ViewStep:
     """The step that runs statements outside kernels."""
+    if group.names[0] in planner.views:
+        name, of = planner.view(group)
+        return ViewStep(name, of, planner.numbers(name))
     return RestStep(group, planner.outside(group))
 
 
@@ -479,7 +504,7 @@ class TableStep:
         module(BLOCKS, "rows_by_value").tiles_of_rows(*given, self.sort.values, self.blocks.tile)
 
 
-Step: TypeAlias = "KernelStep | RestStep | SortStep | TableStep"
+Step: TypeAlias = "KernelStep | RestStep | ViewStep | SortStep | TableStep"
 
 
 def refused(error: Exception) -> bool:

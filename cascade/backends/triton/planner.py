@@ -507,6 +507,20 @@ class Planner:
             elif tests:
                 self.lives[name] = (ranks[name], tests)
 
+    def view(self, rest: Rest) -> tuple[str, str]:
+        """A tensor in another shape, and which: it is present where that is."""
+        (stmt,) = rest.statements
+        assert isinstance(stmt, Einsum) and isinstance(stmt.expr, Read)
+        name, of = stmt.target.name, stmt.expr.tensor
+        if of in self.hidden:
+            self.hidden.add(name)
+        if of in self.lives:
+            ranks, tests = self.lives[of]
+            places: dict[Expr, Expr] = dict(zip(map(Rank, ranks), stmt.expr.index, strict=True))
+            moved = tuple(rewrite(test, lambda node: places.get(node, node)) for test in tests)
+            self.lives[name] = (stmt.target.ranks, moved)
+        return name, of
+
     def index(self, group: Group, axes: Sequence[Axis], groups: Sequence[Group | Rest]) -> Index | None:
         """The index for filters of a group that compare data along its stream; None where there are none.
 

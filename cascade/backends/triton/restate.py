@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
+from cascade.backends.triton.joined import Joined, with_joined
 from cascade.backends.triton.operands import with_operands
 from cascade.backends.triton.picks import with_picks
 from cascade.backends.triton.scales import with_scales
@@ -16,6 +17,7 @@ from cascade.walk import defines
 PICKED = "an element a row, computed anew: less than to store the whole tensor"
 STORED = "an operand made once: a product that computes it for every tile of its result would take longer"
 SUMMED = "one sum: what the sums that it was made of are multiplied with is known before"
+JOINED = "ranks that lie side by side in all that the kernel touches are one"
 SCALED = "the bare sum: what it is multiplied with is the same along it, and comes behind its loop"
 
 
@@ -25,10 +27,19 @@ class Restated:
 
     cascade: Cascade
     why: Mapping[str, str]
+    joined: Joined
 
 
-def restated(cascade: Cascade, extents: Mapping[str, int], inputs: Mapping[str, DType]) -> Restated:
-    """The cascade as kernels are planned for it, at extents of the shape symbols and types of the parameters."""
+def restated(
+    cascade: Cascade,
+    extents: Mapping[str, int],
+    inputs: Mapping[str, DType],
+    contiguous: Collection[str] | None = None,
+) -> Restated:
+    """The cascade as kernels are planned for it, at extents of the shape symbols and types of the parameters.
+
+    Ranks are joined where it is known which parameters are `contiguous`.
+    """
 
     def of_ranks(found: Cascade) -> dict[str, int]:
         ranks = infer_shapes(found).ranks
@@ -46,7 +57,10 @@ def restated(cascade: Cascade, extents: Mapping[str, int], inputs: Mapping[str, 
         cascade = step(cascade)
         made = {name for stmt in cascade.body for name in defines(stmt)} - known | sums(cascade) - before
         why |= dict.fromkeys(sorted(made), reason)
-    return Restated(cascade, why)
+    joined = Joined(cascade) if contiguous is None else with_joined(cascade, extents, contiguous)
+    known = {name for stmt in cascade.body for name in defines(stmt)}
+    why |= dict.fromkeys((n for s in joined.cascade.body for n in defines(s) if n not in known), JOINED)
+    return Restated(joined.cascade, why, joined)
 
 
 def sums(cascade: Cascade) -> set[str]:

@@ -1,0 +1,126 @@
+"""Ranks that are one in a kernel: which, what the cascade means, and the kernels.
+
+The witnesses: the interpreter on the cascade before and after, and the tolerance rule.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import cascade
+from cascade import interp
+from cascade.backends.triton.joined import with_joined
+from cascade.text import render_stmt
+from cascade.values import Precision
+from cascade.verify import verify
+from tests.planned import final
+from tests.tolerance import judge_all, standard
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES = {"B": 2, "T": 18, "D": 1100, "H": 4, "E": 16, "N": 20, "F": 32}
+JOINED = {
+    "summed": ("U[T,H,E], W[D,H,E]", "Y[T,D]", "Y[t,d] = sum[h,e] U[t,h,e] * W[d,h,e]"),
+    "columns": ("X[T,D], W[H,E,D]", "Y[T,H,E]", "Y[t,h,e] = sum[d] X[t,d] * W[h,e,d]"),
+    "rows": ("X[B,T,D], W[F,D], c[F]", "Y[B,T,F]", "Y[b,t,f] = relu(sum[d] X[b,t,d] * W[f,d] + c[f])"),
+    "three": ("X[B,T,H,D], W[F,D]", "Y[B,T,H,F]", "Y[b,t,h,f] = sum[d] X[b,t,h,d] * W[f,d]"),
+    "one after another": (
+        "X[B,T,D], W[H,E,D], V[D,H,E]", "Y[B,T,D]",
+        "Z[b,t,h,e] = sum[d] X[b,t,d] * W[h,e,d]; Y[b,t,d] = sum[h,e] Z[b,t,h,e] * V[d,h,e]",
+    ),
+    "behind rows that are empty": (
+        "Q[T,H,E], K[N,H,E], W[D,H,E]", "Y[T,D]",
+        "S[h,t,n] = Q[t,h,e] * K[n,h,e] where n < t - 3; P[h,t,n] = softmax[n] S[h,t,n]; "
+        "U[t,h,e] = P[h,t,n] * K[n,h,e]; Y[t,d] = sum[h,e] U[t,h,e] * W[d,h,e]",
+    ),
+    "in a fold": (
+        "X[T,D], W[H,E,D], V[F,H,E]", "Y[T,F]",
+        "Q[t,h,e] = sum[d] X[t,d] * rsqrt(mean[d] X[t,d] * X[t,d] + 1.0) * W[h,e,d]; "
+        "Y[t,f] = sum[h,e] Q[t,h,e] * V[f,h,e]",
+    ),
+}  # fmt: skip
+APART = {
+    "one of them alone": ("X[T,D], W[H,E,D], r[H]", "Y[T,H,E]", "Y[t,h,e] = sum[d] X[t,d] * W[h,e,d] * r[h]"),
+    "in another order": ("U[T,E,H], W[D,H,E]", "Y[T,D]", "Y[t,d] = sum[h,e] U[t,e,h] * W[d,h,e]"),
+    "a coordinate counts": ("U[T,H,E], W[D,H,E]", "Y[T,D]", "Y[t,d] = sum[h,e] U[t,h,e] * W[d,h,e] where e < 9"),
+    "all operands have them": ("X[B,H,T,D], W[B,H,F,D]", "Y[B,H,T,F]", "Y[b,h,t,f] = sum[d] X[b,h,t,d] * W[b,h,f,d]"),
+}
+
+
+def program(parts: tuple[str, str, str]) -> str:
+    params, result, body = parts
+    return f"cascade c({params}) -> {result} {{ {body} }}"
+
+
+def given(text: str, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Tensor]:
+    """Inputs of a program."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = {param.name: [(SIZES | sizes)[str(size)] for size in param.shape] for param in final(text).params}
+    return {name: torch.randn(s, generator=generator).to(DEVICE, dtype) / 2 for name, s in shapes.items()}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_ranks_that_lie_together_are_one(name: str) -> None:
+    text = program(JOINED[name])
+    plain, inputs = final(text), given(text)
+    joined = with_joined(plain, SIZES, set(inputs))
+    verify(joined.cascade)
+    assert joined.sizes and joined.views
+    sizes = joined.extents(SIZES)
+    bound = {symbol: sizes[symbol] for symbol in joined.sizes}
+    before = interp.run(plain, inputs, precision=Precision.REFERENCE)["Y"]
+    after = interp.run(joined.cascade, inputs, bound, precision=Precision.REFERENCE)["Y"]
+    torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", JOINED)
+@pytest.mark.parametrize("odd", [{}, {"E": 5, "T": 7, "D": 1101}], ids=["even", "odd"])
+def test_kernels_of_joined_ranks(name: str, dtype: torch.dtype, odd: dict[str, int]) -> None:
+    text = program(JOINED[name])
+    call, inputs = cascade.compile(text, backend="triton"), given(text, dtype, **odd)
+    found = call(**inputs)
+    verdict = judge_all(found, standard(call.cascade, inputs, {}))
+    assert verdict.ok, verdict
+    assert found.is_contiguous() and ("no kernel" in call.explain()) == (
+        "empty" in name
+    )  # which rows, one kernel knows
+    assert any("_flat" in text for text in call.sources().values())
+
+
+@pytest.mark.parametrize("name", APART)
+def test_ranks_stay_apart_where(name: str) -> None:
+    text = program(APART[name])
+    assert with_joined(final(text), SIZES, set(given(text))).cascade == final(text)
+
+
+def test_data_with_gaps_is_read_where_it_lies() -> None:
+    text = program(JOINED["summed"])
+    call, inputs = cascade.compile(text, backend="triton"), given(text)
+    gaps = {name: torch.stack([tensor] * 2, -1)[..., 0] for name, tensor in inputs.items()}
+    torch.testing.assert_close(call(**gaps), call(**inputs), rtol=1e-5, atol=1e-5)
+    assert not with_joined(final(text), SIZES, set()).views
+
+
+def test_lengths_that_change_share_kernels() -> None:
+    text = program(JOINED["rows"])
+    call, sources = cascade.compile(text, backend="triton"), set()
+    for length in range(17, 57, 5):
+        inputs = given(text, T=length)
+        verdict = judge_all(call(**inputs), standard(call.cascade, inputs, {}))
+        assert verdict.ok, verdict
+        sources |= set(call.sources().values())
+    assert len(sources) <= 2
+
+
+def test_what_is_joined_is_said() -> None:
+    text = program(JOINED["rows"])
+    joined = with_joined(final(text), SIZES, {"X", "W", "c"})
+    assert [render_stmt(stmt) for stmt in joined.cascade.body] == [
+        "X_flat[bt,d] = X[bt//T,bt%T,d]",
+        "Y_sum_flat[bt,f] = sum[d] X_flat[bt,d] * W[f,d]",
+        "Y_flat[bt,f] = relu(Y_sum_flat[bt,f] + c[f])",
+        "Y[b,t,f] = Y_flat[b*T+t,f]",
+    ]
+    assert joined.sizes == {"B_T": ("B", "T")} and joined.views == {"X_flat": "X", "Y": "Y_flat"}

@@ -153,6 +153,19 @@ def test_steps_of_all_kinds(name: str) -> None:
     assert ("no kernel" in call.explain()) == (name in OUTSIDE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_of_what_the_kernel_made_lies_in_one_piece(dtype: torch.dtype) -> None:
+    """Pieces of a rank are slices of what lies in memory: of a tile in registers there are none."""
+    text = "cascade c(X[T,D], W[E,D], V[D,E]) -> Y[T,D] { Z[t,e] = X[t,d] * W[e,d]; Y[t,d] = Z[t,e] * V[d,e] }"
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"X": (20, 1100), "W": (64, 1100), "V": (1100, 64)}
+    inputs = {n: torch.randn(s, generator=generator).to(DEVICE, dtype) for n, s in shapes.items()}
+    call = cascade.compile(text, backend="triton")
+    verdict = judge_all(call(**inputs), standard(call.cascade, inputs, {}))
+    assert verdict.ok, verdict
+    assert "1 of 1" in call.explain()
+
+
 def test_the_same_call_gives_the_same_bits() -> None:
     program = PROGRAMS["causal"]
     inputs = Draw(program, program.small, device=DEVICE).inputs(0)

@@ -460,9 +460,17 @@ class Planner:
         576  -->  512 and 64, instead of 1024
 
         In full precision in more of them: the sum of a short chain of products is exacter, and takes fewer registers.
-        There also where another product has the rank whole: it stays an axis beside its pieces.
+        There also where another product has the rank whole: it stays an axis beside its pieces. What the kernel itself
+        makes along a rank lies in one piece.
         """
         exact = self.exact(group)
+        inside = {
+            rank
+            for stmt in group.statements
+            for node in (node for expr in expressions(stmt) for node in walk(expr))
+            if isinstance(node, Read) and node.tensor in group.names
+            for rank in ranks_of(node)
+        }
         kept = {rank for stmt in group.statements for target in targets(stmt) for rank in target.ranks}
         found = [matrix_product(stmt) for stmt in group.statements]
         products = {product.over for product in found if product is not None}
@@ -473,7 +481,7 @@ class Planner:
         for axis in setting.axes:
             sizes = pieces_of(axis.extent, exact) if isinstance(axis.extent, int) else ()
             beside = axis.rank in kept
-            whole = axis.role is Role.WHOLE and axis.rank in products - summed and (exact or not beside)
+            whole = axis.role is Role.WHOLE and axis.rank in products - summed - inside and (exact or not beside)
             if not whole or len(sizes) < 2 or sizes[-1] < 16:
                 axes.append(axis)
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+import importlib
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from benchmarks.peers import plain
 from benchmarks.reductions import slice_of
 from benchmarks.workload import Bar, Inputs, Peer, Workload, normal
 
+decoder: Any = importlib.import_module("examples.07_decoder_layer")
 EPS = 1e-6
+LAST = 4  # tokens of a whole layer that are checked: with each goes all before it
 GROUP = 128  # columns of 4-bit weights that share a scale
 ROWS = (8192, 16)  # of activations: many, and those of a few sequences that are decoded
 
@@ -94,6 +97,7 @@ def table(device: torch.device, options: Any) -> Iterator[Workload]:
         yield from quantised(rows, width, device)
         yield gated(rows, width, hidden, device, (Bar(1.0, peer="torch.compile") if many else Bar(ms=0.09),))
     yield losses(24 if options.tiny else ROWS[0], width, words, device)
+    yield prefill(24 if options.tiny else ROWS[0], width, hidden, device)
 
 
 def normed(rows: int, width: int) -> Callable[[torch.Generator], Inputs]:
@@ -150,3 +154,32 @@ def losses(rows: int, width: int, words: int, device: torch.device) -> Workload:
     title = f"linear, cross-entropy {rows} {width} {words}"
     flops = 2.0 * rows * width * words
     return Workload(title, programs.LINEAR_LOSS, inputs, exactly(loss, ("X", "y")), found, peers, bars, flops)
+
+
+def prefill(rows: int, width: int, hidden: int, device: torch.device) -> Workload:
+    """A whole decoder layer on the tokens of one sequence."""
+    heads, shared, wide = (8, 2, 16) if rows < ROWS[1] * 2 else (32, 8, 128)
+
+    def inputs(generator: torch.Generator) -> Inputs:
+        sizes = (rows, width, heads, shared, wide, hidden)
+        return decoder.inputs(*sizes, generator.device, torch.bfloat16, generator)  # type: ignore[no-any-return]
+
+    def expected(given: Inputs) -> Tensor:
+        """The checked tokens in float64, which attend to all before them."""
+        exact = {name: tensor.double() for name, tensor in given.items()}
+        last = [rows * part // LAST for part in range(1, LAST + 1)]
+        upto = ({name: exact[name][:tokens] for name in ("X", "cosine", "sine")} for tokens in last)
+        return torch.stack([decoder.plain(**exact | before)[-1] for before in upto])
+
+    def lasts(out: Tensor, given: Inputs) -> Tensor:
+        return torch.stack([out[rows * part // LAST - 1] for part in range(1, LAST + 1)])
+
+    def maths(given: Inputs) -> Tensor:
+        return decoder.plain(**given)  # type: ignore[no-any-return]
+
+    pairs = rows * (rows + 1) / 2
+    weights = 2 * width * wide * (heads + shared) + 3 * width * hidden
+    flops = 2.0 * rows * weights + 4.0 * pairs * heads * wide
+    title = f"decoder layer {rows} {width} {hidden}"
+    peers = plain(maths, device)
+    return Workload(title, decoder.TEXT, inputs, expected, lasts, peers, (Bar(1.1, peer="torch.compile"),), flops)

@@ -113,4 +113,5 @@ def _within(read: Read, cascade: Cascade, extents: Mapping[str, int]) -> bool:
                 low, high = interval(index, known)
                 return low >= 0 and high < (numbers.get(size, 0) if isinstance(size, str) else size)
 
-    return all(map(holds, read.index, shapes.tensors[read.tensor]))
+    shape = shapes.tensors.get(read.tensor)  # which half of a rewrite may lack as well
+    return shape is not None and all(map(holds, read.index, shape))

@@ -464,16 +464,16 @@ class Planner:
         makes along a rank lies in one piece.
         """
         exact = self.exact(group)
-        inside = {
-            rank
-            for stmt in group.statements
-            for node in (node for expr in expressions(stmt) for node in walk(expr))
-            if isinstance(node, Read) and node.tensor in group.names
-            for rank in ranks_of(node)
-        }
         kept = {rank for stmt in group.statements for target in targets(stmt) for rank in target.ranks}
         found = [matrix_product(stmt) for stmt in group.statements]
         products = {product.over for product in found if product is not None}
+        inside = {
+            product.over
+            for product in found
+            if product is not None
+            for node in (node for term in (*product.left, *product.right) for node in walk(term))
+            if isinstance(node, Read) and node.tensor in group.names
+        }
         summed = {rank for stmt in group.statements for rank in reduced_ranks(stmt) if matrix_product(stmt) is None}
         axes: list[Axis] = []
         pieces: dict[str, tuple[tuple[str, int], ...]] = {}

@@ -267,6 +267,11 @@ def composed(a, b, later_a, later_b):
     # two steps as one: s becomes a * s + b, then later_a * (a * s + b) + later_b
     return later_a * a, later_a * b + later_b
 """,
+    "drifted": """@triton.jit
+def drifted(a, b, later_a, later_b):
+    # two steps as one: s becomes s + (a * s + b), then the same with what is later
+    return a + (later_a * a + later_a), b + (later_a * b + later_b)
+""",
     "power": """@triton.jit
 def power(x, y):
     # in float64, so that no rounding is seen in float32; a negative number has real powers of whole numbers only

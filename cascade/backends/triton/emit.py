@@ -652,12 +652,15 @@ class _Emitter:
 
         Triton would add up a chain of all elements of a thread, then neighbours: along a row that rises or falls sums
         of neighbours are large, and so are their roundings. The many chains of threads round independently, which
-        averages out; the few additions that join them would each be seen in the whole.
+        averages out; the few additions that join them would each be seen in the whole. What is short and done once has
+        such additions only; for every tile of a stream it is summed as it is.
         """
         place, block, tile = axes.index(rank), self.block(rank), self.kernel.axis(rank).tile
         plain = f"tl.sum({text}, {place})"
-        if tile <= WARP * VECTOR:  # a warp has it in chains of a vector
+        if tile <= WARP * VECTOR and self.within_loop:
             return plain
+        if tile <= WARP * VECTOR:
+            return f"tl.sum({text if text.isidentifier() else f'({text})'}.to(tl.float64), {place}).to(tl.float32)"
         threads = min(WARP * self.kernel.options.num_warps, tile // VECTOR)
         levels = [min(CHAIN, tile // (threads * VECTOR))]
         while (left := tile // (threads * VECTOR * math.prod(levels))) > 1:

@@ -41,7 +41,7 @@ FEW_PROGRAMS = 128  # fewer leave multiprocessors without work: a stream is shar
 LONG_ROW = 8192  # elements; longer rows that are gone through once are streamed: several programs then hide latency
 ACCUMULATED = 65536  # numbers in 32 bits that a program can hold in registers at most
 MOST_PIECES = 3  # in which tensor cores sum over a rank that is no power of two
-EXACT_PIECE, EXACT_PIECES = 32, 8  # in full precision: how long they are at least, and about how many at most
+EXACT_PIECE, EXACT_PIECES = 16, 8  # in full precision: how long they are at least, and about how many at most
 CAREFUL_TILE = 16  # of the stream where rows are gone through one by one: few registers, speed does not matter
 
 

@@ -638,7 +638,7 @@ class _Emitter:
             text = f"tl.where({at_end}, {text}, 0)"
         axes = list(inner)
         for rank in sorted(op.over, key=axes.index, reverse=True):
-            if op.reducer == "sum" and piece.real and self.full_precision():
+            if op.reducer == "sum" and piece.real and self.kernel.exact:
                 text = self.apart(text, axes, rank)
             else:
                 text = self.along(op, text, axes.index(rank))
@@ -674,10 +674,6 @@ class _Emitter:
         axis = self.kernel.axis(rank)
         varies = axis.role is Role.WHOLE and not isinstance(axis.extent, int)  # a file has tiles for other lengths too
         return f"({summed} if {block} >= {least} else {plain})" if varies else summed
-
-    def full_precision(self) -> bool:
-        """Whether all floats that are read and written have 32 bits."""
-        return {tensor.dtype for tensor in self.kernel.tensors if tensor.dtype in FLOATS} == {DType.F32}
 
     def scan(self, op: Scan) -> None:
         """Steps composed along a dimension, in order."""

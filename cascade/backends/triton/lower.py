@@ -74,6 +74,7 @@ class Setting:
     shares: Shares | None = None  # where parts are of equal length for all coordinates of a rank together
     most: Mapping[str, int] = field(default_factory=dict)  # what shape symbols do not exceed that are no numbers above
     actual: Mapping[str, int] = field(default_factory=dict)  # the extents of ranks in this call
+    narrow: bool = False  # whether no float that comes of the program has 32 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +160,7 @@ class _Lowering:
             watched=tuple(self.watched),
             singly=tuple(stmt.target.name for stmt in stepped(self.group.statements) if composition(stmt) is None),
             partial=tuple(self.partial),
+            exact=self.full_precision(),
             live=tuple((name, self.values[name].live) for name in self.setting.results if name in self.values),
         )
 
@@ -1055,8 +1057,9 @@ class _Lowering:
         return here, after
 
     def full_precision(self) -> bool:
-        """Whether all floats that are read and written have 32 bits."""
-        return {tensor.dtype for tensor in self.setting.tensors.values() if tensor.dtype in FLOATS} == {DType.F32}
+        """Whether all floats that are read and written have 32 bits, and the program returns such."""
+        kinds = {tensor.dtype for tensor in self.setting.tensors.values() if tensor.dtype in FLOATS}
+        return not self.setting.narrow and kinds == {DType.F32}
 
     def redo(self, stmt: Einsum, here: str, before: str, after: str) -> Redo:
         """The steps as they are written, one by one."""

@@ -5,13 +5,18 @@ The witnesses: the interpreter on the cascade before and after, and the toleranc
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 import cascade
 from cascade import interp
+from cascade.backends.triton import launch
 from cascade.backends.triton.joined import with_joined
+from cascade.backends.triton.planner import Layout, contiguous
+from cascade.ir import DType
 from cascade.text import render_stmt
 from cascade.values import Precision
 from cascade.verify import verify
@@ -124,3 +129,17 @@ def test_what_is_joined_is_said() -> None:
         "Y[b,t,f] = Y_flat[b*T+t,f]",
     ]
     assert joined.sizes == {"B_T": ("B", "T")} and joined.views == {"X_flat": "X", "Y": "Y_flat"}
+
+
+def test_a_decoder_layer_is_kernels_alone() -> None:
+    """At the sizes of Llama: what is planned, and not run."""
+    made = final((Path(__file__).parents[1] / "examples" / "decoder_layer.cascade").read_text())
+    sizes = {"T": 8192, "D": 4096, "H": 32, "G": 8, "E": 128, "F": 14336}
+    layouts = {}
+    for param in made.params:
+        shape = tuple(sizes[str(size)] for size in param.shape)
+        layouts[param.name] = Layout(shape, contiguous(shape), DType.BF16, True)
+    launcher = launch.Launcher(made)
+    planner = launcher.planner(sizes, layouts, descriptors=True)
+    outside = [step.group for step in launcher.steps(planner, "layer", None) if isinstance(step, launch.RestStep)]
+    assert not outside, [(group.names, group.reason) for group in outside]

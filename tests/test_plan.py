@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import itertools
+import math
 import os
 import pathlib
 import subprocess
@@ -307,6 +308,9 @@ def test_products_in_full_precision_sum_short_chains() -> None:
     for kernel in kernels("latent_shared", torch.float32, B=1, H=16, M=1, N=333, E=64, F=512):
         for op in every_op(kernel.ops):
             assert not isinstance(op, Dot) or kernel.axis(op.over).tile <= 64
+    for kernel in kernels("full", torch.float32, B=1, H=2, M=300, N=300, E=64, F=64):
+        scores = [op for op in every_op(kernel.ops) if isinstance(op, Dot) and op.over.startswith("e")]
+        assert all(kernel.axis(op.over).tile <= 16 for op in scores)
 
 
 def test_a_product_with_a_vector_in_full_precision_is_a_sum_by_coordinate() -> None:
@@ -329,6 +333,59 @@ def test_sums_in_full_precision_add_elements_far_apart_first(length: int) -> Non
         call(X=x[:, :other].contiguous().to(DEVICE))
     ours = call(X=x.to(DEVICE)).cpu()
     assert (ours - gold).square().mean() <= (neighbours[:, 0] - gold).square().mean() / 2
+
+
+@pytest.mark.parametrize("length", [300, 1000, 5000])
+def test_the_few_additions_that_join_threads_round_once(length: int) -> None:
+    """Of numbers that are nearly equal, every rounding of these would be one of the whole."""
+    generator = torch.Generator().manual_seed(length)
+    x = torch.randn(300, length, generator=generator) - 1000
+    gold = x.double().sum(1)
+    ours = cascade.compile(PROGRAMS["row_sum"].text, backend="triton")(X=x.to(DEVICE)).cpu()
+    assert ((ours - gold).abs() <= 0.8 * torch.finfo(torch.float32).eps * 2.0 ** gold.abs().log2().floor()).all()
+
+
+@pytest.mark.parametrize("length", [1024, 4096])
+def test_long_streams_in_full_precision_keep_what_roundings_leave_over(length: int) -> None:
+    """A product whose terms rise: half-way its sum is hundreds of times what it comes to."""
+    generator = torch.Generator().manual_seed(length)
+    a, ramp = torch.rand(16, length, generator=generator) / 2 + 0.5, torch.linspace(-1, 1, length)[:, None]
+    b = ramp + 0.3 * torch.randn(length, 16, generator=generator)
+    gold = a.double() @ b.double()
+    chain = torch.zeros(16, 16)
+    for first in range(0, length, 16):
+        chain = chain + a[:, first : first + 16] @ b[first : first + 16]
+    call = cascade.compile("cascade c(A[M,K], B[K,N]) -> C[M,N] { C[m,n] = A[m,k] * B[k,n] }", backend="triton")
+    ours = call(A=a.to(DEVICE), B=b.to(DEVICE)).cpu()
+    assert (ours - gold).square().mean() <= (chain - gold).square().mean() / 4
+    b[length // 3, 2], b[length // 2, 3] = math.inf, math.nan
+    assert torch.equal(call(A=a.to(DEVICE), B=b.to(DEVICE)).cpu().isinf(), (a @ b).isinf())
+
+
+def test_what_is_left_over_moves_with_its_state() -> None:
+    """And only there: in full precision, over many tiles, where a merge multiplies what was summed."""
+    moving = "O_sum_rest = P_max_shift[:, None] * O_sum_rest"
+    long, short = (
+        {"B": 1, "G": 2, "J": 8, "N": 131_072, "E": 64, "F": 64},
+        {"B": 1, "G": 2, "J": 8, "N": 64, "E": 64, "F": 64},
+    )
+    assert moving in emitted(kernels("decode_grouped", torch.float32, **long)[0])
+    assert "_rest" not in emitted(kernels("decode_grouped", torch.float32, **short)[0])
+    assert "_rest" not in emitted(kernels("decode_grouped", torch.bfloat16, **long)[0])
+
+
+def test_a_drift_composes_without_its_factor() -> None:
+    """1 - a rounds the same way at every step: only what a step adds is composed."""
+    x, h = torch.randn(40, 100, generator=torch.Generator().manual_seed(0)) - 1000, torch.zeros(40)
+    gold, state = [], h.double()
+    for n in range(100):
+        state = state + torch.tensor(0.1).double() * (x[:, n].double() - state)
+        gold.append(state)
+    call = cascade.compile(PROGRAMS["moving_average"].text, backend="triton")
+    ours = call(X=x.to(DEVICE), a=torch.tensor(0.1, device=DEVICE), h=h.to(DEVICE)).cpu()
+    assert (ours - torch.stack(gold, 1)).abs().max() <= 3e-7 * 1000
+    exact, narrow = (kernels("moving_average", dtype, M=40, N=100) for dtype in (torch.float32, torch.bfloat16))
+    assert "drifted" in emitted(exact[0]) and "composed" in emitted(narrow[0])
 
 
 def test_only_sums_in_full_precision_are_in_levels() -> None:

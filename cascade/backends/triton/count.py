@@ -506,7 +506,7 @@ class _Count:
 
     def scan(self, op: Scan, run: _Run) -> None:
         """A scan: within each thread and once more with what stands before it, by exchanges between threads."""
-        each = {"sum": 1.0, "affine": 2.0}.get(op.kind, EXTREME)
+        each = {"sum": 1.0, "affine": 2.0, "drift": 2.0}.get(op.kind, EXTREME)
         self.lanes(op.axes, 2 * each, run)
         rows = WARP * self.kernel.options.num_warps * run.times
         self.vector += rows * math.log2(WARP) * (SHUFFLE * len(op.names) + each)

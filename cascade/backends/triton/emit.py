@@ -638,7 +638,7 @@ class _Emitter:
             text = f"tl.where({at_end}, {text}, 0)"
         axes = list(inner)
         for rank in sorted(op.over, key=axes.index, reverse=True):
-            if op.reducer == "sum" and piece.real and self.full_precision():
+            if op.reducer == "sum" and piece.real and self.kernel.exact:
                 text = self.apart(text, axes, rank)
             else:
                 text = self.along(op, text, axes.index(rank))
@@ -648,32 +648,32 @@ class _Emitter:
         return text if tuple(axes) == op.axes else self.aligned(_Piece(text, tuple(axes)), op.axes).text
 
     def apart(self, text: str, axes: Sequence[str], rank: str) -> str:
-        """A sum in full precision: elements far apart are added first, in short chains.
+        """A sum in full precision: elements far apart are added first, in short chains; threads join theirs in f64.
 
         Triton would add up a chain of all elements of a thread, then neighbours: along a row that rises or falls sums
-        of neighbours are large, and so are their roundings. A level more is one that threads exchange.
+        of neighbours are large, and so are their roundings. The many chains of threads round independently, which
+        averages out; the few additions that join them would each be seen in the whole. What is short and done once has
+        such additions only; for every tile of a stream it is summed as it is.
         """
         place, block, tile = axes.index(rank), self.block(rank), self.kernel.axis(rank).tile
-        levels: list[int] = []
-        warps = VECTOR * self.kernel.options.num_warps
-        for size in (VECTOR, WARP // VECTOR, warps, *(CHAIN for _ in range(tile.bit_length()))):
-            levels.insert(0, min(size, tile // math.prod(levels)))
-        levels = [size for size in levels if size > 1]
         plain = f"tl.sum({text}, {place})"
-        if tile <= WARP * VECTOR:  # a warp has it in chains of a vector
+        if tile <= WARP * VECTOR and self.within_loop:
             return plain
-        shape, least = [self.block(other) for other in axes], math.prod(levels[1:])
-        shape[place : place + 1] = [f"{block} // {least}", *map(str, levels[1:])]
+        if tile <= WARP * VECTOR:
+            return f"tl.sum({text if text.isidentifier() else f'({text})'}.to(tl.float64), {place}).to(tl.float32)"
+        threads = min(WARP * self.kernel.options.num_warps, tile // VECTOR)
+        levels = [min(CHAIN, tile // (threads * VECTOR))]
+        while (left := tile // (threads * VECTOR * math.prod(levels))) > 1:
+            levels.append(min(CHAIN, left))
+        shape, least = [self.block(other) for other in axes], tile // levels[0]
+        shape[place : place + 1] = [f"{block} // {least}", *map(str, levels[1:]), str(threads), str(VECTOR)]
         summed = f"tl.reshape({text}, [{', '.join(shape)}])"
         for _ in levels:
             summed = f"tl.sum({summed}, {place})"
+        summed = f"tl.sum(tl.sum({summed}, {place + 1}).to(tl.float64), {place}).to(tl.float32)"
         axis = self.kernel.axis(rank)
         varies = axis.role is Role.WHOLE and not isinstance(axis.extent, int)  # a file has tiles for other lengths too
         return f"({summed} if {block} >= {least} else {plain})" if varies else summed
-
-    def full_precision(self) -> bool:
-        """Whether all floats that are read and written have 32 bits."""
-        return {tensor.dtype for tensor in self.kernel.tensors if tensor.dtype in FLOATS} == {DType.F32}
 
     def scan(self, op: Scan) -> None:
         """Steps composed along a dimension, in order."""
@@ -681,7 +681,7 @@ class _Emitter:
         if op.kind == "sum":
             self.line(f"{op.names[0]} = tl.cumsum({op.elements[0]}, {place})")
             return
-        helper = {"max": "larger", "min": "smaller", "affine": "composed"}[op.kind]
+        helper = {"max": "larger", "min": "smaller", "affine": "composed", "drift": "drifted"}[op.kind]
         self.helpers.setdefault(helper)
         elements = op.elements[0] if len(op.elements) == 1 else f"({', '.join(op.elements)})"
         self.line(f"{', '.join(op.names)} = tl.associative_scan({elements}, {place}, {helper})")

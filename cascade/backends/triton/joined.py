@@ -88,9 +88,9 @@ def _pairs(before: Joined, extents: Mapping[str, int], contiguous: Collection[st
 
 
 def _sums_only(statements: Sequence[Stmt]) -> bool:
-    """Whether statements are sums and maps."""
+    """Whether statements are sums, counts and maps."""
     nodes = [n for stmt in statements if isinstance(stmt, Einsum) and not stmt.inits for n in walk(stmt.expr)]
-    sums = all(node.reducer == "sum" for node in nodes if isinstance(node, Reduce))
+    sums = all(node.reducer in ("sum", "count") for node in nodes if isinstance(node, Reduce))
     return sums and all(isinstance(stmt, Einsum) for stmt in statements)
 
 

@@ -28,7 +28,7 @@ from cascade.backends.triton.plan import (
 from cascade.backends.triton.products import (
     factors, folded, is_plain, matrix_product, multiplied_in, product, ranks_of,
 )  # fmt: skip
-from cascade.backends.triton.recurrence import carried, composition, ends, is_last, stepped
+from cascade.backends.triton.recurrence import carried, composition, drift, ends, is_last, stepped
 from cascade.backends.triton.shares import Shares
 from cascade.backends.triton.widths import fits, values_of
 from cascade.errors import Diagnostic, UnsupportedError
@@ -47,6 +47,7 @@ LARGEST_TILE = 1 << 20  # elements
 SMALLEST_SIDE = 16  # of a matrix product
 EXACT = 1 << 53  # no integer beyond it is told from its neighbours as a float
 MOST_FACTORS = 4  # of a power that is written as a product
+SHORT_CHAIN = 32  # additions one after the other whose roundings are not worth to be kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class Setting:
     shares: Shares | None = None  # where parts are of equal length for all coordinates of a rank together
     most: Mapping[str, int] = field(default_factory=dict)  # what shape symbols do not exceed that are no numbers above
     actual: Mapping[str, int] = field(default_factory=dict)  # the extents of ranks in this call
+    narrow: bool = False  # whether no float that comes of the program has 32 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,7 @@ class _Lowering:
     edges: list[tuple[Expr, ...]] = field(default_factory=list)  # the tests of each reduction and store of the loop
     presence: dict[tuple[Expr, ...], str] = field(default_factory=dict)  # a state that counts who was there
     by_lane: set[str] = field(default_factory=set)  # sums that every coordinate of the tile carries on its own
+    rests: dict[str, Local] = field(default_factory=dict)  # of sums over many tiles: what their roundings left over
 
     # --- the whole ---------------------------------------------------------------------------------------------------
 
@@ -158,6 +161,7 @@ class _Lowering:
             watched=tuple(self.watched),
             singly=tuple(stmt.target.name for stmt in stepped(self.group.statements) if composition(stmt) is None),
             partial=tuple(self.partial),
+            exact=self.full_precision(),
             live=tuple((name, self.values[name].live) for name in self.setting.results if name in self.values),
         )
 
@@ -278,7 +282,7 @@ class _Lowering:
         stream = self.group.arrangement.stream
         assert stream is not None
         states = [stmt for stmt in statements if trips.kind[defines(stmt)[0]] == "state"]
-        self.by_lane = self.lanes(trips, statements, states)
+        self.by_lane, self.rests = self.lanes(trips, statements, states), {}
         recurrences = stepped(statements)
         for stmt in states:
             self.begin(stmt)
@@ -335,6 +339,28 @@ class _Lowering:
         )
         tiled = self.group.arrangement.stream in self.spread(stmt.expr.ranks)
         return tiled and not moved and not begun and self.accumulator(name, "sum") is DType.F32
+
+    def keeps_rests(self, stmt: Stmt) -> bool:
+        """Whether the roundings of a state are carried beside it: a sum in full precision, over many tiles.
+
+        One chain of additions has an error that grows with its length; libraries have several, which they add up.
+        Its merge may only multiply what was summed: then what was left over is multiplied as well.
+        """
+        stream, name = self.group.arrangement.stream, defines(stmt)[0]
+        if not self.full_precision() or self.setting.within or name in self.by_lane:
+            return False
+        if not isinstance(stmt, Einsum) or reducer_of(stmt) != "sum" or not isinstance(stmt.expr, Reduce):
+            return False
+        own = Read(f"{name}'", tuple(map(Rank, stmt.target.ranks)))
+        merge = self.merge(name)
+        terms = [own] if merge is None else factors(guarded_merge(merge, self.group))
+        olds = [node for term in terms for node in walk(term) if isinstance(node, Read) and node.tensor == own.tensor]
+        if olds != [own] or own not in terms or stream not in stmt.expr.ranks:
+            return False
+        extent, parts = self.setting.numbers[stream], self.setting.numbers.get(self.setting.split or "", 1)
+        if not isinstance(extent, int) or not isinstance(parts, int):
+            return True
+        return extent > SHORT_CHAIN * self.axis(stream).tile * parts
 
     def outside(self, kept: dict[tuple[object, ...], Local]) -> dict[tuple[object, ...], Local]:
         """The loads that are still known behind a loop: those before it and those it made to be done before it."""
@@ -438,6 +464,8 @@ class _Lowering:
             expr = self.values[f"{name}'"].expr
             assert isinstance(expr, Local)
             yield expr.name
+            if name in self.rests:
+                yield self.rests[name].name
 
     def begin(self, stmt: Stmt) -> None:
         """A state before the first element: the identity of its reducer, or what the fold says."""
@@ -454,6 +482,10 @@ class _Lowering:
         variable = self.variable(f"{name}_lanes" if name in self.by_lane else name, axes, dtype)
         self.ops.append(Start(variable, axes, value, dtype))
         self.values[f"{name}'"] = Value(Local(variable))
+        if dtype is DType.F32 and self.keeps_rests(stmt):
+            rest = self.variable(f"{name}_rest", axes, dtype)
+            self.ops.append(Start(rest, axes, Const(0.0), dtype))
+            self.rests[name] = Local(rest)
 
     def state_axes(self, stmt: Einsum) -> tuple[str, ...]:
         """The dimensions of a state: those of its tensor, and of the tile where it is carried by coordinate."""
@@ -490,6 +522,11 @@ class _Lowering:
             self.values[name] = Value(old, *self.joined(stmt))
             return []
         tile = self.reduction(stmt) if isinstance(stmt.expr, Reduce) else self.inner(stmt)
+        if into and name in self.rests:
+            self.move(old, moved, axes, self.rests[name])
+            self.add(old, self.let(f"{name}_tile", tile.expr, axes), axes, self.rests[name])
+            self.values[name] = Value(old, tile.live, None)
+            return []
         dtype = self.variables[old.name][1]
         joined = self.as_integer(dtype, join(reducer, moved, tile.expr))
         target = old.name if into else self.variable(f"{name}_next", axes, dtype)
@@ -501,6 +538,25 @@ class _Lowering:
         """An expression in an integer type that holds less: a variable of a loop keeps its type."""
         kept = self.type_of(expr)
         return expr if dtype in FLOATS or kept in (dtype, DType.BOOL) or kept in FLOATS else Cast(dtype, expr)
+
+    def move(self, old: Local, moved: Expr, axes: tuple[str, ...], rest: Local | None = None) -> None:
+        """A state, and what its roundings left over, in the frame of the tile at hand."""
+        if moved == old:
+            return
+        self.ops.append(Let(old.name, axes, moved))
+        if rest is not None:
+            self.ops.append(Let(rest.name, axes, rewrite(moved, lambda node: rest if node == old else node)))
+
+    def add(self, old: Local, tile: Local, axes: tuple[str, ...], rest: Local) -> None:
+        """A state and what a tile gives, exactly: what the rounding of the sum leaves over goes to the rest of it.
+
+        (Dekker 1971, "A floating-point technique for extending the available precision".)
+        """
+        added = Local(self.variable(f"{old.name}_next", axes, DType.F32))
+        self.ops.append(Let(added.name, axes, join("sum", old, tile)))
+        seen = Apply("sub", (added, old))
+        self.ops.append(Let(rest.name, axes, join("sum", rest, Apply("sub", (tile, seen)))))
+        self.ops.append(Let(old.name, axes, added))
 
     def merge_reads(self, stmt: Stmt) -> Iterator[Read]:
         merge = self.merge(defines(stmt)[0])
@@ -537,8 +593,8 @@ class _Lowering:
         """Adds a matrix product straight to the state, where the tile's part is one without further factors."""
         if not isinstance(stmt.expr, Reduce) or stmt.expr.reducer != "sum":
             return False
-        found = self.dot(stmt, self.spread(stmt.target.ranks), into=(old, moved))
-        return found is not None
+        axes = self.spread(stmt.target.ranks)
+        return self.dot(stmt, axes, into=(old, moved), left_over=self.rests.get(stmt.target.name)) is not None
 
     def inner(self, stmt: Einsum) -> Value:
         """What a tile gives to a state that joins a reduction with virtual elements: the reduction of the tile."""
@@ -563,6 +619,10 @@ class _Lowering:
                 variable = self.variable(name, axes, DType.F32)
                 self.ops.append(Fold(variable, axes, "sum", over, last))
                 last = Local(variable)
+            elif name in self.rests:  # of what is not finite the rest is not a number
+                rest, axes = self.rests[name], self.spread(targets(stmt)[0].ranks)
+                whole = Apply("select", (Apply("eq", (rest, rest)), join("sum", last, rest), last))
+                last = self.let(f"{name}_whole", whole, axes)
             self.values[name] = dataclasses.replace(self.values[name], expr=last)
         for stmt in statements:
             name = defines(stmt)[0]
@@ -972,7 +1032,9 @@ class _Lowering:
         dtype = computed(self.setting.dtypes[name])
         if found is None or dtype is DType.BOOL:
             raise unsupported(f"a recurrence along {rank} whose steps nothing composes, many at a time", stmt)
-        fills = (1, 0) if found.kind == "affine" else (identity(found.kind, dtype),)
+        if dtype is DType.F32 and self.full_precision():
+            found = drift(found) or found
+        fills = {"affine": (1, 0), "drift": (0, 0)}.get(found.kind) or (identity(found.kind, dtype),)
         elements = []
         for element, fill in zip(found.elements, fills, strict=True):
             local = self.let(f"{name}_step", self.typed(self.expression(element).expr, dtype), axes)
@@ -990,15 +1052,21 @@ class _Lowering:
 
         def onto(parts: Sequence[str]) -> Expr:
             first = Local(parts[0])
-            if found.kind == "affine":
-                return Apply("add", (Apply("mul", (first, before)), Local(parts[1])))
-            return join(found.kind, before, first)
+            if len(parts) == 1:
+                return join(found.kind, before, first)
+            moved = Apply("add", (Apply("mul", (first, before)), Local(parts[1])))
+            return moved if found.kind == "affine" else Apply("add", (before, moved))
 
         here = self.let(name, onto(names), axes).name
         after = self.let(f"{name}_after", onto(totals), rows).name
-        if found.kind == "affine" and dtype in FLOATS:
+        if len(names) > 1 and dtype in FLOATS:
             self.ops.append(self.redo(stmt, here, before.name, after))
         return here, after
+
+    def full_precision(self) -> bool:
+        """Whether all floats that are read and written have 32 bits, and the program returns such."""
+        kinds = {tensor.dtype for tensor in self.setting.tensors.values() if tensor.dtype in FLOATS}
+        return not self.setting.narrow and kinds == {DType.F32}
 
     def redo(self, stmt: Einsum, here: str, before: str, after: str) -> Redo:
         """The steps as they are written, one by one."""
@@ -1059,10 +1127,17 @@ class _Lowering:
             return Value(found, live)
         return Value(self.let(f"{stmt.target.name}_scaled", found), live)
 
-    def dot(self, stmt: Einsum, axes: tuple[str, ...], into: tuple[Local, Expr] | None = None) -> Value | None:
+    def dot(
+        self,
+        stmt: Einsum,
+        axes: tuple[str, ...],
+        into: tuple[Local, Expr] | None = None,
+        left_over: Local | None = None,
+    ) -> Value | None:
         """A sum as a matrix product of two tiles; None where it is not one of a size that the hardware has.
 
-        With `into` it is added to a state that was moved, and only where nothing but the product is to be added.
+        With `into` it is added to a state that was moved, and only where nothing but the product is to be added; what
+        that rounds off is `left_over`.
         """
         assert isinstance(stmt.expr, Reduce)
         over = self.spread(stmt.expr.ranks)
@@ -1088,11 +1163,13 @@ class _Lowering:
             if into is not None and number == 0:
                 if wide and right.name in self.raw:
                     self.watched.append(variable)
-                if into[1] != into[0]:
-                    self.ops.append(Let(variable, axes, into[1]))
-            onto = into is not None or number > 0
+                self.move(*into, axes, left_over)
+                variable = variable if left_over is None else self.variable(f"{variable}_tile", axes, DType.F32)
+            onto = (into is not None and left_over is None) or number > 0
             variable = variable or self.variable(stmt.target.name, axes, DType.F32)
             self.ops.append(Dot(variable, axes, left.name, right.name, rank, onto, exact, present, edge))
+        if into is not None and left_over is not None:
+            self.add(into[0], Local(variable), axes, left_over)
         if into is not None:
             return Value(into[0], live)
         scale = [self.expression(term) for term in rest]

@@ -165,7 +165,8 @@ class Fold:
 class Scan:
     """`names` := the steps of a recurrence from the beginning of the tile to each coordinate of it, composed.
 
-    A step is one element, composed by `sum`, `max` or `min`, or a factor and a term, composed as `affine` maps.
+    A step is one element, composed by `sum`, `max` or `min`, or a factor and a term, composed as `affine` maps or as
+    a `drift`.
     """
 
     names: tuple[str, ...]
@@ -331,6 +332,7 @@ class Kernel:
     partial: tuple[Partial, ...] = ()  # the states of a part of the stream, where several programs share it
     base_two: tuple[str, ...] = ()  # tensors that are exponents and lie to base two
     live: tuple[tuple[str, tuple[Expr, ...]], ...] = ()  # what is stored, and the tests under which it is present
+    exact: bool = False  # in full precision: all floats that it reads and writes have 32 bits, and so have results
     why: tuple[str, ...] = ()  # reasons for tensors that the author's cascade has not
     singly: tuple[str, ...] = ()  # recurrences that go one coordinate at a time, as nothing composes their steps
     index: Index | None = None  # what must be computed before: bounds that depend on data

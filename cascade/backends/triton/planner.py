@@ -41,7 +41,7 @@ FEW_PROGRAMS = 128  # fewer leave multiprocessors without work: a stream is shar
 LONG_ROW = 8192  # elements; longer rows that are gone through once are streamed: several programs then hide latency
 ACCUMULATED = 65536  # numbers in 32 bits that a program can hold in registers at most
 MOST_PIECES = 3  # in which tensor cores sum over a rank that is no power of two
-EXACT_PIECE, EXACT_PIECES = 32, 8  # in full precision: how long they are at least, and about how many at most
+EXACT_PIECE, EXACT_PIECES = 16, 8  # in full precision: how long they are at least, and about how many at most
 CAREFUL_TILE = 16  # of the stream where rows are gone through one by one: few registers, speed does not matter
 
 
@@ -98,6 +98,7 @@ class Planner:
     why: Mapping[str, str] = field(default_factory=dict)  # of tensors that the author's cascade has not
     views: Mapping[str, str] = field(default_factory=dict)  # tensors that are the memory of another one
     merges: bool = False  # what parts of a stream have left: nothing is left to share
+    narrow: bool | None = None  # whether no float that comes of it has 32 bits; None: what this cascade returns says
     ranks: dict[str, int] = field(init=False)  # the extents that choices are made for
     actual: dict[str, int] = field(init=False)  # those of this call
     sizes: dict[str, Size] = field(init=False)
@@ -117,6 +118,9 @@ class Planner:
         self.absent = may_be_absent(self.cascade, {**self.extents, **self.actual})
         self.dtypes = infer_dtypes(self.cascade, {name: layout.dtype for name, layout in self.layouts.items()})
         self.rows = self.named_rows()
+        if self.narrow is None:
+            floats = {self.dtypes[result.name] for result in self.cascade.results} & FLOATS
+            self.narrow = bool(floats) and floats.isdisjoint({DType.F32, DType.F64})
 
     def number(self, size: Size) -> int:
         return size if isinstance(size, int) else self.extents[size]
@@ -382,7 +386,7 @@ class Planner:
         lives = {n: self.lives[n] for n in names if n in self.lives}
         setting = Setting(
             axes, tensors, dtypes, results, extents, numbers, tiling.options, entries, lives, split=part,
-            shares=shares, most=self.typical, actual=self.actual,
+            shares=shares, most=self.typical, actual=self.actual, narrow=bool(self.narrow),
         )  # fmt: skip
         setting = setting if group.rows is None else self.scattered(setting, group, group.rows)
         try:
@@ -637,7 +641,9 @@ class Planner:
         layouts |= dict.fromkeys(() if shares is None else shares.tables, Layout((count,), (1,), DType.I32, True))
         own = {param.name: layouts.get(param.name) or self.made(param.name, groups) for param in cascade.params}
         own |= {name: self.layouts[name] for name in asked}
-        merger = Planner(cascade, inner.extents, own, self.descriptors, self.moving, self.supposed, merges=True)
+        merger = Planner(
+            cascade, inner.extents, own, self.descriptors, self.moving, self.supposed, merges=True, narrow=self.narrow
+        )
         merger.lives |= known
         merger.shapes |= {name: self.shapes[name] for name in asked}
         merger.dtypes |= {name: self.dtypes[name] for name in asked}

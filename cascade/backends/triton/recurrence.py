@@ -23,7 +23,10 @@ EXTREMES = ("max", "min")
 
 @dataclass(frozen=True, slots=True)
 class Composition:
-    """How steps compose: `sum`, `max` or `min` of one element each, or `affine` in two, the factor and the term."""
+    """How steps compose: `sum`, `max` or `min` of one element each, or in two, `affine` or `drift`.
+
+    An `affine` step takes S to A * S + b, a `drift` to S + (a * S + b): its elements are A or a, and b.
+    """
 
     kind: str
     elements: tuple[Expr, ...]
@@ -66,6 +69,20 @@ def composition(stmt: Einsum) -> Composition | None:
     if found is None:
         return None
     return Composition("sum", (found[1],)) if found[0] == ONE else Composition("affine", found)
+
+
+def drift(found: Composition) -> Composition | None:
+    """Affine steps whose factors are 1 and something as what they add: 1 - a rounds, and all steps the same way."""
+    if found.kind != "affine" or not isinstance(found.elements[0], Apply):
+        return None
+    factor, term = found.elements
+    match factor:
+        case Apply(op="sub", args=(one, less)) if one == ONE:
+            return Composition("drift", (Apply("neg", (less,)), term))
+        case Apply(op="add", args=(one, more)) if one == ONE:
+            return Composition("drift", (more, term))
+        case _:
+            return None
 
 
 def in_pairs(stmts: Collection[Stmt]) -> bool:

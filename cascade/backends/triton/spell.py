@@ -130,9 +130,10 @@ def exponential(x):
     "tanh": """@triton.jit
 def tanh(x):
     size, s = tl.abs(x), x * x
-    far = 1.0 - 2.0 / (exponential(2.0 * size) + 1.0)  # would cancel near 0; there a polynomial, off by 2^-25
-    near = x + x * (s * (-0.33332957 + s * (0.13320942 + s * (-0.05268415 + s * 0.01645876))))
-    return tl.where(size < 0.55, near, tl.where(x < 0, -far, far))
+    far = 1.0 - 2.0 / (exponential(2.0 * size) + 1.0)  # has the exponential's error below 1: there a polynomial
+    p = 0.021499411 + s * (-0.0079652272 + s * (0.0023154755 + s * -0.00036252569))
+    near = x + x * (s * (-0.33333299 + s * (0.13332411 + s * (-0.053884107 + s * p))))
+    return tl.where(size < 1.0, near, tl.where(x < 0, -far, far))
 """,
     "tanh_approx": """@triton.jit
 def tanh(x):
@@ -266,6 +267,11 @@ def largest(key, best, place, COUNT: tl.constexpr, LEAST: tl.constexpr):
 def composed(a, b, later_a, later_b):
     # two steps as one: s becomes a * s + b, then later_a * (a * s + b) + later_b
     return later_a * a, later_a * b + later_b
+""",
+    "drifted": """@triton.jit
+def drifted(a, b, later_a, later_b):
+    # two steps as one: s becomes s + (a * s + b), then the same with what is later
+    return a + (later_a * a + later_a), b + (later_a * b + later_b)
 """,
     "power": """@triton.jit
 def power(x, y):

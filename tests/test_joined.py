@@ -49,6 +49,9 @@ APART = {
     "one of them alone": ("X[T,D], W[H,E,D], r[H]", "Y[T,H,E]", "Y[t,h,e] = sum[d] X[t,d] * W[h,e,d] * r[h]"),
     "in another order": ("U[T,E,H], W[D,H,E]", "Y[T,D]", "Y[t,d] = sum[h,e] U[t,e,h] * W[d,h,e]"),
     "a coordinate counts": ("U[T,H,E], W[D,H,E]", "Y[T,D]", "Y[t,d] = sum[h,e] U[t,h,e] * W[d,h,e] where e < 9"),
+    "beside a number": ("X[B,T,D,F], W[F,D]", "Y[B,T,F]", "Y[b,t,f] = sum[d] X[b,t,d,0] * W[f,d]"),
+    "at two places": ("X[E,E,E]", "Y[E,E]", "Y[f,g] = sum[h,e] X[h,e,f] * X[g,h,e]"),
+    "beside one of them again": ("X[E,E,E], W[F,E]", "Y[E,F]", "Y[t,f] = sum[h,e] X[h,e,e] * X[t,h,e] * W[f,e]"),
     "all operands have them": ("X[B,H,T,D], W[B,H,F,D]", "Y[B,H,T,F]", "Y[b,h,t,f] = sum[d] X[b,h,t,d] * W[b,h,f,d]"),
 }
 
@@ -98,6 +101,9 @@ def test_kernels_of_joined_ranks(name: str, dtype: torch.dtype, odd: dict[str, i
 def test_ranks_stay_apart_where(name: str) -> None:
     text = program(APART[name])
     assert with_joined(final(text), SIZES, set(given(text))).cascade == final(text)
+    call, inputs = cascade.compile(text, backend="triton"), given(text)
+    verdict = judge_all(call(**inputs), standard(call.cascade, inputs, {}))
+    assert verdict.ok, verdict
 
 
 def test_data_with_gaps_is_read_where_it_lies() -> None:

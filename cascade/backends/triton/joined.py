@@ -83,7 +83,7 @@ def _pairs(before: Joined, extents: Mapping[str, int], contiguous: Collection[st
         for stmt in group.statements:
             for first, second in _beside(stmt):
                 pair = _Pair(first, second, group.statements, shapes)
-                if all(map(pair.suits, group.statements)) and pair.read.isdisjoint(given):
+                if all(map(pair.suits, group.statements)) and pair.read.isdisjoint(given) and pair.lies_alike():
                     yield pair
 
 
@@ -142,6 +142,23 @@ class _Pair:
         used = 2 * sum(self.ranks[0] in index for index in indices)
         summed = all((self.first in ranks) == (self.second in ranks) for ranks in sums)
         return together and summed and used == sum(node in self.ranks for node in nodes)
+
+    def lies_alike(self) -> bool:
+        """Whether each tensor has them at one place, in all accesses, among ranks that are all different.
+
+        One view of it, of all its elements, then serves every access.
+        """
+        places: dict[str, set[int]] = {}
+        for stmt in (stmt for stmt in self.statements if isinstance(stmt, Einsum)):
+            found = [(node.tensor, node.index) for node in walk(stmt.expr) if isinstance(node, Read)]
+            found.append((stmt.target.name, tuple(map(Rank, stmt.target.ranks))))
+            for tensor, index in found:
+                if self.ranks[0] not in index:
+                    continue
+                if not all(isinstance(part, Rank) for part in index) or len(set(index)) < len(index):
+                    return False
+                places.setdefault(tensor, set()).add(index.index(self.ranks[0]))
+        return all(len(at) == 1 for at in places.values())
 
     def lies(self, index: Sequence[Expr]) -> bool:
         """Whether coordinates have both, side by side and once, or neither."""

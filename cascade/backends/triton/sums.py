@@ -20,22 +20,8 @@ from cascade.backends.triton.partition import Group, partition
 from cascade.backends.triton.products import factors, matrix_product, product
 from cascade.inference import infer_dtypes
 from cascade.ir import (
-    Apply,
-    Cascade,
-    Cast,
-    Const,
-    DType,
-    Einsum,
-    Expr,
-    Fold,
-    Fuse,
-    Rank,
-    Read,
-    Reduce,
-    Directive,
-    Stmt,
-    Target,
-)
+    Apply, Cascade, Cast, Const, Directive, DType, Einsum, Expr, Fold, Fuse, Rank, Read, Reduce, Stmt, Target,
+)  # fmt: skip
 from cascade.presence import may_be_absent
 from cascade.walk import defines, fresh, names, reads, walk
 
@@ -138,8 +124,8 @@ class _Combination:
         if not self.rest:
             return (self.joined(target),)
         total = Target(fresh(f"{target.name}_sum", taken), target.ranks)
-        expr: Expr = Read(total.name, tuple(map(Rank, total.ranks)))
-        expr = added(expr, [Counter(factors(addend)) for addend in self.rest])
+        rest = [Counter(factors(addend)) for addend in self.rest]
+        expr = added(Read(total.name, tuple(map(Rank, total.ranks))), rest)
         return self.joined(total), dataclasses.replace(self.stmt, expr=expr)
 
 

@@ -14,16 +14,15 @@ import dataclasses
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from cascade.backends.triton.partition import Group, partition
 from cascade.backends.triton.products import matrix_product
-from cascade.inference import Shapes, infer_shapes
+from cascade.inference import Shapes, infer_shapes, stated
 from cascade.ir import (
     Apply, Cascade, Const, Directive, Einsum, Expr, Extent, Fold, Fuse, Given, GroupBy, Rank, Read, Reduce, Size, Stmt,
     Target,
 )  # fmt: skip
-from cascade.walk import defines, fresh, map_expressions, names, reads, rewrite, walk
+from cascade.walk import defines, expressions, fresh, map_expressions, names, reads, rewrite, targets, walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,16 +125,21 @@ class _Pair:
         return Rank(self.first), Rank(self.second)
 
     @property
+    def reads(self) -> list[Read]:
+        """What is read at both."""
+        nodes = [node for stmt in self.statements for expr in expressions(stmt) for node in walk(expr)]
+        return [node for node in nodes if isinstance(node, Read) and self.ranks[0] in node.index]
+
+    @property
     def read(self) -> set[str]:
         """The tensors that are read at both."""
-        nodes = [n for stmt in self.statements if isinstance(stmt, Einsum) for n in walk(stmt.expr)]
-        return {node.tensor for node in nodes if isinstance(node, Read) and self.ranks[0] in node.index}
+        return {node.tensor for node in self.reads}
 
     def suits(self, stmt: Stmt) -> bool:
         """Whether a statement has them side by side, and nowhere else."""
         if not isinstance(stmt, Einsum) or stmt.inits:
             return False
-        nodes = [node for expr in (stmt.expr, stmt.where) if expr is not None for node in walk(expr)]
+        nodes = [node for expr in expressions(stmt) for node in walk(expr)]
         indices = [node.index for node in nodes if isinstance(node, Read)]
         sums = [node.ranks for node in nodes if isinstance(node, Reduce)]
         together = all(map(self.lies, (tuple(map(Rank, stmt.target.ranks)), *indices)))
@@ -148,16 +152,14 @@ class _Pair:
 
         One view of it, of all its elements, then serves every access.
         """
+        accesses: list[tuple[str, tuple[Expr, ...]]] = [(node.tensor, node.index) for node in self.reads]
+        for target in (target for stmt in self.statements for target in targets(stmt)):
+            accesses += [(target.name, tuple(map(Rank, target.ranks)))] if self.first in target.ranks else []
         places: dict[str, set[int]] = {}
-        for stmt in (stmt for stmt in self.statements if isinstance(stmt, Einsum)):
-            found = [(node.tensor, node.index) for node in walk(stmt.expr) if isinstance(node, Read)]
-            found.append((stmt.target.name, tuple(map(Rank, stmt.target.ranks))))
-            for tensor, index in found:
-                if self.ranks[0] not in index:
-                    continue
-                if not all(isinstance(part, Rank) for part in index) or len(set(index)) < len(index):
-                    return False
-                places.setdefault(tensor, set()).add(index.index(self.ranks[0]))
+        for tensor, index in accesses:
+            if not all(isinstance(part, Rank) for part in index) or len(set(index)) < len(index):
+                return False
+            places.setdefault(tensor, set()).add(index.index(self.ranks[0]))
         return all(len(at) == 1 for at in places.values())
 
     def lies(self, index: Sequence[Expr]) -> bool:
@@ -170,7 +172,7 @@ class _Pair:
         cascade, taken = before.cascade, names(before.cascade)
         sizes = (self.shapes.ranks[self.first], self.shapes.ranks[self.second])
         symbol = next((name for name, known in before.sizes.items() if known == sizes), None)
-        symbol = symbol or fresh("_".join(map(str, sizes)), taken)
+        symbol = symbol or fresh(f"{self.first}{self.second}".upper(), taken)
         flat = _Flat(self, Rank(fresh(f"{self.first}{self.second}", taken)), taken, dict(before.views))
         own = {name for stmt in self.statements for name in defines(stmt)}
         kept = {result.name for result in cascade.results}
@@ -187,6 +189,7 @@ class _Pair:
         found = dataclasses.replace(
             cascade, body=tuple(body), schedule=schedule, given=(*cascade.given, Given(flat.rank.name, symbol))
         )
+        found = stated(found, {**self.shapes.ranks, flat.rank.name: symbol})
         return Joined(found, {**before.sizes, symbol: sizes}, flat.views)
 
 
@@ -237,13 +240,7 @@ class _Flat:
 
     def view(self, tensor: str, shapes: Shapes) -> Einsum:
         """A tensor that is read, in the other shape."""
-        node = next(
-            node
-            for stmt in self.pair.statements
-            if isinstance(stmt, Einsum)
-            for node in walk(stmt.expr)
-            if isinstance(node, Read) and node.tensor == tensor
-        )
+        node = next(node for node in self.pair.reads if node.tensor == tensor)
         size = shapes.ranks[self.pair.second]
         width: Expr = Const(size) if isinstance(size, int) else Extent(size)
         parts: dict[Expr, Expr] = dict(
@@ -275,22 +272,21 @@ class _Flat:
             return dataclasses.replace(item, statements=left) if len(left) > 1 else None
         if isinstance(item, Fuse):
             return dataclasses.replace(item, statements=self.names(item.statements))
-        if not isinstance(item, Fold):
+        if not isinstance(item, Fold) or own.isdisjoint((*item.state, *item.update, *item.finalize)):
             return item
+        return self.renamed_fold(item) if own.issuperset((*item.state, *item.update)) else None  # no trip of one kernel
 
-        def changed(part: Any) -> Any:
-            if part.target.name not in own or part.expr is None:
-                return dataclasses.replace(part, target=self.target(part.target)) if part.target.name in own else part
-            return dataclasses.replace(part, target=self.target(part.target), expr=self.expression(part.expr))
-
+    def renamed_fold(self, item: Fold) -> Fold:
+        """A trip of these statements alone, under their names."""
+        init = (dataclasses.replace(i, target=self.target(i.target), expr=self.optional(i.expr)) for i in item.init)
+        merge = (dataclasses.replace(m, target=self.target(m.target), expr=self.expression(m.expr)) for m in item.merge)
         return dataclasses.replace(
-            item,
-            state=self.names(item.state),
-            init=tuple(map(changed, item.init)),
-            update=self.names(item.update),
-            merge=tuple(map(changed, item.merge)),
+            item, state=self.names(item.state), init=tuple(init), update=self.names(item.update), merge=tuple(merge),
             finalize=self.names(item.finalize),
-        )
+        )  # fmt: skip
+
+    def optional(self, expr: Expr | None) -> Expr | None:
+        return None if expr is None else self.expression(expr)
 
     def names(self, some: Sequence[str]) -> tuple[str, ...]:
         own = {name for stmt in self.pair.statements for name in defines(stmt)}

@@ -298,13 +298,13 @@ def fold_along(statements: Sequence[Stmt], rank: str, cascade: Cascade) -> Fold 
         if isinstance(item, Fold) and item.rank == rank and not names.isdisjoint(item.state):
             states = [stmt for stmt in statements if not set(defines(stmt)).isdisjoint(item.state)]
             steps = all(set(defines(stmt)) <= along or not along.isdisjoint(reads(stmt)) for stmt in states)
-            fold = _restricted(item, names)
+            fold = restricted(item, names)
             moved = {node.tensor.rstrip("'") for m in fold.merge for node in walk(m.expr) if isinstance(node, Read)}
             return fold if steps and moved & {*item.state, *item.update} <= names else None
     return None
 
 
-def _restricted(fold: Fold, names: set[str]) -> Fold:
+def restricted(fold: Fold, names: Collection[str]) -> Fold:
     """The part of a fold that concerns some statements."""
     return dataclasses.replace(
         fold,

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from cascade.backends.triton.partition import Group, partition
+from cascade.backends.triton.partition import Group, partition, restricted
 from cascade.backends.triton.products import factors, matrix_product, product
 from cascade.inference import infer_dtypes
 from cascade.ir import (
@@ -179,16 +179,5 @@ def _without(item: Directive, gone: Collection[str]) -> Directive | None:
         return dataclasses.replace(item, statements=left) if len(left) > 1 else None
     if not isinstance(item, Fold):
         return item
-    kept = dataclasses.replace(
-        item,
-        state=_left(item.state, gone),
-        init=tuple(init for init in item.init if init.target.name not in gone),
-        update=_left(item.update, gone),
-        merge=tuple(merge for merge in item.merge if merge.target.name not in gone),
-        finalize=_left(item.finalize, gone),
-    )
+    kept = restricted(item, {*item.state, *item.update, *item.finalize} - {*gone})
     return kept if kept.state else None
-
-
-def _left(some: Sequence[str], gone: Collection[str]) -> tuple[str, ...]:
-    return tuple(name for name in some if name not in gone)

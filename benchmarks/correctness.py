@@ -175,8 +175,8 @@ def cases(program: Program, huge: bool) -> Iterator[Case]:
         for length, dtype in itertools.product(range(1, 301), TYPES):
             sizes = _of_length(program, length)
             yield Case("length", replace(small, sizes=sizes, dtype=dtype, recipe=_rotating(recipes, length + 1)))
-    if huge and program.rows and "N" in program.small:
-        yield Case("huge", replace(small, sizes={"M": HUGE[0], "N": HUGE[1]}, dtype=torch.float16))
+    if huge and program.rows == "M" and "N" in program.small:
+        yield Case("huge", replace(small, sizes={**program.small, "M": HUGE[0], "N": HUGE[1]}, dtype=torch.float16))
 
 
 def _diagonal(types: tuple[torch.dtype, ...], recipes: tuple[str, ...]) -> Iterator[tuple[torch.dtype, str]]:

@@ -16,6 +16,8 @@ from cascade.backends.triton import launch
 from cascade.backends.triton.launch import Bench, CallPlan, KernelStep, Launcher, allocated, layout
 from cascade.backends.triton.machine import Machine, machine_for
 from cascade.inference import bind_sizes
+from tests.kernel_programs import PROGRAMS
+from tests.tolerance import Draw, confirmed
 
 PRODUCT = "cascade product(X[T,D], W[D,F]) -> Y[T,F] { Y[t,f] = sum[d] X[t,d] * W[d,f] }"
 CAUSAL = programs.attention(where="n <= m")
@@ -62,6 +64,17 @@ def test_a_rank_that_tiles_hold_whole_is_not_supposed_to_be_longer() -> None:
     for width in (16, 32, 80):
         attends(compiled, 40, width)
         assert len(plans(compiled)[-1].steps) == 1
+
+
+@pytest.mark.parametrize("length", [64, 333])
+def test_heads_that_share_keys_attend_at_every_width(length: int) -> None:
+    """Sums that are none of matrices as planned for one width are such for many, and hold a rank whole."""
+    program = PROGRAMS["decode"]
+    compiled: Any = cascade.compile(program.text, backend="triton")
+    for width in (16, 32, 24, 80, 64):
+        draw = Draw(program, {**program.small, "N": length, "E": width, "F": width}, dtype=torch.float32)
+        verdict = confirmed(compiled, cascade.compile(program.text).cascade, draw)
+        assert verdict.ok, verdict
 
 
 def test_many_batches_of_a_product_take_few_kernels() -> None:

@@ -195,8 +195,12 @@ class Launcher:
                 why=found.why, views=joined.views,
             ), joined  # fmt: skip
 
-        plain, joined = supposing(())
-        return supposing(moving - joined.parts(plain.numbers_of_kernels()))[0] if moving else plain
+        larger, changing = frozenset[str](), moving
+        planner, joined = supposing(larger)
+        while (changing := changing - joined.parts(planner.numbers_of_kernels())) != larger:
+            larger = changing  # a plan for larger extents may have others as numbers
+            planner, joined = supposing(larger)
+        return planner
 
     def typed(self, inputs: Mapping[str, DType]) -> Cascade:
         """The cascade with results of the types that they have as written."""

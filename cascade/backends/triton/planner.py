@@ -753,7 +753,7 @@ class Planner:
 
     def products(self, group: Group) -> list[Stmt]:
         streamed = group.arrangement.stream is not None
-        if streamed and all(is_plain(stmt, self.dtypes) for stmt in group.statements):
+        if streamed and not group.arrangement.inner and all(is_plain(stmt, self.dtypes) for stmt in group.statements):
             return []
         return [stmt for stmt in group.statements if matrix_product(stmt) is not None]
 
@@ -835,6 +835,7 @@ class Planner:
         tile = 1 if role is Role.POINT else tiling.of(rank)
         extent = static.size(self.sizes[rank])
         step = self.packed(group).get(rank, 0) if role is Role.TILE else 0
+        step = math.gcd(step, tile) if step > tile else step  # a smaller tile does not reach beyond its neighbours
         step = 0 if step == tile else step
         exact = not step and self.ranks[rank] % tile == 0 and (tile == 1 or extent not in self.moving)
         exact = exact or (group.rows is not None and group.rows.rank == rank)  # what is in vain is marked by its row

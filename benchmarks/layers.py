@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn import functional as F
 
 from benchmarks import programs
-from benchmarks.peers import plain
+from benchmarks.peers import compiled, plain
 from benchmarks.reductions import slice_of
 from benchmarks.workload import Bar, Inputs, Peer, Workload, normal
 
@@ -97,7 +98,9 @@ def table(device: torch.device, options: Any) -> Iterator[Workload]:
         yield from quantised(rows, width, device)
         yield gated(rows, width, hidden, device, (Bar(1.0, peer="torch.compile") if many else Bar(ms=0.09),))
     yield losses(24 if options.tiny else ROWS[0], width, words, device)
+    yield distilled(24 if options.tiny else ROWS[0], width, words, device)
     yield prefill(24 if options.tiny else ROWS[0], width, hidden, device)
+    yield step(*((3, 40) if options.tiny else (32, 8192)), width, hidden, device)
 
 
 def normed(rows: int, width: int) -> Callable[[torch.Generator], Inputs]:
@@ -156,6 +159,24 @@ def losses(rows: int, width: int, words: int, device: torch.device) -> Workload:
     return Workload(title, programs.LINEAR_LOSS, inputs, exactly(loss, ("X", "y")), found, peers, bars, flops)
 
 
+def distilled(rows: int, width: int, words: int, device: torch.device) -> Workload:
+    """How far a student's words are from a teacher's, each a linear layer on states of its own."""
+
+    def inputs(generator: torch.Generator) -> Inputs:
+        student, teacher = (normal(generator, words, width) / width**0.5 for _ in range(2))
+        states = {name: normal(generator, rows, width) for name in "XU"}
+        return {"X": states["X"], "W": student, "U": states["U"], "M": teacher}
+
+    def divergence(given: Inputs) -> Tensor:
+        logits = (F.linear(given[x], given[w]) for x, w in ("XW", "UM"))
+        student, teacher = (F.log_softmax(z.to(torch.promote_types(z.dtype, torch.float32)), -1) for z in logits)
+        return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+
+    title, flops = f"linear, KL {rows} {width} {words}", 4.0 * rows * width * words
+    peers, bars = plain(divergence, device), (Bar(1.0, peer="torch.compile"),)
+    return Workload(title, programs.LINEAR_KL, inputs, exactly(divergence, ("X", "U")), found, peers, bars, flops)
+
+
 def prefill(rows: int, width: int, hidden: int, device: torch.device) -> Workload:
     """A whole decoder layer on the tokens of one sequence."""
     heads, shared, wide = (8, 2, 16) if rows < ROWS[1] * 2 else (32, 8, 128)
@@ -183,3 +204,42 @@ def prefill(rows: int, width: int, hidden: int, device: torch.device) -> Workloa
     title = f"decoder layer {rows} {width} {hidden}"
     peers = plain(maths, device)
     return Workload(title, decoder.TEXT, inputs, expected, lasts, peers, (Bar(1.1, peer="torch.compile"),), flops)
+
+
+def step(batch: int, length: int, width: int, hidden: int, device: torch.device) -> Workload:
+    """A whole decoder layer on one more token of each sequence, whose caches it fills to the end."""
+    heads, shared, wide = (8, 2, 16) if length < ROWS[0] else (32, 8, 128)
+
+    def inputs(generator: torch.Generator) -> Inputs:
+        given = decoder.inputs(length, width, heads, shared, wide, hidden, device, torch.bfloat16, generator)
+        turned = {name: given[name][-1:].expand(batch, -1).contiguous() for name in ("cosine", "sine")}
+        cache = {name: normal(generator, batch, shared, length, wide) for name in "KV"}
+        places = torch.full((batch,), length - 1, dtype=torch.int32, device=device)
+        found: Inputs = {**given, **turned, **cache, "X": normal(generator, batch, width), "len": places}
+        return found
+
+    def expected(given: Inputs) -> Tensor:
+        """The first and the last sequence in float64."""
+        exact = {name: t.double() if t.is_floating_point() else t for name, t in given.items()}
+        ends = {name: exact[name][[0, -1]] for name in ("X", "cosine", "sine", "K", "V", "len")}
+        result: Tensor = decoder.plain_step(**exact | ends)
+        return result
+
+    def ends(out: Tensor | tuple[Tensor, ...], given: Inputs) -> Tensor:
+        return (out if isinstance(out, Tensor) else out[0])[[0, -1]]
+
+    def maths(given: Inputs) -> Tensor:
+        return decoder.plain_step(**given, full=True)  # type: ignore[no-any-return]
+
+    optimised = compiled(maths, device)
+
+    def by_cudnn(given: Inputs) -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return optimised(given)  # type: ignore[no-any-return]
+
+    weights = 2 * width * wide * (heads + shared) + 3 * width * hidden
+    moved = 2.0 * (weights + 2 * batch * shared * length * wide)
+    peers = plain(maths, device) | ({} if device.type == "cpu" else {"cudnn": Peer(by_cudnn)})
+    bars = (Bar(1.3, peer="torch.compile"), Bar(1.3, peer="cudnn"))
+    title = f"decoder step {batch} {length} {width} {hidden}"
+    return Workload(title, decoder.STEP, inputs, expected, ends, peers, bars, moved=moved, in_place=decoder.IN_PLACE)

@@ -194,3 +194,13 @@ cascade linear_loss(X[T,D], W[V,D], y: i64[T]) -> L: f32[T] {
     L[t]   = (logsumexp[v] Z[t,v]) - Z[t,y[t]]
 }
 """
+
+LINEAR_KL = """
+cascade linear_kl(X[T,D], W[V,D], U[T,E], M[V,E]) -> L: f32[T] {
+    S[t,v] = X[t,d] * W[v,d]
+    H[t,v] = U[t,e] * M[v,e]
+    A[t,v] = S[t,v] - logsumexp[v] S[t,v]
+    B[t,v] = H[t,v] - logsumexp[v] H[t,v]
+    L[t]   = sum[v] exp(B[t,v]) * (B[t,v] - A[t,v])
+}
+"""

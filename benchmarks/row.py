@@ -95,11 +95,11 @@ def our_calls(
     """The results, and calls of the compiled cascade for each set of inputs; none if it fails or is wrong."""
     try:
         started = time.perf_counter()
-        compiled = build(workload.text, effort, device.type)
+        compiled = build(workload.text, effort, device.type, workload.in_place)
         first = compiled(**sets[0])
         synchronise(device)
         result.first_seconds = time.perf_counter() - started
-        poison(first)
+        poison(made(first, sets[0]))
         del first
         found = watched(result, compiled, sets[0], device)
         error, worst = errors(workload.found(found, sets[0]), wanted)
@@ -112,7 +112,7 @@ def our_calls(
         result.failed[OURS] = reason(error)
     if OURS in result.failed:
         return None, []
-    return found, [functools.partial(compiled, **inputs) for inputs in sets]
+    return made(found, sets[0]), [functools.partial(compiled, **inputs) for inputs in sets]
 
 
 def watched(result: Result, compiled: Callable[..., Any], inputs: Inputs, device: torch.device) -> Any:
@@ -192,6 +192,12 @@ def judged(bar: Bar, result: Result, copy: float) -> dict[str, Any]:
 def tensors(value: Any) -> list[Tensor]:
     """The tensors of one result or of several."""
     return [value] if isinstance(value, Tensor) else [part for part in value if isinstance(part, Tensor)]
+
+
+def made(value: Any, inputs: Inputs) -> list[Tensor]:
+    """The results that are not in the memory of an input."""
+    given = {tensor.data_ptr() for tensor in inputs.values()}
+    return [part for part in tensors(value) if part.data_ptr() not in given]
 
 
 def finite(value: Any) -> bool:

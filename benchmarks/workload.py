@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -59,7 +59,8 @@ class Workload:
 
     `inputs` makes a new set of random inputs from a seeded generator; `expected` computes the results on a slice of
     them, in float64, and `found` takes the same slice out of what was computed: both with one row of the result a row.
-    `flops` and `moved` are the operations and the bytes of one call: whichever is not 0 gives the rate that is shown.
+    Inputs that are written keep their values from call to call. `flops` and `moved` are the operations and the bytes of
+    one call: whichever is not 0 gives the rate that is shown.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Workload:
     bars: tuple[Bar, ...] = ()
     flops: float = 0.0
     moved: float = 0.0
+    in_place: Mapping[str, str] = field(default_factory=dict)  # results that take the memory of inputs
 
 
 def size_of(value: Any) -> int:

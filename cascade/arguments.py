@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cascade.errors import CallError, Diagnostic, Span, quoted_list
-from cascade.inference import bind_sizes, declared_sizes
+from cascade.inference import bind_sizes, declared_sizes, infer_dtypes
 from cascade.ir import Cascade, DType, Param, Result
+from cascade.wording import suggest
 
 if TYPE_CHECKING:
     import torch
@@ -240,6 +241,49 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def fail(code: str, message: str, span: Span | None, help_line: str) -> CallError:
+# --- results that take the memory of parameters ----------------------------------------------------------------------
+
+
+def check_in_place(cascade: Cascade, in_place: Mapping[str, str]) -> None:
+    """Raises `CallError` where a result is to take memory that it cannot have."""
+    results = {result.name: result for result in cascade.results}
+    params = {param.name: param for param in cascade.params}
+    for result, param in in_place.items():
+        if result not in results:
+            help_line = suggest(result, tuple(results), "its results")
+            raise fail("C343", f"in_place: {cascade.name} has no result {result!r}", None, help_line)
+        if param not in params:
+            help_line = suggest(param, tuple(params), "its parameters")
+            raise fail("C343", f"in_place: {cascade.name} has no parameter {param!r}", None, help_line)
+        ours, theirs = results[result].shape, params[param].shape
+        if ours != theirs:
+            shapes = [",".join(map(str, shape)) for shape in (ours, theirs)]
+            message = f"in_place: {result} is [{shapes[0]}], but {param} is [{shapes[1]}]"
+            raise fail("C343", message, params[param].span, "a result takes the memory of a parameter of its shape")
+        if list(in_place.values()).count(param) > 1:
+            help_line = "give each result a parameter of its own"
+            raise fail(
+                "C343", f"in_place: two results are to take the memory of {param}", params[param].span, help_line
+            )
+
+
+def check_memory(cascade: Cascade, inputs: Mapping[str, Tensor], in_place: Mapping[str, str]) -> None:
+    """Raises `CallError` where a tensor of this call cannot be written as a result is."""
+    types = importlib.import_module("cascade.values").FROM_TORCH
+    found = infer_dtypes(cascade, {name: types[tensor.dtype] for name, tensor in inputs.items()})
+    spans = {param.name: param.span for param in cascade.params}
+    for result, param in in_place.items():
+        if found[result] is not found[param]:
+            message = (
+                f"in_place: {result} is {found[result].value}, but the tensor given for {param} is {found[param].value}"
+            )
+            raise fail("C343", message, spans[param], "a result takes the memory of a tensor of its type")
+        given = inputs[param]
+        if any(extent > 1 and stride == 0 for extent, stride in zip(given.shape, given.stride(), strict=True)):
+            message = f"in_place: the tensor given for {param} is expanded: several coordinates are one element"
+            raise fail("C343", message, spans[param], f"give {param}.contiguous()")
+
+
+def fail(code: str, message: str, span: Span | None, help_line: str | None) -> CallError:
     """The error of a call, pointing at the declaration where there is one."""
     return CallError(Diagnostic(code, message, span, help_line))

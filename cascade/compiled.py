@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, overload
 
 from cascade.arguments import (
-    Parameter, bind, check_structures, declaration, fits, frozen, is_plain, is_symbolic, leaves, match, outline, plural,
-    split_options, widened,
+    Parameter, bind, check_in_place, check_memory, check_structures, declaration, fits, frozen, is_plain, is_symbolic,
+    leaves, match, outline, plural, split_options, widened,
 )  # fmt: skip
 from cascade.errors import CallError, CommandError, Diagnostic, TraceError
 from cascade.frontend.build import parse_cascade
@@ -57,17 +57,21 @@ class Compiled:
         without: Collection[str] = (),
         backend: str = "auto",
         effort: str = "none",
+        in_place: Mapping[str, str] | None = None,
     ) -> None:
         self.source = source
         self.without = tuple(without)
         self.backend = one_of("backend", backend, BACKENDS)
         self.effort = one_of("effort", effort, EFFORTS)
+        self.in_place = dict(in_place or {})
         self._launchers: dict[int, Any] = {}  # by trace
         self._plans: dict[Any, Callable[..., tuple[Any, ...]]] = {}  # by kind of call: what it runs, without asking
         self._traces: dict[Any, Trace] = {}
         self._last: Trace | None = None
         self._by_shape = False  # whether tracing needs the shapes of the tensors
-        if not isinstance(source, Cascade):
+        if isinstance(source, Cascade):
+            check_in_place(source, self.in_place)
+        else:
             functools.update_wrapper(self, source)
 
     @property
@@ -98,13 +102,18 @@ class Compiled:
         text = isinstance(self.source, Cascade)
         arrays = list(values.values()) if text else [leaf for value in values.values() for leaf in leaves(value)]
         inputs = bind(trace.source, arrays, sizes)
+        if self.in_place:
+            check_in_place(trace.source, self.in_place)
+            check_memory(trace.source, inputs, self.in_place)
         self._last = trace
         results = self._run_kernels(trace, inputs, sizes)
         if results is not None and not sizes and not options:
             self._remember(trace, tensors, named, inputs)
         if results is None:
             interp = importlib.import_module("cascade.interp")  # lazily: it needs torch
-            results = tuple(interp.run(fitting(trace, inputs, sizes), inputs, sizes).values())
+            found = interp.run(fitting(trace, inputs, sizes), inputs, sizes)
+            found |= {result: inputs[param].copy_(found[result]) for result, param in self.in_place.items()}
+            results = tuple(found.values())
         return results[0] if len(results) == 1 else results
 
     def _run_kernels(self, trace: Trace, inputs: Mapping[str, Any], sizes: Mapping[str, int]) -> tuple[Any, ...] | None:
@@ -121,7 +130,7 @@ class Compiled:
                 )
             )
         if id(trace) not in self._launchers:
-            self._launchers[id(trace)] = launch.Launcher(trace.final, self.effort, trace.source)
+            self._launchers[id(trace)] = launch.Launcher(trace.final, self.effort, trace.source, self.in_place)
         found: tuple[Any, ...] | None = self._launchers[id(trace)](inputs, sizes)
         return found
 
@@ -293,7 +302,13 @@ def parse(text: str, name: str | None = None) -> Compiled:
 
 @overload
 def compile(
-    source: None = None, /, *, without: Collection[str] = (), backend: str = "auto", effort: str = "none"
+    source: None = None,
+    /,
+    *,
+    without: Collection[str] = (),
+    backend: str = "auto",
+    effort: str = "none",
+    in_place: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[..., Any]], Compiled]: ...
 
 
@@ -306,6 +321,7 @@ def compile(
     without: Collection[str] = (),
     backend: str = "auto",
     effort: str = "none",
+    in_place: Mapping[str, str] | None = None,
 ) -> Compiled: ...
 
 
@@ -317,6 +333,7 @@ def compile(
     without: Collection[str] = (),
     backend: str = "auto",
     effort: str = "none",
+    in_place: Mapping[str, str] | None = None,
 ) -> Compiled | Callable[[Callable[..., Any]], Compiled]:
     """Makes a callable of a Python function (also as a decorator, with or without parentheses) or of a program.
 
@@ -324,20 +341,24 @@ def compile(
     or a line break. `name` picks a cascade as well; `without` names passes that are left out. `backend` is `auto`
     (kernels for tensors on a GPU, else the interpreter), `triton` or `interp`; `effort` is how much is tuned at the
     first call of each kind: `none` (the machine model chooses), `quick` (a few candidates are timed) or `full`.
+
+    `in_place` says which results take the memory of which parameters, as a cache that grows: `{"C": "K"}` writes C into
+    the tensor given for K, and returns that. Where C is K with other values at coordinates that equations tell,
+    `C[b,n,e] = select(n == len[b], R[b,e], K[b,n,e])`, only these are written; else C is computed and copied.
     """
     if source is None:
-        return lambda function: Compiled(function, without, backend, effort)
+        return lambda function: Compiled(function, without, backend, effort, in_place)
     if isinstance(source, str) and ("{" in source or "\n" in source):
-        return from_text(source, "<text>", name, without, backend, effort)
+        return from_text(source, "<text>", name, without, backend, effort, in_place)
     if isinstance(source, str | os.PathLike):
         path, found = split_name(os.fspath(source))
-        return from_text(read_program(path), path, name or found, without, backend, effort)
+        return from_text(read_program(path), path, name or found, without, backend, effort, in_place)
     if isinstance(source, Cascade):
         verify(source)
     elif not callable(source):
         message = f"cannot compile a {type(source).__name__}"
         raise CallError(Diagnostic("C330", message, help="give a Python function, a path, program text or a Cascade"))
-    return Compiled(source, without, backend, effort)
+    return Compiled(source, without, backend, effort, in_place)
 
 
 def from_text(
@@ -347,11 +368,12 @@ def from_text(
     without: Collection[str] = (),
     backend: str = "auto",
     effort: str = "none",
+    in_place: Mapping[str, str] | None = None,
 ) -> Compiled:
     """The callable for program text that came from `origin`."""
     cascade = parse_cascade(text, origin, name)
     verify(cascade)
-    return Compiled(cascade, without, backend, effort)
+    return Compiled(cascade, without, backend, effort, in_place)
 
 
 def read_program(path: str) -> str:

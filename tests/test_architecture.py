@@ -27,6 +27,7 @@ LAYERS = (
     {"scopes", "order", "intervals"},
     {"inference"},
     {"presence"},
+    {"bounds"},
     {"text", "verify", "values"},
     {"evaluate"},
     {"interp"},

@@ -12,7 +12,7 @@ from typing import cast
 
 import pytest
 
-from cascade.backends.triton.bounds import Bounds, always, conjuncts, loop_bounds, never_empty
+from cascade.bounds import Bounds, always, conjuncts, loop_bounds, never_empty
 from cascade.frontend.build import parse_cascade
 from cascade.ir import Apply, Const, Einsum, Expr, Extent, Local, Rank, Read, Reduce
 from cascade.text import render_expr

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.backends.triton.bounds import conjuncts
+from cascade.bounds import conjuncts
 from cascade.backends.triton.index import Index, index_of
 from cascade.backends.triton.launch import KernelStep
 from cascade.frontend.build import parse_cascade

@@ -50,6 +50,44 @@ LOSSES: dict[str, tuple[str, Loss]] = {
 }
 
 
+DISTILLED = """cascade c(X[T,D], W[V,D], U[T,E], M[V,E]) -> P: f32[T] {
+ S[t,v] = X[t,d] * W[v,d]
+ H[t,v] = U[t,e] * M[v,e]
+ A[t,v] = S[t,v] - logsumexp[v] S[t,v]
+ B[t,v] = H[t,v] - logsumexp[v] H[t,v]
+"""
+RELATIVE = DISTILLED + " P[t] = sum[v] exp(B[t,v]) * (B[t,v] - A[t,v])\n}"
+BETWEEN = (
+    DISTILLED
+    + " C[t,v] = log(0.5 * exp(A[t,v]) + 0.5 * exp(B[t,v]))\n"
+    + " P[t] = 0.5 * (sum[v] exp(B[t,v]) * (B[t,v] - C[t,v])) + 0.5 * (sum[v] exp(A[t,v]) * (A[t,v] - C[t,v]))\n}"
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["f32", "f16"])
+@pytest.mark.parametrize("rows, inner, outer, words", [(7, 40, 50, 50), (33, 100, 70, 300)])
+def test_distillation_makes_tiles_of_both_products_in_one_trip(
+    rows: int, inner: int, outer: int, words: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partition, "PRODUCT_LIMIT", 32)
+    monkeypatch.setattr(partition, "SHORT", 32)
+    x, u = torch.randn(rows, inner) * 2 / inner**0.5, torch.randn(rows, outer) * 2 / outer**0.5
+    w, m = torch.randn(words, inner), torch.randn(words, outer)
+    given = [tensor.to(DEVICE, dtype) for tensor in (x, w, u, m)]
+    x, w, u, m = (tensor.double() for tensor in given)
+    student, teacher = (F.log_softmax(z, -1) for z in (x @ w.T, u @ m.T))
+    between = torch.logsumexp(torch.stack([student, teacher]), 0) - torch.log(torch.tensor(2.0))
+    right = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    sides = [F.kl_div(between, one, reduction="none", log_target=True).sum(-1) for one in (student, teacher)]
+    for text, wanted in ((RELATIVE, right), (BETWEEN, 0.5 * sides[0] + 0.5 * sides[1])):
+        compiled = cascade.compile(text, backend="triton")
+        with filled_with_nan():
+            found = compiled(*given)
+        torch.testing.assert_close(found.double(), wanted, rtol=2e-3, atol=2e-3)
+        stored = any("S_ptr" in code or "S_desc" in code for code in compiled.sources().values())
+        assert stored == (text == BETWEEN)  # twice through the words: the products are not made twice
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["f32", "f16"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_of_a_linear_layer_store_no_logits(

@@ -87,7 +87,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_stored_changes_no_meaning(name: str, always: None) -> None:
     plain, given = final(CASES[name]), inputs_of(CASES[name], torch.float64)
-    stored = with_operands(plain, SIZES, types_of(given, DType.F64))
+    stored = with_operands(plain, SIZES, types_of(given, DType.F64), SIZES)
     verify(stored)
     assert len(stored.body) == len(plain.body) + 1  # once, for both products of `twice` too
     (before,), (after,) = (interp.run(it, given, precision=Precision.REFERENCE).values() for it in (plain, stored))
@@ -175,7 +175,7 @@ def stored_at(text: str, sizes: Mapping[str, int]) -> dict[str, str]:
     """The statements that are new at some sizes, as text."""
     plain = final(text)
     types = {p.name: p.dtype or DType.BF16 for p in plain.params}
-    new = [stmt for stmt in with_operands(plain, sizes, types).body if stmt not in plain.body]
+    new = [stmt for stmt in with_operands(plain, sizes, types, sizes).body if stmt not in plain.body]
     return {stmt.target.name: render_stmt(stmt) for stmt in new if isinstance(stmt, Einsum)}
 
 

@@ -20,6 +20,7 @@ from cascade.backends.triton.explain import Launch, describe
 from cascade.backends.triton.partition import Arrangement, Group, Rest
 from cascade.backends.triton.plan import Dot, Fold, Kernel, Loop, Role, every_op, render_kernel
 from cascade.backends.triton.planner import powers
+from cascade.ir import DType
 from cascade.walk import reads
 from tests.kernel_programs import PROGRAMS
 from tests.planned import all_kernels, emitted, final, only_group, planner_for
@@ -391,3 +392,27 @@ def test_a_drift_composes_without_its_factor() -> None:
 def test_only_sums_in_full_precision_are_in_levels() -> None:
     exact, short = (kernels("row_sum", dtype, M=5, N=1000) for dtype in (torch.float32, torch.float16))
     assert "tl.reshape(" in emitted(exact[0]) and "tl.reshape(" not in emitted(short[0])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "expected"),
+    [
+        (torch.bfloat16, 8192, DType.BF16),
+        (torch.bfloat16, 16, DType.F32),
+        (torch.float16, 8192, DType.F32),  # sums may leave its range
+        (torch.float32, 8192, DType.F32),
+    ],
+)
+def test_what_lies_between_kernels_has_16_bits_where_the_others_would_take_long(
+    dtype: torch.dtype, rows: int, expected: DType
+) -> None:
+    text = """cascade c(X[T,D], A[T,K], W[K,D]) -> Y[T,D] {
+        Z[t,d] = X[t,d] + (sum[k] A[t,k] * W[k,d])
+        S[t] = sum[d] Z[t,d] * Z[t,d]
+        Y[t,d] = Z[t,d] / S[t]
+    }"""
+    inputs = {"X": (rows, 2048), "A": (rows, 512), "W": (512, 2048)}
+    planner = planner_for(final(text), {name: torch.empty(shape, dtype=dtype) for name, shape in inputs.items()})
+    made = {tensor.name: tensor.dtype for kernel in all_kernels(planner) for tensor in kernel.tensors}
+    assert made["Z"] is expected
+    assert made.get("S", DType.F32) is DType.F32

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cascade import interp
+from cascade.bounds import absent_tensors
 from cascade.frontend.build import parse_cascade
 from cascade.ir import Cascade
 from cascade.presence import may_be_absent
@@ -53,3 +54,19 @@ def test_what_may_not_be_is_present(name: str) -> None:
     inputs = {"X": torch.arange(8.0) / 16, "J": torch.tensor([0, -3, 100, 8, 7, -8, 2, 1], dtype=torch.int32)}
     sizes = {"N": 6} if "N" in str(found) else {}
     assert bool((interp.run(found, inputs, sizes)["Y"] < 1).all())
+
+
+def test_reductions_over_what_is_surely_there_are_present() -> None:
+    """A row that sees itself has a maximum, a sum, and what is made of them; one that may see nothing has none."""
+    text = """cascade c(X[M,M], J: i32[M]) -> Y[M] {{
+        S[m,n] = X[m,n] where {where}
+        R[m] = max[n] S[m,n]
+        P[m,n] = exp(S[m,n] - R[m])
+        Y[m] = sum[n] P[m,n] * X[m,n]
+    }}"""
+    for where in ("n <= m", "n <= m and m - n < 4", "n >= m", "n == 0", "J[n] == J[m]"):
+        found = parse_cascade(text.format(where=where))
+        assert absent_tensors(found) == {"S", "P"}, where
+        assert {"S", "P", "R", "Y"} == may_be_absent(found)
+    for where in ("n < m", "n <= m - 2", "J[n] < J[m]", "n < J[m]"):
+        assert absent_tensors(parse_cascade(text.format(where=where))) == {"S", "P", "R", "Y"}, where

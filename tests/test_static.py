@@ -158,7 +158,7 @@ def planner_of(shipped: Shipped) -> Planner:
         param.name: contiguous([s if isinstance(s, int) else shipped.sizes[s] for s in param.shape], types[param.name])
         for param in cascade.params
     }
-    return Planner(restated(cascade, shipped.sizes, types).cascade, dict(shipped.sizes), layouts)
+    return Planner(restated(cascade, shipped.sizes, types, shipped.sizes).cascade, dict(shipped.sizes), layouts)
 
 
 def python_of(version: str) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import assert_never
@@ -688,7 +689,8 @@ def live_registers(kernel: Kernel) -> int:
     """The registers of a thread, guessed: the most that the tiles take that are live at one time.
 
     With products: loaded operands lie in shared memory; what a loop uses of what was before is live all through it; an
-    elementwise operation takes the registers of an operand that nobody needs afterwards, unless its type changes.
+    elementwise operation takes the registers of an operand that nobody needs afterwards, unless its type changes; what
+    is only stored is computed as it is narrowed.
     Without: values are widened as they are loaded, and elementwise operations between two reductions run element by
     element, so that only what crosses a reduction, and what is loaded, is there as a whole.
     """
@@ -699,15 +701,24 @@ def live_registers(kernel: Kernel) -> int:
         loads = {op.name for op in every_op(kernel.ops) if isinstance(op, (Load, Start))}
         crossing = {name for name, (begin, end) in spans.items() if any(begin < at < end - 1 for at in folds)}
         skipped = set(spans) - loads - crossing
-    threads = WARP * kernel.options.num_warps
+    threads, stored = WARP * kernel.options.num_warps, _only_stored(kernel)
     taken = {
-        name: -(-_elements(kernel, axes) * (min(4, BYTES[dtype]) if operands else 4) // (4 * threads))
+        name: -(-_elements(kernel, axes) * (min(4, stored.get(name, BYTES[dtype])) if operands else 4) // (4 * threads))
         for name, axes, dtype in kernel.variables
         if axes and name not in skipped and dtype is not DType.BOOL and (len(axes) > 1 or not operands)
     }
     positions = {begin for begin, _ in spans.values()} | {end for _, end in spans.values()}
     live = (sum(taken.get(name, 0) for name, (begin, end) in spans.items() if begin <= at < end) for at in positions)
     return PLAIN_REGISTERS + max(live, default=0)
+
+
+def _only_stored(kernel: Kernel) -> dict[str, int]:
+    """The bytes of an element, in memory, of the variables that are written there and not used otherwise."""
+    sizes = {tensor.name: BYTES[tensor.dtype] for tensor in kernel.tensors}
+    every = list(every_op(kernel.ops))
+    used = Counter(name for op in every for name in uses(op))
+    stores = [op for op in every if isinstance(op, Store) and isinstance(op.expr, Local)]
+    return {op.expr.name: sizes[op.tensor] for op in stores if isinstance(op.expr, Local) and used[op.expr.name] == 1}
 
 
 def _lifetimes(ops: Sequence[Op]) -> tuple[dict[str, tuple[int, int]], list[int]]:

@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cascade.backends.triton.partition import Group, partition
+from cascade.backends.triton.partition import NO_TILE, Rest, partition
 from cascade.backends.triton.products import matrix_product
 from cascade.inference import Shapes, infer_shapes, stated
 from cascade.ir import (
@@ -77,7 +77,8 @@ def _pairs(before: Joined, extents: Mapping[str, int], contiguous: Collection[st
     ordered = {name for item in cascade.schedule if isinstance(item, GroupBy) for name in item.statements}
     given = {param.name for param in cascade.params} - set(contiguous)
     for group in partition(cascade, ranks, before.views):
-        if not isinstance(group, Group) or not ordered.isdisjoint(group.names) or not _sums_only(group.statements):
+        apart = isinstance(group, Rest) and group.reason != NO_TILE
+        if apart or not ordered.isdisjoint(group.names) or not _sums_only(group.statements):
             continue
         for stmt in group.statements:
             for first, second in _beside(stmt):

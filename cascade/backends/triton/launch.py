@@ -38,6 +38,7 @@ from cascade.backends.triton.planner import Layout, Planner, Tiling, contiguous
 from cascade.backends.triton.relaunch import Relaunch, relaunch
 from cascade.backends.triton.restate import restated
 from cascade.backends.triton.rows import BLOCKS, SORTED
+from cascade.backends.triton.updates import Update, update_of
 from cascade.backends.triton.tune import Choice, Timer, choose
 from cascade.errors import UnsupportedError
 from cascade.inference import bind_sizes, infer_dtypes, infer_shapes
@@ -86,12 +87,14 @@ class Launcher:
     cascade: Cascade
     effort: str = "none"
     source: Cascade | None = None  # as it was written: what passes made of it may have finer types
+    in_place: Mapping[str, str] = field(default_factory=dict)  # results that take the memory of a parameter
     plans: dict[Any, CallPlan | None] = field(default_factory=dict)
     choices: dict[str, Choice] = field(default_factory=dict)  # by kernel, of the last plan
     refused: dict[str, set[Tiling]] = field(default_factory=dict)  # by kernel: what cannot be launched
     extents: dict[str, set[int]] = field(default_factory=dict)  # that calls had, by shape symbol
     tilings: dict[Any, Tiling] = field(default_factory=dict)  # by what a choice depends on
     assumed: dict[str, list[int]] = field(default_factory=dict)  # by shape symbol: extents that kernels were made for
+    copied: dict[str, str] = field(default_factory=dict)  # results that are computed apart and copied: why
     reduced: frozenset[str] = field(init=False)  # the shape symbols of ranks along which something is reduced
 
     def __post_init__(self) -> None:
@@ -125,7 +128,10 @@ class Launcher:
         if plan is None:
             return ""
         steps = (step for step in plan.steps if isinstance(step, RestStep | KernelStep))
-        return describe(*(step.group if isinstance(step, RestStep) else self.launch(step) for step in steps))
+        told = [f"{n} is computed apart and copied into {self.in_place[n]}: {why}\n" for n, why in self.copied.items()]
+        return "".join(told) + describe(
+            *(step.group if isinstance(step, RestStep) else self.launch(step) for step in steps)
+        )
 
     def launch(self, step: KernelStep) -> Launch:
         """A kernel with why it has its tiles."""
@@ -163,7 +169,8 @@ class Launcher:
         planner = self.planner(extents, layouts, has_descriptors(inputs))
         device = next((t.device for t in inputs.values()), torch.device("cpu" if interpreted() else "cuda"))
         results = tuple(result.name for result in self.cascade.results)
-        bench = None if interpreted() else Bench(device, self.effort, dict(inputs), results)
+        tensors = dict(inputs) | {result: inputs[update.of] for result, update in planner.updates.items()}
+        bench = None if interpreted() else Bench(device, self.effort, tensors, results)
         steps: list[Step] = []
         for step in self.steps(planner, self.cascade.name, bench):
             if step in steps:  # rows that another kernel has in the same order
@@ -171,7 +178,8 @@ class Launcher:
             steps.append(step)
             if bench is not None:
                 bench.advance(step)
-        return CallPlan(results, tuple(steps), device)
+        copied = {result: self.in_place[result] for result in self.copied}
+        return CallPlan(results, tuple(steps), device, self.in_place, copied)
 
     def planner(self, extents: Mapping[str, int], layouts: Mapping[str, Layout], descriptors: bool) -> Planner:
         """The planner of a call, which knows what earlier calls had otherwise.
@@ -186,13 +194,14 @@ class Launcher:
 
         def supposing(symbols: Collection[str]) -> tuple[Planner, Joined]:
             supposed = {symbol: self.supposed(symbol, extents[symbol]) for symbol in sorted(symbols)}
-            found = restated(typed, {**extents, **supposed}, dtypes, gapless)
-            joined = found.joined
+            certain = {symbol: extent for symbol, extent in extents.items() if symbol not in supposed}
+            found = restated(typed, {**extents, **supposed}, dtypes, certain, gapless)
+            joined, updates = found.joined, self.updates(found.cascade)
             sizes = {**joined.extents(extents), **supposed}
             return Planner(
                 found.cascade, joined.extents(extents), layouts, descriptors, joined.with_parts(moving),
                 {s: n for s, n in joined.extents(sizes).items() if s in joined.with_parts(symbols)},
-                why=found.why, views=joined.views,
+                why=found.why, views=joined.views, updates=updates,
             ), joined  # fmt: skip
 
         larger, changing = frozenset[str](), moving
@@ -201,6 +210,12 @@ class Launcher:
             larger = changing  # a plan for larger extents may have others as numbers
             planner, joined = supposing(larger)
         return planner
+
+    def updates(self, cascade: Cascade) -> dict[str, Update]:
+        """What is written of results that take the memory of a parameter; why it is all of some is remembered."""
+        found = {result: update_of(cascade, result, param) for result, param in self.in_place.items()}
+        self.copied = {result: update for result, update in found.items() if isinstance(update, str)}
+        return {result: update for result, update in found.items() if isinstance(update, Update)}
 
     def typed(self, inputs: Mapping[str, DType]) -> Cascade:
         """The cascade with results of the types that they have as written."""
@@ -266,7 +281,8 @@ class Launcher:
             return
         kernel = planner.kernel(label, group, groups, dataclasses.replace(tiling, parts=1))
         yield from self.before(planner, kernel, label, groups, by_model)
-        tensors = (planner.written(made, groups) for made in planner.stored(group, groups))
+        stored = (name for name in planner.stored(group, groups) if name not in planner.updates)
+        tensors = (planner.written(name, groups) for name in stored)
         made = tuple((tensor.name, *place(tensor, planner)) for tensor in tensors)
         extents = {**planner.extents, **planner.padded(kernel.rows)}
         yield KernelStep(kernel, emit(kernel, portable=interpreted()), extents, made)
@@ -338,11 +354,15 @@ class CallPlan:
     results: tuple[str, ...]
     steps: tuple[Step, ...]
     device: torch.device
+    in_place: Mapping[str, str] = field(default_factory=dict)  # results that take the memory of a parameter
+    copied: Mapping[str, str] = field(default_factory=dict)  # of these, which are computed apart before
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Runs every step in order on the current stream."""
         tensors = dict(inputs)
         device = self.device
+        for result, param in self.in_place.items():
+            tensors[result] = inputs[param]
         for step in self.steps:
             for name, shape, dtype in step.made:
                 tensors[name] = allocated(name, shape, dtype, device, self.results)
@@ -351,6 +371,9 @@ class CallPlan:
                 self.run(tensors)
         else:
             self.run(tensors)
+        for result, param in self.copied.items():
+            inputs[param].copy_(tensors[result])
+            tensors[result] = inputs[param]
         return tuple(tensors[name] for name in self.results)
 
     def run(self, tensors: dict[str, Tensor]) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from cascade.backends.triton.bounds import always, conjuncts, loop_bounds, never_empty
+from cascade.bounds import always, conjuncts, loop_bounds, never_empty
 from cascade.backends.triton.index import Entry, widest
 from cascade.backends.triton.partition import Group, Trips, reduced_ranks
 from cascade.backends.triton.plan import (
@@ -69,7 +69,9 @@ class Setting:
     within: Mapping[str, int] = field(default_factory=dict)
     """Where coordinates of tiles are gone through one by one: how many make a tile, also of the stream."""
     scattered: Mapping[str, tuple[Expr, ...]] = field(default_factory=dict)  # where results go, if not to their ranks
-    row: str | None = None  # the row at hand of such results: negative where nothing is stored
+    row: str | None = (
+        None  # the row at hand of such results: negative where nothing is stored; none: a part of a tensor
+    )
     inside: frozenset[str] = frozenset()  # coordinates that lie in range
     split: str | None = None  # the rank that counts the parts of the stream, where each program has one of them
     shares: Shares | None = None  # where parts are of equal length for all coordinates of a rank together
@@ -889,7 +891,13 @@ class _Lowering:
         outside = tuple(test for test in live if test not in inside)
         if not inside:
             return outside
-        if len(ranks) == 1 and never_empty(list(map(self.numbered, inside)), ranks[0], self.setting.numbers):
+        told = {rank: [test for test in inside if self.concerns(test, (rank,))] for rank in ranks}
+        each = sum(map(len, told.values())) == len(inside)  # no test tells of two of them
+        if each and all(
+            never_empty(list(map(self.numbered, tests)), rank, self.setting.numbers)
+            for rank, tests in told.items()
+            if tests
+        ):
             return outside
         return merged(outside, (self.somebody(inside, ranks),))
 
@@ -1710,6 +1718,8 @@ class _Lowering:
         only: tuple[Expr, ...] = ()
         if there is not None and self.setting.row is not None:
             only = (Apply("ge", (self.values[self.setting.row].expr, Const(0))),)
+        elif there is not None:  # a part of a tensor: elsewhere it stays as it is
+            only, lowered = lowered, ()
         self.ops.append(Store(name, index, axes, value.expr, lowered, result.fill.value, box, only))
 
 

@@ -16,11 +16,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from cascade.bounds import absent_tensors
 from cascade.backends.triton.partition import ELEMENT, LAUNCH, OPERATIONS, all_ranks, partition
 from cascade.backends.triton.products import factors, matrix_product, product, ranks_of
 from cascade.inference import infer_dtypes, infer_shapes
 from cascade.ir import Apply, Cascade, Cast, Const, DType, Einsum, Expr, Rank, Read, Reduce, Stmt, Target
-from cascade.presence import may_be_absent
 from cascade.walk import defines, fresh, names, reads, walk
 
 COMPUTED = 0.8  # of the time of a product: what a computed side costs; bytes widened, 8192 x 4096 x 4096, on an H200
@@ -28,13 +28,16 @@ SHORT = (DType.F16, DType.BF16)
 BYTE = (DType.I8, DType.F8E4M3, DType.F8E5M2)
 
 
-def with_operands(cascade: Cascade, extents: Mapping[str, int], inputs: Mapping[str, DType]) -> Cascade:
+def with_operands(
+    cascade: Cascade, extents: Mapping[str, int], inputs: Mapping[str, DType], certain: Mapping[str, int]
+) -> Cascade:
     """The cascade with operands that are worth storing as statements of their own; itself where there are none.
 
-    `extents` are those of shape symbols, `inputs` the types of the parameters. Other sums of the same terms read the
-    stored operand as well: what is to cancel against the product has been rounded as it was.
+    `extents` are those of shape symbols, of which some are `certain`: proofs use those. `inputs` are the types of the
+    parameters. Other sums of the same terms read the stored operand as well: what is to cancel against the product has
+    been rounded as it was.
     """
-    program = _Program.of(cascade, extents, inputs)
+    program = _Program.of(cascade, extents, inputs, certain)
     taken = names(cascade)
     stored: list[_Stored] = []
     for stmt in cascade.body:
@@ -93,7 +96,9 @@ class _Program:
     short_results: bool
 
     @classmethod
-    def of(cls, cascade: Cascade, extents: Mapping[str, int], inputs: Mapping[str, DType]) -> _Program:
+    def of(
+        cls, cascade: Cascade, extents: Mapping[str, int], inputs: Mapping[str, DType], certain: Mapping[str, int]
+    ) -> _Program:
         ranks = infer_shapes(cascade).ranks
         dtypes = infer_dtypes(cascade, inputs)
         return cls(
@@ -101,7 +106,7 @@ class _Program:
             {rank: size if isinstance(size, int) else extents[size] for rank, size in ranks.items()},
             dtypes,
             frozenset(name for stmt in cascade.body for name in defines(stmt)),
-            frozenset(may_be_absent(cascade)) - _maps(cascade),
+            absent_tensors(cascade, certain) - _maps(cascade),
             not any(dtypes[result.name] in (DType.F32, DType.F64) for result in cascade.results),
         )
 

@@ -16,17 +16,17 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from cascade.backends.triton.bounds import conjuncts
+from cascade.bounds import absent_tensors, conjuncts
 from cascade.backends.triton.products import matrix_product
 from cascade.backends.triton.recurrence import composition, is_last, refusal, stepped
 from cascade.backends.triton.rows import Rows
 from cascade.inference import infer_shapes
-from cascade.ir import Call, Cascade, Einsum, Fold, Fuse, GroupBy, Rank, Read, Reduce, Stmt, TopK
+from cascade.ir import Call, Cascade, Directive, Einsum, Fold, Fuse, GroupBy, Rank, Read, Reduce, Stmt, TopK
 from cascade.order import members, units
-from cascade.presence import may_be_absent
 from cascade.walk import defines, expressions, free_ranks, reads, targets, walk
 
 VIEW = "the same memory in another shape"
+NO_TILE = "its ranks fit no tile, with one of them streamed"
 ROW_LIMIT = 32768  # elements of a row that a program may hold at once
 STEPS_LIMIT = 8192  # the same where they are stepped through: a scan has them several times
 PRODUCT_LIMIT = 1024  # extent of a rank that a tile of a matrix product may have whole
@@ -86,32 +86,66 @@ class Rest:
         return tuple(name for stmt in self.statements for name in defines(stmt))
 
 
-def partition(cascade: Cascade, extents: Mapping[str, int], views: Collection[str] = ()) -> tuple[Group | Rest, ...]:
+def partition(
+    cascade: Cascade,
+    extents: Mapping[str, int],
+    views: Collection[str] = (),
+    instead: Mapping[str, Stmt] | None = None,
+) -> tuple[Group | Rest, ...]:
     """The statements of a canonical cascade in groups, in an order in which they can run.
 
-    `extents` are those of ranks; `views` are what is the same memory as another tensor: nothing computes that.
+    `extents` are those of ranks; `views` are what is the same memory as another tensor: nothing computes that. What is
+    computed `instead` of a statement, by the name of what that defines, has a kernel of its own.
     """
     found: list[_Growing] = []
+    nests = {stmt: nest for nest in _nests(cascade, extents) for stmt in nest}
     for unit in units(cascade.body, ()):
         if unit.cyclic and len(unit.statements) > 1:
             found.append(_Growing.of(unit.statements, "its statements need each other's earlier coordinates"))
             continue
         for stmt in unit.statements:
-            if not set(views).isdisjoint(defines(stmt)):
+            if stmt in nests:
+                found += [_Growing.of(nests[stmt], None)] if stmt is nests[stmt][-1] else []
+            elif not set(views).isdisjoint(defines(stmt)):
                 found.append(_Growing.of((stmt,), VIEW))
+            elif (other := (instead or {}).get(defines(stmt)[0])) is not None:
+                found.append(dataclasses.replace(_Growing.of((other,), refused(other)), closed=True))
             else:
                 found = _placed(stmt, found, cascade, extents)
     return tuple(_finished(item, cascade, extents) for item in found)
 
 
+def _nests(cascade: Cascade, extents: Mapping[str, int]) -> Iterator[tuple[Stmt, ...]]:
+    """The statements of folds whose trip has tiles of several products, which loops within it can sum.
+
+    No statement joins one product with another that it does not read: so these are placed together.
+    """
+    order = [stmt for unit in units(cascade.body, ()) for stmt in unit.statements]
+    for item in cascade.schedule:
+        if not isinstance(item, Fold):
+            continue
+        names = {*item.update, *item.finalize}
+        mine = tuple(stmt for stmt in order if names.issuperset(defines(stmt)))
+        inner = {found.over for stmt in mine if (found := matrix_product(stmt)) is not None and found.two_sided}
+        if len(inner - {item.rank}) < 2 or any(refused(stmt) is not None for stmt in mine):
+            continue
+        arrangement = arrange(mine, cascade, extents)
+        between = order[order.index(mine[0]) : order.index(mine[-1])]
+        others = [stmt for stmt in between if stmt not in mine]
+        apart = any(not names.isdisjoint(reads(stmt)) for stmt in others)
+        if arrangement is not None and inner - {item.rank} <= set(arrangement.inner) and not apart:
+            yield mine
+
+
 @dataclass(slots=True)
 class _Growing:
-    """A group that statements still join; one that runs outside kernels has its reason."""
+    """A group that statements still join, unless it is closed; one that runs outside kernels has its reason."""
 
     statements: list[Stmt]
     reason: str | None
     made: set[str]
     needed: set[str]
+    closed: bool = False
 
     @classmethod
     def of(cls, statements: Sequence[Stmt], reason: str | None) -> _Growing:
@@ -136,7 +170,7 @@ def _placed(stmt: Stmt, found: list[_Growing], cascade: Cascade, extents: Mappin
     options: list[tuple[int, int, list[int]]] = []
     for at, group in enumerate(found if reason is None else ()):
         apart = _row_order(group.statements[0], cascade) is not _row_order(stmt, cascade)
-        if group.reason is None and not apart and not (needed | companions).isdisjoint(group.made):
+        if group.reason is None and not group.closed and not apart and not (needed | companions).isdisjoint(group.made):
             ahead = _ahead(at, needed, found)
             if ahead is not None and _worthwhile(group.statements, stmt, cascade, extents):
                 options.append((_read_from(stmt, group.made, extents), at, ahead))
@@ -159,7 +193,7 @@ def _joined(
     """
     for group in found[: found.index(last)][::-1]:
         between = found[found.index(group) + 1 : found.index(last)]
-        if group.reason is not None or needed.isdisjoint(group.made) or any(map(matrix_product, group.statements)):
+        if group.reason or group.closed or needed.isdisjoint(group.made) or any(map(matrix_product, group.statements)):
             continue
         if any(map(matrix_product, last.statements)) or any(not group.made.isdisjoint(g.needed) for g in between):
             continue
@@ -219,7 +253,10 @@ def _worthwhile(group: Sequence[Stmt], stmt: Stmt, cascade: Cascade, extents: Ma
 def _pays(
     group: Sequence[Stmt], stmt: Stmt, together: Arrangement, cascade: Cascade, extents: Mapping[str, int]
 ) -> bool:
-    """Whether what need not move between kernels is worth what products lose of which a side lies whole in a tile."""
+    """Whether what need not move between kernels is worth what products lose of which a side lies whole in a tile.
+
+    With few rows that is the time in which they read a long side: too few programs share it.
+    """
     lost = 0
     before = arrange(group, cascade, extents)
     for other in (*group, stmt):
@@ -229,7 +266,11 @@ def _pays(
         alone = arrange([stmt], cascade, extents) if other is stmt else before
         sides = product.rows | product.columns
         if not sides.isdisjoint(together.whole) and alone is not None and sides.isdisjoint(alone.whole):
-            lost += 2 * _coordinates(all_ranks(other), extents)
+            touched = sum(_coordinates(ranks, extents) for _, ranks in set(_accesses([other])))
+            whole = [side for side in (product.rows, product.columns) if not side.isdisjoint(together.whole)]
+            long = any(_coordinates(list(side), extents) > PRODUCT_LIMIT for side in whole)
+            operations = 2 * _coordinates(all_ranks(other), extents)
+            lost += max(operations, touched * ELEMENT * OPERATIONS) if long else operations
     read = [set(_accesses(group)), set(_accesses([stmt]))]
     made = {name for other in group for name in defines(other)}
     moved = sum(
@@ -281,7 +322,7 @@ def _finished(item: _Growing, cascade: Cascade, extents: Mapping[str, int]) -> G
         return Rest(tuple(statements), item.reason)
     arrangement = arrange(statements, cascade, extents)
     if arrangement is None:  # one statement by itself: what joins others is arranged before it does
-        return Rest(tuple(statements), "its ranks fit no tile, with one of them streamed")
+        return Rest(tuple(statements), NO_TILE)
     fold = None if arrangement.stream is None else fold_along(statements, arrangement.stream, cascade)
     return Group(tuple(statements), arrangement, fold)
 
@@ -314,6 +355,17 @@ def restricted(fold: Fold, names: Collection[str]) -> Fold:
         merge=tuple(merge for merge in fold.merge if merge.target.name in names),
         finalize=tuple(name for name in fold.finalize if name in names),
     )
+
+
+def without(item: Directive, gone: Collection[str]) -> Directive | None:
+    """A part of the schedule with some statements left out; None where nothing is left of it."""
+    if isinstance(item, Fuse):
+        left = tuple(name for name in item.statements if name not in gone)
+        return dataclasses.replace(item, statements=left) if len(left) > 1 else None
+    if not isinstance(item, Fold):
+        return item
+    kept = restricted(item, {*item.state, *item.update, *item.finalize} - {*gone})
+    return kept if kept.state else None
 
 
 def arrange(statements: Sequence[Stmt], cascade: Cascade, extents: Mapping[str, int]) -> Arrangement | None:
@@ -411,7 +463,7 @@ def _gone_through(stmt: Stmt, rank: str, stream: str, cascade: Cascade) -> bool:
     known = stmt.where is None or rank not in free_ranks(stmt.where)
     nodes = [node for node in walk(stmt.expr) if isinstance(node, Read)]
     plain = all(part == Rank(rank) or rank not in free_ranks(part) for node in nodes for part in node.index)
-    return known and plain and stream in stmt.target.ranks and may_be_absent(cascade).isdisjoint(reads(stmt))
+    return known and plain and stream in stmt.target.ranks and absent_tensors(cascade).isdisjoint(reads(stmt))
 
 
 def _in_one_trip(
@@ -485,7 +537,8 @@ def held(stmt: Stmt, whole: set[str], extents: Mapping[str, int]) -> int:
         groups = [set(stmt.values.ranks), set(all_ranks(stmt)) - set(stmt.values.ranks) | {stmt.rank}]
     if product is not None:
         target = set(targets(stmt)[0].ranks)
-        groups = [target, product.columns | {product.over}, product.rows | {product.over}]
+        summed = set(reduced_ranks(stmt))
+        groups = [target, product.columns | summed, product.rows | summed]
     size = 1
     for ranks in groups:
         found = 1

@@ -14,7 +14,7 @@ import functools
 import math
 from collections.abc import Iterator, Mapping
 
-from cascade.backends.triton.bounds import conjuncts
+from cascade.bounds import conjuncts
 from cascade.inference import infer_shapes
 from cascade.ir import Apply, Call, Cascade, Const, Einsum, Expr, Extent, Rank, Read, Reduce, Size, Stmt, Target
 from cascade.walk import defines, expressions, free_ranks, fresh, map_expressions, names, rewrite, substitute, walk

@@ -12,11 +12,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cascade.backends.triton.bounds import conjuncts, loop_bounds
+from cascade.bounds import absent_tensors, conjuncts, loop_bounds
 from cascade.backends.triton.grid import suited
 from cascade.backends.triton.index import INTEGERS, Index, index_of
 from cascade.backends.triton.lower import InPieces, Setting, lower, unsupported
 from cascade.backends.triton.partition import (
+    LAUNCH,
     Group, Rest, Trips, all_ranks, fold_along, held, partition, power_of_two, reduced_ranks, steps_singly,
 )  # fmt: skip
 from cascade.backends.triton.plan import BYTES, Axis, Blocks, Kernel, Options, Role, Tensor, extent_expr
@@ -26,13 +27,13 @@ from cascade.backends.triton.rows import MOST_VALUES, Rows, expected_tiles, memb
 from cascade.backends.triton.shares import Shares, Uneven, shares_of, tables_of
 from cascade.backends.triton.split import divisible, merging
 from cascade.backends.triton.units import in_base_two
+from cascade.backends.triton.updates import Update
 from cascade.errors import UnsupportedError
 from cascade.inference import FLOATS, infer_dtypes, infer_shapes
 from cascade.ir import (
     Apply, Cascade, Const, DType, Einsum, Expr, Extent, Given, GroupBy, Local, Param, Rank, Read, Reduce, Result, Size,
     Stmt, TopK,
 )  # fmt: skip
-from cascade.presence import may_be_absent
 from cascade.text import render_stmt
 from cascade.walk import defines, expressions, fresh, map_expressions, map_fold, names, reads, rewrite, targets, walk
 
@@ -97,6 +98,7 @@ class Planner:
     supposed: Mapping[str, int] = field(default_factory=dict)  # of those, extents that are no less: choices suit these
     why: Mapping[str, str] = field(default_factory=dict)  # of tensors that the author's cascade has not
     views: Mapping[str, str] = field(default_factory=dict)  # tensors that are the memory of another one
+    updates: Mapping[str, Update] = field(default_factory=dict)  # results that are written into a parameter
     merges: bool = False  # what parts of a stream have left: nothing is left to share
     narrow: bool | None = None  # whether no float that comes of it has 32 bits; None: what this cascade returns says
     ranks: dict[str, int] = field(init=False)  # the extents that choices are made for
@@ -115,7 +117,7 @@ class Planner:
         self.sizes, self.shapes = dict(shapes.ranks), dict(shapes.tensors)
         self.actual = {rank: self.number(size) for rank, size in shapes.ranks.items()}
         self.ranks = {rank: size if isinstance(size, int) else self.typical[size] for rank, size in self.sizes.items()}
-        self.absent = may_be_absent(self.cascade, {**self.extents, **self.actual})
+        self.absent = absent_tensors(self.cascade, {**self.extents, **self.actual})
         self.dtypes = infer_dtypes(self.cascade, {name: layout.dtype for name, layout in self.layouts.items()})
         self.rows = self.named_rows()
         if self.narrow is None:
@@ -134,7 +136,8 @@ class Planner:
         """The statements by kernel."""
         if self._groups is None:
             rows = members([one for one in self.rows if self.sortable(one)])
-            found = partition(self.in_rows(rows), self.ranks, self.views)
+            updated = {name: update.stmt for name, update in self.updates.items()}
+            found = partition(self.in_rows(rows), self.ranks, self.views, updated)
             groups = (self.by_rows(item, rows) if isinstance(item, Group) else item for item in found)
             self._groups = tuple(self.streamed(item) if isinstance(item, Group) else item for item in groups)
         return self._groups
@@ -245,7 +248,8 @@ class Planner:
 
     def tensor(self, name: str, operand: bool = False) -> Tensor:
         """How a tensor lies in memory: parameters as they are given, everything else contiguous."""
-        layout = self.layouts.get(name)
+        update = self.updates.get(name)
+        layout = self.layouts.get(name if update is None else update.of)
         shape = self.shapes[name]
         if layout is None:
             numbers = [self.number(size) for size in shape]
@@ -282,7 +286,8 @@ class Planner:
     def storage(self, name: str, operand: bool) -> DType:
         """The type of a stored tensor: what was declared or inferred; between kernels statistics stay in 32 bits.
 
-        What is stored row by row has as many elements as operands: 16 bits, if they have the range of 32.
+        What has so many elements that their other 16 bits take longer than a launch, or as many as operands since it is
+        stored row by row, has 16, if they have the range of 32.
         """
         names = self.same_memory(name)
         result = next((result for result in self.cascade.results if result.name in names), None)
@@ -290,7 +295,9 @@ class Planner:
         in_rows = dtype is DType.BF16 and any(
             isinstance(d, GroupBy) and name in d.statements for d in self.cascade.schedule
         )
-        if result is None and dtype in FLOATS and not operand and not in_rows:
+        elements = math.prod(size if isinstance(size, int) else self.typical[size] for size in self.shapes[name])
+        large = dtype is DType.BF16 and elements * BYTES[DType.BF16] > LAUNCH
+        if result is None and dtype in FLOATS and not operand and not in_rows and not large:
             return DType.F32
         return dtype
 
@@ -388,7 +395,7 @@ class Planner:
             axes, tensors, dtypes, results, extents, numbers, tiling.options, entries, lives, split=part,
             shares=shares, most=self.typical, actual=self.actual, narrow=bool(self.narrow),
         )  # fmt: skip
-        setting = setting if group.rows is None else self.scattered(setting, group, group.rows)
+        setting = self.scattered(setting, group)
         try:
             kernel = lower(name, fixed, self.in_pieces(setting, group))
         except InPieces:
@@ -432,8 +439,12 @@ class Planner:
         shapes: tuple[tuple[Size, ...], ...] = ((blocks.symbol,), (tiles,), (2,))
         return {name: Tensor(name, DType.I32, s, (1,)) for name, s in zip(blocks.tables, shapes, strict=True)}
 
-    def scattered(self, setting: Setting, group: Group, rows: Rows) -> Setting:
-        """The setting in which results go to the coordinates of their rows."""
+    def scattered(self, setting: Setting, group: Group) -> Setting:
+        """The setting in which results go to the coordinates of their rows, or to those of a parameter."""
+        rows = group.rows
+        if rows is None:
+            places = {name: self.updates[name].place for name in setting.results if name in self.updates}
+            return dataclasses.replace(setting, scattered=places)
         own = {target.name: target for stmt in group.written for target in targets(stmt)}
         scattered = {name: rows.scattered(own[name]) for name in setting.results}
         inside = frozenset((rows.here, *(name for _, name in rows.places)))
@@ -510,6 +521,8 @@ class Planner:
         self.hidden |= {name for name in stored if name not in known and name in self.absent}
         inside = {axis.rank: Apply("lt", (Rank(axis.rank), extent_expr(axis.extent))) for axis in kernel.axes}
         for name, live in kernel.live:
+            if name in self.updates:  # elsewhere it is what it was
+                continue
             tests = tuple(test for test in live if test not in {inside.get(rank) for rank in ranks[name]})
             read = {node.tensor for test in tests for node in walk(test) if isinstance(node, Read)}
             inner = read & set(group.names) - set(stored)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from cascade.backends.triton.bounds import conjuncts
+from cascade.bounds import conjuncts
 from cascade.ir import Apply, Const, Einsum, Expr, Extent, Rank, Read, Reduce, Size, Stmt
 from cascade.passes.scan import ONE, affine
 from cascade.walk import free_ranks, walk

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
+from cascade.backends.triton.counts import with_extents
 from cascade.backends.triton.joined import Joined, with_joined
 from cascade.backends.triton.operands import with_operands
 from cascade.backends.triton.picks import with_picks
@@ -17,6 +18,7 @@ from cascade.walk import defines
 PICKED = "an element a row, computed anew: less than to store the whole tensor"
 STORED = "an operand made once: a product that computes it for every tile of its result would take longer"
 SUMMED = "one sum: what the sums that it was made of are multiplied with is known before"
+COUNTED = "with the extents in the place of counts: none of what they count is absent"
 JOINED = "ranks that lie side by side in all that the kernel touches are one"
 SCALED = "the bare sum: what it is multiplied with is the same along it, and comes behind its loop"
 
@@ -34,11 +36,13 @@ def restated(
     cascade: Cascade,
     extents: Mapping[str, int],
     inputs: Mapping[str, DType],
+    certain: Mapping[str, int],
     contiguous: Collection[str] | None = None,
 ) -> Restated:
     """The cascade as kernels are planned for it, at extents of the shape symbols and types of the parameters.
 
-    Ranks are joined where it is known which parameters are `contiguous`.
+    Some extents are `certain`: proofs may use them. Ranks are joined where it is known which parameters are
+    `contiguous`.
     """
 
     def of_ranks(found: Cascade) -> dict[str, int]:
@@ -46,9 +50,10 @@ def restated(
         return {rank: size if isinstance(size, int) else extents[size] for rank, size in ranks.items()}
 
     steps: tuple[tuple[Callable[[Cascade], Cascade], str], ...] = (
+        (lambda found: with_extents(found, certain), COUNTED),
         (lambda found: with_picks(found, extents), PICKED),
         (lambda found: with_sums(found, of_ranks(found), inputs), SUMMED),
-        (lambda found: with_operands(found, extents, inputs), STORED),
+        (lambda found: with_operands(found, extents, inputs, certain), STORED),
         (lambda found: with_scales(found, of_ranks(found)), SCALED),
     )
     why: dict[str, str] = {}

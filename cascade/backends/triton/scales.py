@@ -11,11 +11,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from cascade.bounds import absent_tensors
 from cascade.backends.triton.partition import Group, partition
 from cascade.backends.triton.products import factors, matrix_product, product
 from cascade.ir import Cascade, Einsum, Expr, Fold, Fuse, GroupBy, Rank, Read, Reduce, Stmt, Target
 from cascade.order import members
-from cascade.presence import may_be_absent
 from cascade.walk import defines, fresh, names, walk
 
 
@@ -55,7 +55,7 @@ def _outside(stmt: Stmt, cascade: Cascade) -> tuple[Expr, ...]:
     if found is None or not isinstance(stmt, Einsum) or stmt.where is not None or not folded.isdisjoint(defines(stmt)):
         return ()
     assert isinstance(stmt.expr, Reduce)
-    absent = may_be_absent(cascade)
+    absent = absent_tensors(cascade)
     reads = [node for term in found.rest for node in walk(term) if isinstance(node, Read)]
     plain = all(node.tensor not in absent and all(isinstance(part, Rank) for part in node.index) for node in reads)
     alone = stmt.expr.ranks == (found.over,)

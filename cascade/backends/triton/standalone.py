@@ -154,7 +154,8 @@ def standalone(subject: Subject, descriptors: bool = True) -> Emission:
     Statements that no kernel computes are written as plain torch. Raises `UnsupportedError` where they cannot be, and
     where there is no kernel at all.
     """
-    subject = dataclasses.replace(subject, final=restated(subject.final, subject.sizes, subject.types).cascade)
+    found = restated(subject.final, subject.sizes, subject.types, {})
+    subject = dataclasses.replace(subject, final=found.cascade)
     planner = subject.planner(subject.sizes, descriptors)
     return _Writer(subject, planner, planner.groups()).emission()
 

@@ -16,13 +16,13 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from cascade.backends.triton.partition import Group, partition, restricted
+from cascade.bounds import absent_tensors
+from cascade.backends.triton.partition import Group, partition, without
 from cascade.backends.triton.products import factors, matrix_product, product
 from cascade.inference import infer_dtypes
 from cascade.ir import (
-    Apply, Cascade, Cast, Const, Directive, DType, Einsum, Expr, Fold, Fuse, Rank, Read, Reduce, Stmt, Target,
+    Apply, Cascade, Cast, Const, DType, Einsum, Expr, Rank, Read, Reduce, Stmt, Target,
 )  # fmt: skip
-from cascade.presence import may_be_absent
 from cascade.walk import defines, fresh, names, reads, walk
 
 MINUS = Const(-1.0)  # what `factors` has for a sign
@@ -47,7 +47,7 @@ def with_sums(cascade: Cascade, extents: Mapping[str, int], inputs: Mapping[str,
     dropped = {name for one in found for name in one.summed}
     kept = [stmt for stmt in cascade.body if dropped.isdisjoint(defines(stmt))]
     body = [new for stmt in kept for new in made.get(stmt, (stmt,))]
-    schedule = [left for item in cascade.schedule if (left := _without(item, gone)) is not None]
+    schedule = [left for item in cascade.schedule if (left := without(item, gone)) is not None]
     return dataclasses.replace(cascade, body=tuple(body), schedule=tuple(schedule))
 
 
@@ -88,7 +88,7 @@ class _Combination:
             return None
         found = cls(stmt, tuple(sums), tuple(coefficients), tuple(rest), dtypes[stmt.target.name])
         needed = {name for part in (stmt, *sums) for name in reads(part)} - set(found.summed)
-        if not needed.isdisjoint(may_be_absent(cascade)):
+        if not needed.isdisjoint(absent_tensors(cascade)):
             return None
         joined = matrix_product(found.joined(stmt.target))
         return found if joined is not None and joined.two_sided else None
@@ -170,14 +170,3 @@ def _addends(expr: Expr) -> Iterator[Expr]:
             yield from (Apply("neg", (addend,)) for addend in _addends(expr.args[1]))
         case _:
             yield expr
-
-
-def _without(item: Directive, gone: Collection[str]) -> Directive | None:
-    """A part of the schedule with some statements left out; None where nothing is left of it."""
-    if isinstance(item, Fuse):
-        left = tuple(name for name in item.statements if name not in gone)
-        return dataclasses.replace(item, statements=left) if len(left) > 1 else None
-    if not isinstance(item, Fold):
-        return item
-    kept = restricted(item, {*item.state, *item.update, *item.finalize} - {*gone})
-    return kept if kept.state else None

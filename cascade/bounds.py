@@ -19,7 +19,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from typing import TypeAlias, assert_never
 
-from cascade.ir import Apply, Cast, Const, DType, Expr, Extent, Local, Rank, Read, Reduce, Size, Use
+from cascade.errors import VerifyError
+from cascade.inference import infer_shapes
+from cascade.ir import Apply, Cascade, Cast, Const, DType, Expr, Extent, Local, Rank, Read, Reduce, Size, Use
+from cascade.presence import may_be_absent
 from cascade.walk import free_ranks, substitute, walk
 
 FAR = 2**31 - 1  # "up to the extent", where a bound must be a number; the caller takes the smaller of it and the extent
@@ -140,6 +143,23 @@ def never_empty(
         if inside and all(_holds(substitute(condition, at), others, inexact) for condition in checked):
             return True
     return False
+
+
+def absent_tensors(cascade: Cascade, extents: Mapping[str, int] | None = None) -> frozenset[str]:
+    """The tensors that may have absent coordinates, where every rank has one.
+
+    `extents` are those of ranks or of shape symbols, where known.
+    """
+    try:
+        sizes = infer_shapes(cascade).ranks
+    except VerifyError:  # half of a rewrite: whatever has tests may be absent
+        sizes = {}
+    known = {rank: extents[size] for rank, size in sizes.items() if size in extents} if extents else {}  # type: ignore[index]
+
+    def proved(tests: Sequence[Expr], rank: str, absent: Collection[str]) -> bool:
+        return never_empty(tests, rank, sizes, absent=absent)
+
+    return may_be_absent(cascade, {**known, **(extents or {})}, proved)
 
 
 def _witnesses(conditions: Sequence[Expr], rank: str, last: _Form | None, inexact: Collection[str]) -> Iterator[_Form]:

@@ -91,6 +91,7 @@ class _Emitter:
     within_loop: bool = False  # inside a loop over a stream
     edge_end: tuple[int, int] = (0, 0)  # where the last block of lines for edges ends
     assumed: list[str] = field(default_factory=list)  # lines that stand before all loops
+    wide: bool = False  # what is written goes to a variable in f64: sums of products are not rounded for it
     grouped_by: tuple[str, int] | None = None  # the rank that the load at hand has divided by a number, and the number
 
     # --- the whole ---------------------------------------------------------------------------------------------------
@@ -390,7 +391,7 @@ class _Emitter:
                 return _Piece("0" if end == "first" else f"({self.size(axis.extent)} - 1)", (), ATOM, False)
             return _Piece(f"{self.rank(rank)}_{end}", (), ATOM, False)
         axes, dtype = known
-        if dtype in FLOATS and dtype is not DType.F32:
+        if dtype in FLOATS and dtype is not DType.F32 and not (self.wide and dtype is DType.F64):
             return _Piece(f"{expr.name}.to(tl.float32)", axes)
         if self.portable and dtype is DType.BOOL and not axes:  # else the interpreter spreads it as a number
             return _Piece(f"(tl.full([], True, tl.int1) & {expr.name})", axes, ATOM, False)
@@ -487,17 +488,7 @@ class _Emitter:
             case Load():
                 self.load(op)
             case Let():
-                text = self.text(op.expr, op.axes)
-                had = self.piece(op.expr).axes
-                if set(had) != set(op.axes) and not had:
-                    known = self.variable(op.name)
-                    text = f"tl.full({self.dims(op.axes)}, {text}, {TYPES[known[1]] if known else 'tl.float32'})"
-                elif set(had) != set(op.axes):
-                    text = f"tl.broadcast_to({text}, {self.dims(op.axes)})"
-                if op.dtype is not None:
-                    text = self.converted(self.raw(op.expr, op.axes), op.dtype)
-                    text = f"{text}.to(tl.float32)" if self.portable and op.dtype is DType.BF16 else text
-                self.line(f"{op.name} = {text}")
+                self.let(op)
             case Mask():
                 with_edge = op.edge and not self.always_edge
                 self.guarded(with_edge, f"{op.name} = {self.all_of(op.live, op.axes)}")
@@ -529,6 +520,22 @@ class _Emitter:
                 self.store(op)
             case _:
                 assert_never(op)
+
+    def let(self, op: Let) -> None:
+        """A variable for an expression, spread over the dimensions that it has not."""
+        known = self.variable(op.name)
+        self.wide = known is not None and known[1] is DType.F64
+        text = self.text(op.expr, op.axes)
+        had = self.piece(op.expr).axes
+        if set(had) != set(op.axes) and not had:
+            text = f"tl.full({self.dims(op.axes)}, {text}, {TYPES[known[1]] if known else 'tl.float32'})"
+        elif set(had) != set(op.axes):
+            text = f"tl.broadcast_to({text}, {self.dims(op.axes)})"
+        if op.dtype is not None:
+            text = self.converted(self.raw(op.expr, op.axes), op.dtype)
+            text = f"{text}.to(tl.float32)" if self.portable and op.dtype is DType.BF16 else text
+        self.line(f"{op.name} = {text}")
+        self.wide = False
 
     def guarded(self, edge: bool, text: str) -> None:
         """A line that runs only where a tile is not whole; neighbours share one test."""
@@ -570,34 +577,30 @@ class _Emitter:
         return f"{atom}.to({TYPES[dtype]})"
 
     def start(self, op: Start) -> None:
-        if not op.axes:
-            self.line(f"{op.name} = {self.scalar(op)}")
-        elif isinstance(op.value, Const) and op.value.value == 0 and op.dtype is not DType.BOOL:
-            self.line(f"{op.name} = tl.zeros({self.dims(op.axes)}, {TYPES[op.dtype]})")
-        elif isinstance(op.value, Const):
-            self.line(f"{op.name} = tl.full({self.dims(op.axes)}, {number(op.value.value)}, {TYPES[op.dtype]})")
-        else:
-            zeros = f"tl.zeros({self.dims(op.axes)}, {TYPES[op.dtype]})"
-            self.line(f"{op.name} = {zeros} + {self.enclosed(op.value, op.axes)}")
-
-    def scalar(self, op: Start) -> str:
+        known = self.variable(op.name)
+        assert known is not None
+        kind = TYPES[known[1]]
+        zeros = f"tl.zeros({self.dims(op.axes)}, {kind})"
         if isinstance(op.value, Const):
-            return f"tl.full([], {number(op.value.value)}, {TYPES[op.dtype]})"
-        return self.text(op.value, ())
+            zero = op.axes and op.value.value == 0 and known[1] is not DType.BOOL
+            shape = self.dims(op.axes) if op.axes else "[]"
+            text = zeros if zero else f"tl.full({shape}, {number(op.value.value)}, {kind})"
+        else:
+            text = f"{zeros} + {self.enclosed(op.value, op.axes)}" if op.axes else self.text(op.value, ())
+        self.line(f"{op.name} = {text}")
 
     def dot(self, op: Dot) -> None:
         """A matrix product; operands are turned where they lie the other way in memory."""
-        left = self.operand(op.left, (op.axes[0], op.over))
-        right = self.operand(op.right, (op.over, op.axes[1]))
+        left = self.operand(op, op.left, (op.axes[0], op.over))
+        right = self.operand(op, op.right, (op.over, op.axes[1]))
         plain = f"{op.name} = {self.product(op, left, right)}"
         if op.live is None:
             self.line(plain)
             return
         self.helpers.setdefault("dot_present")
         live = self.text(Local(op.live), (op.axes[0], op.over))
-        before = op.name if op.into else f"tl.zeros({self.dims(op.axes)}, tl.float32)"
-        exact = '"ieee"' if op.exact else '"tf32"'
-        careful = f"{op.name} = dot_present({left}, {right}, {live}, {before}, {exact})"
+        before = op.name if op.into else f"tl.zeros({self.dims(op.axes)}, {self.summed(op)})"
+        careful = f"{op.name} = dot_present({left}, {right}, {live}, {before})"
         if op.edge and not self.always_edge:
             for line in ("if EDGE:", f"    {careful}", "else:", f"    {plain}"):
                 self.line(line)
@@ -605,22 +608,19 @@ class _Emitter:
             self.line(careful)
 
     def product(self, op: Dot, left: str, right: str) -> str:
-        """A product, added to what is there; in full precision a tile's products are summed apart from those before.
+        """A product, added to what is there; one in full precision is multiplied and summed in f64."""
+        kind = f", out_dtype={self.summed(op)}" if op.exact else ""
+        return f"tl.dot({left}, {right}{f', {op.name}' if op.into else ''}{kind})"
 
-        One chain of additions over a long rank has an error that grows with its length. Triton would make the sum one
-        chain again, were it not told how many products may come in a row.
-        """
-        if not op.exact:
-            return f"tl.dot({left}, {right}{f', {op.name}' if op.into else ''})"
-        if not op.into:
-            return f'tl.dot({left}, {right}, input_precision="ieee")'
-        chain = f"max_num_imprecise_acc={self.block(op.over)}"
-        return f'{op.name} + tl.dot({left}, {right}, input_precision="ieee", {chain})'
+    def summed(self, op: Dot) -> str:
+        """The type in which a product is summed."""
+        return TYPES[DType.F64 if op.exact else DType.F32]
 
-    def operand(self, name: str, axes: tuple[str, str]) -> str:
+    def operand(self, op: Dot, name: str, axes: tuple[str, str]) -> str:
         known = self.variable(name)
         assert known is not None
         text = f"{name}.to(tl.float32)" if self.portable and known[1] is DType.BF16 else name
+        text = self.converted(name, DType.F64) if op.exact else text
         return text if known[0] == axes else f"{text}.T"
 
     def fold(self, op: Fold) -> str:

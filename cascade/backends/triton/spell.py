@@ -192,10 +192,10 @@ def smaller(a, b):
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 """,
     "dot_present": """@triton.jit
-def dot_present(a, b, live, c, PRECISION: tl.constexpr):
+def dot_present(a, b, live, c):
     # c + a @ b where a is 0 for what is absent: 0 * NaN is NaN, so what is not finite is added one by one
     finite = tl.abs(b.to(tl.float32)) < float("inf")
-    c = tl.dot(a, tl.where(finite, b, 0.0), c, input_precision=PRECISION)
+    c = tl.dot(a, tl.where(finite, b, 0.0), c, out_dtype=c.dtype)
     if tl.min(tl.min(finite.to(tl.int32), 1), 0) == 0:
         number = tl.arange(0, b.shape[0])
         for j in range(b.shape[0]):

@@ -91,7 +91,7 @@ class _Emitter:
     within_loop: bool = False  # inside a loop over a stream
     edge_end: tuple[int, int] = (0, 0)  # where the last block of lines for edges ends
     assumed: list[str] = field(default_factory=list)  # lines that stand before all loops
-    wide: bool = False  # what is written goes to a variable in f64: sums of products are not rounded for it
+    wide: bool = False  # what is written goes to a variable in f64, or is rounded as a whole
     grouped_by: tuple[str, int] | None = None  # the rank that the load at hand has divided by a number, and the number
 
     # --- the whole ---------------------------------------------------------------------------------------------------
@@ -369,7 +369,7 @@ class _Emitter:
             case Cast(arg=Const(value=value)):
                 return _Piece(f"tl.full([], {number(value)}, {TYPES[expr.dtype]})", (), ATOM, expr.dtype in FLOATS)
             case Cast():
-                inner = self.piece(expr.arg)
+                inner = self.before_cast(expr)
                 if not inner.axes and expr.dtype not in FLOATS:  # of a number or an argument as well
                     return _Piece(f"tl.cast({inner.text}, {TYPES[expr.dtype]})", (), ATOM, False)
                 atom = inner.text if inner.level == ATOM else f"({inner.text})"
@@ -380,6 +380,12 @@ class _Emitter:
                 return self.apply(expr)
             case _:
                 raise AssertionError(f"{type(expr).__name__} is lowered before it is written")
+
+    def before_cast(self, expr: Cast) -> _Piece:
+        """What is brought to a type: to f32 from f64, an expression is rounded as a whole."""
+        before, self.wide = self.wide, self.wide or expr.dtype is DType.F32
+        found, self.wide = self.piece(expr.arg), before
+        return found
 
     def local(self, expr: Local) -> _Piece:
         """A variable; data of short types is widened where it is computed with."""
@@ -406,8 +412,8 @@ class _Emitter:
         if (groups := self.groups(expr)) is not None:
             return groups
         row = self.row(expr.op)
-        if expr.op == "div" and not self.portable and not isinstance(expr.args[0], Const) and self.divides_few(expr):
-            row = spell.ONCE_ROUNDED
+        if expr.op == "div" and not self.portable and not isinstance(expr.args[0], Const):
+            row = self.division(expr)
         pieces = [self.piece(scaled_by(arg, row.scale) if row.scale else arg) for arg in expr.args]
         together = self.order({rank for piece in pieces for rank in piece.axes})
         largest = max(pieces, key=lambda piece: len(piece.axes))
@@ -429,10 +435,12 @@ class _Emitter:
             return _Piece(f"(tl.full([], True, tl.int1) & ({text}))", axes, ATOM, False)
         return _Piece(text, axes, row.infix or ATOM, result_real)
 
-    def divides_few(self, expr: Apply) -> bool:
-        """Whether a division has so few results that it may take its time."""
-        axes = {rank for arg in expr.args for rank in self.piece(arg).axes}
-        return few_quotients(axes, {axis.rank: axis.tile for axis in self.kernel.axes})
+    def division(self, expr: Apply) -> spell.Spelling:
+        """How a division is written: rounded once where few are divided, or in full precision many by the same."""
+        tile, by = (self.piece(arg).axes for arg in expr.args)
+        if few_quotients({*tile, *by}, {axis.rank: axis.tile for axis in self.kernel.axes}):
+            return spell.ONCE_ROUNDED
+        return spell.BY_COMMON if self.kernel.exact and len(by) < len(tile) else self.row("div")
 
     def groups(self, expr: Expr) -> _Piece | None:
         """The quotient of which a load has one element for each value; None for anything else."""

@@ -517,7 +517,7 @@ class _Lowering:
         moved = self.moved(name)
         into = f"{name}'" not in needed
         if into and self.accumulate(stmt, old, moved):
-            self.values[name] = Value(old, *self.joined(stmt))
+            self.values[name] = Value(self.rounded(name, old), *self.joined(stmt))
             return []
         tile = self.reduction(stmt) if isinstance(stmt.expr, Reduce) else self.inner(stmt)
         if into and self.keeps_rests(stmt):
@@ -1123,19 +1123,18 @@ class _Lowering:
         self.within, self.masks = None, kept_masks
         self.loaded = {key: local for key, local in self.loaded.items() if key[-1] != rank}
         self.ops.append(Loop(rank, None, None, None, False, (total.name,), tuple(body)))
-        whole = self.rounded(f"{stmt.target.name}_whole", total)
-        found = folded(product([whole, *(value.expr for value in rest)]))
+        found = self.rounded(f"{stmt.target.name}_whole", total, [value.expr for value in rest])
         live = merged(added.live, *(value.live for value in rest))
         if isinstance(found, Local) or is_scaled(found):
             return Value(found, live)
         return Value(self.let(f"{stmt.target.name}_scaled", found), live)
 
-    def rounded(self, name: str, found: Expr) -> Expr:
-        """A sum of products as what is computed with: one in f64 is rounded once, whoever needs it."""
-        if not isinstance(found, Local) or found.name not in self.variables:
-            return found
-        axes, dtype = self.variables[found.name]
-        return self.let(name, found, axes) if dtype is DType.F64 else found
+    def rounded(self, name: str, found: Expr, factors: Sequence[Expr] = ()) -> Expr:
+        """A sum of products, by its factors, as what is computed with: one in f64 is rounded once."""
+        whole = folded(product([found, *factors]))
+        if isinstance(found, Local) and self.variables.get(found.name, ((), DType.F32))[1] is DType.F64:
+            return self.let(name, Cast(DType.F32, whole))
+        return whole
 
     def dot(self, stmt: Einsum, axes: tuple[str, ...], into: tuple[Local, Expr] | None = None) -> Value | None:
         """A sum as a matrix product of two tiles; None where it is not one of a size that the hardware has.
@@ -1176,9 +1175,8 @@ class _Lowering:
         if into is not None:
             return Value(into[0], live)
         scale = [self.expression(term) for term in rest]
-        whole = self.rounded(stmt.target.name, Local(variable))
-        found = folded(product([whole, *(value.expr for value in scale)]))
         live = merged(live, *(value.live for value in scale))
+        found = self.rounded(stmt.target.name, Local(variable), [value.expr for value in scale])
         if isinstance(found, Local) or is_scaled(found):
             return Value(found, live)
         return Value(self.let(f"{stmt.target.name}_scaled", found), live)
@@ -1426,7 +1424,8 @@ class _Lowering:
     def cheaper(self, expr: Apply) -> Expr:
         """A division of a tile by what is the same for many of its elements, as a product with one over it.
 
-        A few numbers, such as a mean for each row, are divided: what is subtracted from others must be rounded once.
+        A few numbers, such as a mean for each row, are divided: what is subtracted from others must be rounded once. In
+        full precision all are: the rounding of one over a divisor is the same for many, and does not average out.
         Factors are multiplied together first that have few dimensions, numbers among them; coordinates become floats
         before they meet.
         """
@@ -1446,7 +1445,7 @@ class _Lowering:
         if isinstance(expr.args[1], Const) and self.type_of(expr.args[0]) is DType.F32:
             return product([expr.args[0], Const(1.0 / float(expr.args[1].value))]) if expr.args[1].value else expr
         tile, by = map(self.shape, expr.args)
-        if len(by) < len(tile) and self.type_of(expr.args[0]) in FLOATS:
+        if len(by) < len(tile) and not self.full_precision() and self.type_of(expr.args[0]) in FLOATS:
             return Apply("mul", (expr.args[0], Apply("div", (Const(1.0), expr.args[1]))))
         return expr
 

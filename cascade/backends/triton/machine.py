@@ -93,16 +93,17 @@ def _rates(half: float, eight: float | None, tf32: float, double: float) -> Mapp
 
 # Measured on an H200: its bf16 rate (large products 769 to 798 TFLOP/s) and its bandwidth (a copy 4.3 TB/s). Fitted to
 # kernels timed on it, within 15 % (see the tests): its clock under sustained matrix load, its L2 bandwidth, the
-# latencies. Of f64 66.9 is nominal: a product of 4096^3 in tiles of 64 runs at 59.2. The other rates, the H100's and the A100's figures are nominal ones scaled alike; none was measured.
+# latencies. In f64 66.9 is nominal: a product of 4096^3 in tiles of 64 runs at 59.2. The other rates, the H100's and
+# the A100's figures are nominal ones scaled alike; none was measured.
 _H200 = Machine(
-    name="h200", arch="sm_90", sms=132, clock_ghz=1.6, matrix_tflops=_rates(790.0, 1500.0, 395.0, 66.9), bandwidth_tbs=4.3,
-    l2_mb=60.0, l2_bandwidth_tbs=10.0, shared_per_sm=233472, shared_per_block=232448,
+    name="h200", arch="sm_90", sms=132, clock_ghz=1.6, matrix_tflops=_rates(790.0, 1500.0, 395.0, 66.9),
+    bandwidth_tbs=4.3, l2_mb=60.0, l2_bandwidth_tbs=10.0, shared_per_sm=233472, shared_per_block=232448,
 )  # fmt: skip
 _H100 = replace(_H200, name="h100", bandwidth_tbs=3.0, l2_mb=50.0)
 _A100 = Machine(
-    name="a100", arch="sm_80", sms=108, clock_ghz=1.3, matrix_tflops=_rates(265.0, None, 132.0, 19.5), bandwidth_tbs=1.8,
-    l2_mb=40.0, l2_bandwidth_tbs=5.0, shared_per_sm=167936, shared_per_block=166912, lanes=64, group_rows=0,
-    sync_share=1.0, launch_us=3.0,
+    name="a100", arch="sm_80", sms=108, clock_ghz=1.3, matrix_tflops=_rates(265.0, None, 132.0, 19.5),
+    bandwidth_tbs=1.8, l2_mb=40.0, l2_bandwidth_tbs=5.0, shared_per_sm=167936, shared_per_block=166912, lanes=64,
+    group_rows=0, sync_share=1.0, launch_us=3.0,
 )  # fmt: skip
 
 MACHINES: Mapping[str, Machine] = MappingProxyType({m.name: m for m in (_H200, _H100, _A100)})

@@ -83,6 +83,9 @@ SPELLINGS: dict[str, Spelling] = {
 ONCE_ROUNDED = Spelling("quotient({0}, {1})", helper="quotient")
 """A division whose result is rounded once; the other one may be off by two units."""
 
+BY_COMMON = Spelling("divided({0}, {1})", helper="divided")
+"""The same where many are divided by one number."""
+
 NATURAL = {"floordiv": Spelling("{0} // {1}", PRODUCT), "mod": Spelling("{0} % {1}", PRODUCT)}
 """The same of integers that are never negative."""
 
@@ -112,6 +115,14 @@ def quotient(a, b):
     q = a / b
     rest = tl.fma(-q, b, a)
     return tl.where(rest == rest, q + rest / b, q)
+""",
+    "divided": """@triton.jit
+def divided(a, b):
+    # one over what many are divided by is found once, and multiplied with what the product leaves over as well
+    inverse = 1.0 / b
+    q = a * inverse
+    rest = tl.fma(-q, b, a)
+    return tl.where(rest == rest, q + rest * inverse, q)
 """,
     "round_even": """@triton.jit
 def round_even(x):
@@ -311,6 +322,12 @@ PORTABLE = {
 
     @triton.jit
     def quotient(a, b):
+        return a / b
+""",
+    "divided": """if triton.knobs.runtime.interpret:  # as above
+
+    @triton.jit
+    def divided(a, b):
         return a / b
 """,
     "tanh_approx": """if triton.knobs.runtime.interpret:  # the interpreter knows no assembly

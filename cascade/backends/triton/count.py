@@ -590,16 +590,31 @@ def _matrix_type(kernel: Kernel, dot: Dot) -> str:
 
 
 def _warps(kernel: Kernel, dot: Dot) -> tuple[int, int]:
-    """How the warps of a program share a product: how many down its rows, and across its columns."""
-    warps = kernel.options.num_warps
-    down = min(warps, max(1, kernel.axis(dot.axes[0]).tile // MMA_ROWS))
-    return down, warps // down
+    """How the warps of a program share a product: how many down its rows, and across its columns.
+
+    Evenly; those of products in a row lie all down the rows, as far as there are any.
+    """
+    warps, (rows, columns) = kernel.options.num_warps, (kernel.axis(rank).tile for rank in dot.axes)
+    down, across, chained = 1, 1, _chained(kernel.ops)
+    while down * across < warps:
+        more = rows >= 2 * MMA_ROWS * down and (chained or rows * across >= columns * down)
+        down, across = (2 * down, across) if more else (down, 2 * across)
+    return down, across
 
 
 # --- how a program lies on an SM -------------------------------------------------------------------------------------
 
 
 def dependent(ops: Sequence[Op]) -> bool:
+    """Whether products of a loop wait for what threads compute in the same round.
+
+    That is made of another product; or operands are converted to f64 on their way.
+    """
+    exact = any(isinstance(op, Dot) and op.exact for op in every_op(tuple(ops)))
+    return exact or _chained(ops)
+
+
+def _chained(ops: Sequence[Op]) -> bool:
     """Whether what one product of a loop gives is computed with and goes into another product of the same round."""
     blocks = [tuple(ops), *(op.body for op in every_op(tuple(ops)) if isinstance(op, Loop))]
     return any(_feeds(block) for block in blocks)

@@ -45,7 +45,6 @@ MAX_BLOCK_WARPS = 32
 
 EDGE_COLUMNS = 10  # a product of n columns takes the time of n + 10: its left operand is read again for every n
 SYNC_EDGE = 16  # the same for products of single warps, in rows and in columns
-F64_EDGE = 4  # of those in f64, which take so long that operands are read beside them
 GROUP_WARPS = 4  # warps of a warpgroup: those of one block drift apart, but not as far as those of two blocks
 GROUP_OVERLAP = 0.5  # so a further warpgroup hides half as much as a further block
 SHARPNESS = 8.0  # of the soft maximum by which asynchronous memory and the SM overlap; near the crossing both cost
@@ -282,7 +281,7 @@ def _efficiency(machine: Machine, work: Work) -> float:
     """How much of the rate of large products the tile reaches, from 0 to 1; unknown sides count as 128."""
     m, n = work.tile_m or 128, work.tile_n or 128
     if work.matrix_dtype == "f64":
-        return m / (m + F64_EDGE) * n / (n + F64_EDGE)
+        return 1.0  # it takes so long that operands are read beside it
     grouped = machine.group_rows and m >= machine.group_rows and n >= 16 and work.warps % GROUP_WARPS == 0
     if grouped:
         return n / (n + EDGE_COLUMNS)
@@ -342,9 +341,12 @@ def _visited(machine: Machine, work: Work, units: Mapping[str, float], memory: f
 
 
 def _spread(work: Work) -> float:
-    """For how many independent programs one resident block counts: warpgroups of dependent products drift apart."""
+    """For how many independent programs one resident block counts: warpgroups of dependent products drift apart.
+
+    Products in f64 are those of single warps, which wait for nobody.
+    """
     further = max(0, work.warps // GROUP_WARPS - 1) if work.dependent else 0
-    return 1.0 + GROUP_OVERLAP * further
+    return 1.0 + (1.0 if work.matrix_dtype == "f64" else GROUP_OVERLAP) * further
 
 
 def _rounds_time(visited: tuple[float, ...], latency: float, programs: int, resident: int, spread: float) -> float:

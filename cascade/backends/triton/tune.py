@@ -28,7 +28,7 @@ from cascade.backends.triton.machine import MAX_REGISTERS, WARP, Estimate, Machi
 from cascade.backends.triton.offline import LIMITS, Failure, Request, StaticFacts, facts
 from cascade.backends.triton.partition import STEPS_LIMIT, Group, Rest, power_of_two
 from cascade.backends.triton.plan import Axis, Kernel, Loop, Options, Role
-from cascade.backends.triton.planner import ACCUMULATED, FEW_PROGRAMS, Planner, Tiling
+from cascade.backends.triton.planner import ACCUMULATED, EXACT_ACCUMULATED, FEW_PROGRAMS, Planner, Tiling
 from cascade.backends.triton.products import matrix_product
 from cascade.backends.triton.recurrence import in_pairs, stepped
 from cascade.backends.triton.static import request
@@ -67,7 +67,6 @@ EXACT_SIDE = (
     (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2), (128, 32, 8, 2), (64, 16, 4, 2), (32, 16, 4, 2),
     (32, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2), (16, 32, 8, 2), (16, 16, 8, 2),
 )  # fmt: skip
-EXACT_SUMS = 128  # registers of a thread for sums in f64, at most
 # Tiles of both sides, of the stream, warps, stages.
 TWO_SIDES = (
     (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4),
@@ -181,11 +180,12 @@ def _with_products(planner: Planner, group: Group, base: Tiling) -> Iterator[Til
         named |= dict.fromkeys(nested, tiles[-1])
         chosen = dict(base.tiles) | {rank: cut(rank, tile) for rank, tile in named.items()}
         if nested and stream is not None:
-            across = 2 * planner.summed(group) * chosen[stream]  # half of the registers are for what follows the sums
-        room = EXACT_SUMS * WARP * warps // 2 if exact else ACCUMULATED
+            halves = 1 if exact else 2  # half of the registers are for what follows the sums
+            across = halves * planner.summed(group) * chosen[stream]
+        room = EXACT_ACCUMULATED * warps // 4 if exact else ACCUMULATED
         if len(sides) == 1 and chosen[sides[0]] > 16 and chosen[sides[0]] * across > room:
             continue
-        small = any(chosen[rank] < 64 and chosen[rank] < cut(rank, 64) for rank in sides)
+        small = not exact and any(chosen[rank] < 64 and chosen[rank] < cut(rank, 64) for rank in sides)
         if small and _programs(planner, group, chosen) > MANY:
             continue
         count = _programs(planner, group, chosen)

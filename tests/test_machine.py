@@ -153,6 +153,20 @@ def product(m: int, n: int, k: int, tile: tuple[int, int, int], **made: Any) -> 
     )  # fmt: skip
 
 
+def product_f64(tile: tuple[int, int, int], grid: tuple[int, int], registers: int, shared: int) -> Work:
+    """A product of f32 matrices of 4096 x 4096 in f64, a tile per program, by so many warps down and across.
+
+    Each warp converts what it multiplies, at an eighth of the rate of the lanes.
+    """
+    programs, (m, n, k), (down, across) = 4096 * 4096 // (tile[0] * tile[1]), tile, grid
+    return Work(
+        programs=programs, warps=down * across, matrix_flops=2 * 4096**3, matrix_dtype="f64",
+        vector_flops=8 * programs * 4096 * (m * across + n * down), read_bytes=8 * 4096**2, write_bytes=4 * 4096**2,
+        l2_bytes=4 * programs * 4096 * (m + n) - 8 * 4096**2, tile_m=m, tile_n=n, tile_k=k, registers=registers,
+        shared_bytes=shared, stages=3, dependent=True, flight_bytes=2 * 4 * (m + n) * k,
+    )  # fmt: skip
+
+
 def rows(count: int, length: int, tensors: tuple[int, int], exps: float, lanes: float, **made: Any) -> Work:
     """One row per program: bf16 tensors read and written, exponentials and lane operations per element."""
     elements = count * length
@@ -200,6 +214,12 @@ MEASURED = {  # the work and the measured time in us
         product(8192, 4096, 4096, (128, 256, 64), warps=8, registers=162, shared_bytes=229_408, stages=4),
         395,
     ),
+    "product in f64, 64x64x16": (product_f64((64, 64, 16), (2, 2), 126, 16_416), 2 * 4096**3 / 59.2e6),
+    "product in f64, 64x64x32": (product_f64((64, 64, 32), (2, 2), 154, 32_800), 2 * 4096**3 / 57.8e6),
+    "product in f64, 128x64x16": (product_f64((128, 64, 16), (2, 2), 227, 32_768), 2 * 4096**3 / 54.3e6),
+    "product in f64, 128x64x32": (product_f64((128, 64, 32), (4, 2), 155, 49_184), 2 * 4096**3 / 53.0e6),
+    "product in f64, 128x128x16": (product_f64((128, 128, 16), (4, 2), 227, 65_536), 2 * 4096**3 / 52.2e6),
+    "small product in f64, 32x32x32": (product_f64((32, 32, 32), (2, 2), 72, 16_416), 2 * 4096**3 / 51.4e6),
     "softmax 16384x8192": (rows(16384, 8192, (1, 1), 1, 8), 139),
     "softmax 2048x131072": (two_passes(), 326),
     "scaled by the root mean square 16384x8192": (rows(16384, 8192, (1, 1), 0, 7), 136),
@@ -211,7 +231,7 @@ MEASURED = {  # the work and the measured time in us
     "split stream, 256 heads of 8192": (split_stream(256, 8192, 3), 2 * 256 * 8192 * 128 * 2 / 4.28e6),
     "split stream, 8 heads of 131072": (split_stream(8, 131072, 64), 2 * 8 * 131072 * 128 * 2 / 3.96e6),
 }
-BOUNDS = {"stream,": "matrix", "causal": "matrix", "product": "matrix", "softmax,": "vector"}
+BOUNDS = {"stream,": "matrix", "causal": "matrix", "product": "matrix", "small": "vector", "softmax,": "vector"}
 
 
 @pytest.mark.parametrize("name", MEASURED)
@@ -346,9 +366,14 @@ def test_tiny_launch_is_bound_by_launching() -> None:
     assert estimate(H200, Work(programs=0)).time_us == H200.launch_us
 
 
-def test_float32_products_run_on_the_lanes() -> None:
+def test_products_of_a_type_without_a_rate_run_on_the_lanes() -> None:
     exact = estimate(H200, Work(programs=4096, matrix_flops=2 * 4096**3, matrix_dtype="f32"))
     assert exact.bound == "vector" and 2 * 4096**3 / exact.time_us < 60e6
+
+
+def test_the_best_tile_of_a_product_in_f64_is_the_measured_one() -> None:
+    times = {name: estimate(H200, work).time_us for name, (work, _) in MEASURED.items() if "in f64" in name}
+    assert min(times, key=lambda name: times[name]) == "product in f64, 64x64x16"
 
 
 def test_a_line_for_a_reader() -> None:

@@ -304,14 +304,26 @@ def test_what_reduces_the_results_of_a_short_product_stays_with_it() -> None:
         assert len(planner_for(final(text), {"X": x, "R": r}).groups()) == groups
 
 
-def test_products_in_full_precision_sum_short_chains() -> None:
-    """Also over a rank that another product has whole: a score over 512 elements that are values as well."""
-    for kernel in kernels("latent_shared", torch.float32, B=1, H=16, M=1, N=333, E=64, F=512):
-        for op in every_op(kernel.ops):
-            assert not isinstance(op, Dot) or kernel.axis(op.over).tile <= 64
-    for kernel in kernels("full", torch.float32, B=1, H=2, M=300, N=300, E=64, F=64):
-        scores = [op for op in every_op(kernel.ops) if isinstance(op, Dot) and op.over.startswith("e")]
-        assert all(kernel.axis(op.over).tile <= 16 for op in scores)
+def test_products_in_full_precision_are_rounded_once() -> None:
+    """Where terms cancel as well; parts of a long rank are rounded each."""
+    generator = torch.Generator().manual_seed(0)
+    call = cascade.compile("cascade c(A[M,K], B[K,N]) -> C[M,N] { C[m,n] = A[m,k] * B[k,n] }", backend="triton")
+    for extent, right in ((63, 0.999), (1000, 0.5)):
+        a, b = (torch.randn(shape, generator=generator) ** 3 for shape in ((33, extent), (extent, 40)))
+        gold = a.double() @ b.double()
+        ours = call(A=a.to(DEVICE), B=b.to(DEVICE)).cpu()
+        assert (ours == gold.float()).float().mean() > right > (a @ b == gold.float()).float().mean()
+
+
+def test_scores_in_full_precision_are_scaled_before_they_are_rounded() -> None:
+    """In short pieces, as operands in f64 take registers; what is the same in every round is read in each."""
+    (kernel,) = kernels("full", torch.float32, B=1, H=2, M=300, N=300, E=192, F=192)
+    dots = [op for op in every_op(kernel.ops) if isinstance(op, Dot)]
+    assert [kernel.axis(op.over).tile for op in dots] == [64, 64, 64, kernel.axis("n").tile]
+    text = emitted(kernel)
+    assert text.count("out_dtype=tl.float64") == 4 and f"S = (S_sum * {1 / 192**0.5!r}).to(tl.float32)" in text
+    loop = text.index("for n_first")
+    assert all(loop < text.index(f" {name} = Q_desc.load(") for name in ("q", "q_1", "q_2"))
 
 
 def test_a_product_with_a_vector_in_full_precision_is_a_sum_by_coordinate() -> None:
@@ -364,13 +376,16 @@ def test_long_streams_in_full_precision_keep_what_roundings_leave_over(length: i
 
 
 def test_what_is_left_over_moves_with_its_state() -> None:
-    """And only there: in full precision, over many tiles, where a merge multiplies what was summed."""
-    moving = "O_sum_rest = P_max_shift[:, None] * O_sum_rest"
+    """And only there: in full precision, over many tiles, where a merge multiplies what was summed; not in f64."""
+    moving = "P_sum_rest = P_sum_rest * P_max_shift"
     long, short = (
         {"B": 1, "G": 2, "J": 8, "N": 131_072, "E": 64, "F": 64},
         {"B": 1, "G": 2, "J": 8, "N": 64, "E": 64, "F": 64},
     )
-    assert moving in emitted(kernels("decode_grouped", torch.float32, **long)[0])
+    text = emitted(kernels("decode_grouped", torch.float32, **long)[0])
+    assert moving in text and "O_sum_rest" not in text
+    assert "O_sum = tl.zeros([BLOCK_J, BLOCK_F], tl.float64)" in text
+    assert "O_sum = P_max_shift[:, None] * O_sum\n" in text and "O_sum_whole = O_sum.to(tl.float32)" in text
     assert "_rest" not in emitted(kernels("decode_grouped", torch.float32, **short)[0])
     assert "_rest" not in emitted(kernels("decode_grouped", torch.bfloat16, **long)[0])
 

@@ -87,7 +87,9 @@ class Arithmetic:
 
 
 def test_a_mean_is_divided_and_a_tile_multiplied() -> None:
+    """In full precision by one over the divisor and what that leaves over, in 16 bits by one over it alone."""
     text = "cascade c(X[M,N]) -> Y[M,N] { U[m] = (sum[n] X[m,n]) / N; Y[m,n] = (X[m,n] - U[m]) / (1.0 + abs(U[m])) }"
-    kernels = all_kernels(planner_for(final(text), {"X": torch.zeros(3000, 100)}))
-    (source,) = map(emitted, kernels)
-    assert re.search(r"quotient\(U_sum, \(N \+ 0\.0\)\)", source) and "1.0 / (" in source
+    for dtype, division in ((torch.float32, "Y = divided("), (torch.bfloat16, "1.0 / (")):
+        kernels = all_kernels(planner_for(final(text), {"X": torch.zeros(3000, 100, dtype=dtype)}))
+        (source,) = map(emitted, kernels)
+        assert re.search(r"quotient\(U_sum, \(N \+ 0\.0\)\)", source) and division in source

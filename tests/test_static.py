@@ -150,10 +150,10 @@ def built(name: str) -> tuple[Built, ...]:
     return tuple(kernels(planner, planner.cascade.name))
 
 
-def planner_of(shipped: Shipped) -> Planner:
-    """The planner of a shipped program on bf16 tensors."""
+def planner_of(shipped: Shipped, working: DType = DType.BF16) -> Planner:
+    """The planner of a program on tensors of one type."""
     cascade = run_pipeline(parse_cascade(shipped.text), check=1).final
-    types = trial.param_types(cascade, DType.BF16)
+    types = trial.param_types(cascade, working)
     layouts = {
         param.name: contiguous([s if isinstance(s, int) else shipped.sizes[s] for s in param.shape], types[param.name])
         for param in cascade.params
@@ -181,7 +181,7 @@ def compiled(version: str) -> dict[str, tuple[StaticFacts | Failure, ...]]:
 def wide_products(kernel: Kernel) -> bool:
     """Whether every product of a kernel has rows enough for asynchronous tensor cores, and 16-bit operands."""
     dtypes = {name: dtype for name, _, dtype in kernel.variables}
-    dots = [op for op in every_op(kernel.ops) if isinstance(op, Dot)]
+    dots = products(kernel)
     short = all(dtypes.get(op.left) in (DType.BF16, DType.F16) for op in dots)
     return bool(dots) and short and all(kernel.axis(op.axes[0]).tile >= WGMMA_ROWS for op in dots)
 
@@ -200,6 +200,45 @@ def test_machine_code_is_as_planned(version: str, name: str) -> None:
             assert found.wgmma > 0 and found.waits > 0, f"{one.kernel.name} has no asynchronous product"
         if any(isinstance(op, Load) and op.box is not None for op in every_op(one.kernel.ops)):
             assert found.tma_loads > 0, f"{one.kernel.name} loads no tile by descriptor"
+
+
+@functools.cache
+def fine() -> dict[str, Built]:
+    """Kernels of f32 at sizes of the benchmarks, with the planner's own tiles."""
+    found = {}
+    for name, text, sizes in (
+        *(
+            (f"full D{width}", programs.attention(), {**D128, "E": width, "F": width})
+            for width in (64, 80, 128, 192, 256)
+        ),
+        ("softcap D128", programs.attention(score=SOFTCAP), D128),
+        ("causal D64", programs.attention(where=CAUSAL), D64),
+        ("decode D128", programs.decode(4), {**GROUPED, "B": 32}),
+        ("gemm", programs.MATMUL, {"M": 4096, "N": 4096, "K": 4096}),
+        ("batched gemm", programs.MATMUL_BATCHED, {"B": 16, "M": 2048, "N": 2048, "K": 2048}),
+        ("linear, cross-entropy", programs.LINEAR_LOSS, {"T": 8192, "D": 4096, "V": 128256}),
+        ("gated mlp", programs.GATED_MLP, {"T": 8192, "D": 4096, "F": 14336}),
+    ):
+        planner = planner_of(Shipped(name, text, sizes), DType.F32)
+        found |= {f"{name} {number}": one for number, one in enumerate(kernels(planner, "c")) if products(one.kernel)}
+    return found
+
+
+def products(kernel: Kernel) -> list[Dot]:
+    """The matrix products of a kernel."""
+    return [op for op in every_op(kernel.ops) if isinstance(op, Dot)]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_products_of_f32_run_on_the_tensor_cores_in_f64(version: str) -> None:
+    answers = facts([request(one.kernel, one.source) for one in fine().values()], "sm_90", python_of(version), 2)
+    assert len(answers) >= 12
+    for (name, one), found in zip(fine().items(), answers, strict=True):
+        assert isinstance(found, StaticFacts), f"{name}: {found}"
+        assert all(op.exact for op in products(one.kernel)), name
+        assert found.mma_f64 == found.mma > 0, f"{name} multiplies elsewhere"
+        assert found.spills == 0, f"{name} spills {found.spills} bytes a thread"
+        assert found.num_warps * found.blocks_per_sm >= 8, f"{name} has {found.blocks_per_sm} blocks"
 
 
 @functools.cache

@@ -303,7 +303,7 @@ def test_refused_tiles_are_not_chosen_again() -> None:
 
 def test_without_a_device_what_spills_is_left_out() -> None:
     plans, group, groups = planner(KINDS["causal"])
-    good = StaticFacts(128, 0, 65536, 2, 4, 1, 0, 1, 1, 1, 0, 0, 0, 0, 0, 1, 100, (), "3.6")
+    good = StaticFacts(128, 0, 65536, 2, 4, 1, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 1, 100, (), "3.6")
 
     def compiler(requests: Sequence[Request], arch: str) -> list[StaticFacts | Failure]:
         assert arch == "sm_90" and len(requests) == tune.QUICK

@@ -58,6 +58,8 @@ SECTOR = 32  # bytes; less than that is never read
 LINE = 128  # bytes that L2 moves at once: of a shorter run of neighbours the rest is moved in vain
 MMA_ROWS, MMA_COLUMNS = 16, 8  # that a warp multiplies at a time
 GROUP_SIDE = 64  # rows of a product whose left operand may stay in registers
+FRAGMENTS = 64  # registers for operands of a product in f64, at most: those of a longer one come in turns
+TO_F64 = 8.0  # lanes that a conversion to f64 takes: 16 of them a clock
 QUAD = 4  # threads that hold the same row of a product: what is computed per row is computed by each of them
 SHUFFLE = 4.0  # lanes that an exchange between the threads of a warp takes
 NETWORK = 19  # comparisons that sort eight
@@ -518,6 +520,10 @@ class _Count:
         self.matrix += flops
         self.products[op] = (rows, columns, over)
         self.weights[op] = flops
+        if op.exact:
+            down, across = _warps(self.kernel, op)
+            self.lanes({op.axes[0], op.over}, across * TO_F64, run)
+            self.lanes({op.axes[1], op.over}, down * TO_F64, run)
 
     def copies(self, name: str) -> int:
         """How many warps compute the same element: of a small product's operand each one all that it multiplies."""
@@ -577,17 +583,39 @@ def _held(tensor: Tensor, sizes: Mapping[str, int]) -> float:
 
 
 def _matrix_type(kernel: Kernel, dot: Dot) -> str:
-    """The type in which a product multiplies; float32 in full precision runs on the lanes."""
+    """The type in which a product multiplies: of float32 in full precision, float64."""
     dtype: DType = next(dtype for name, _, dtype in kernel.variables if name == dot.left)
     if dtype is DType.F32:
-        return "f32" if dot.exact else "tf32"
+        return "f64" if dot.exact else "tf32"
     return str(dtype.value)
+
+
+def _warps(kernel: Kernel, dot: Dot) -> tuple[int, int]:
+    """How the warps of a program share a product: how many down its rows, and across its columns.
+
+    Evenly; those of products in a row lie all down the rows, as far as there are any.
+    """
+    warps, (rows, columns) = kernel.options.num_warps, (kernel.axis(rank).tile for rank in dot.axes)
+    down, across, chained = 1, 1, _chained(kernel.ops)
+    while down * across < warps:
+        more = rows >= 2 * MMA_ROWS * down and (chained or rows * across >= columns * down)
+        down, across = (2 * down, across) if more else (down, 2 * across)
+    return down, across
 
 
 # --- how a program lies on an SM -------------------------------------------------------------------------------------
 
 
 def dependent(ops: Sequence[Op]) -> bool:
+    """Whether products of a loop wait for what threads compute in the same round.
+
+    That is made of another product; or operands are converted to f64 on their way.
+    """
+    exact = any(isinstance(op, Dot) and op.exact for op in every_op(tuple(ops)))
+    return exact or _chained(ops)
+
+
+def _chained(ops: Sequence[Op]) -> bool:
     """Whether what one product of a loop gives is computed with and goes into another product of the same round."""
     blocks = [tuple(ops), *(op.body for op in every_op(tuple(ops)) if isinstance(op, Loop))]
     return any(_feeds(block) for block in blocks)
@@ -644,7 +672,8 @@ def shared_memory(kernel: Kernel) -> int:
 
     def fetched(loop: Loop) -> int:
         buffers = sum(tile(op) for op in loop.body if isinstance(op, Load) and op.name in operands)
-        return buffers * max(1, kernel.options.num_stages) + _computed(kernel, loop.body, operands)
+        exact = any(isinstance(op, Dot) and op.exact for op in loop.body)  # read into registers before the next comes
+        return buffers * max(1, kernel.options.num_stages - exact) + _computed(kernel, loop.body, operands)
 
     staying = {op.name: tile(op) for op in kernel.ops if isinstance(op, Load) and op.name in operands}
     held = 0 if any(isinstance(op, Loop) for op in kernel.ops) else sum(staying.values())
@@ -667,7 +696,12 @@ def _computed(kernel: Kernel, body: Sequence[Op], operands: set[str]) -> int:
     through = {op.right for op in dots}
     through |= {op.left for op in dots if kernel.axis(op.axes[0]).tile < GROUP_SIDE or kernel.options.num_warps % 4}
     made = [op for op in body if isinstance(op, Let) and op.name in operands & through and op.dtype is not None]
-    return sum(_elements(kernel, op.axes) * BYTES[op.dtype] for op in made if op.dtype is not None)
+    loaded = {op.name for op in body if isinstance(op, Load)}
+    wide = {op.left: (op.axes[0], op.over) for op in dots if op.exact and op.left not in loaded
+            and _warps(kernel, op)[1] > 1}  # fmt: skip
+    wide |= {op.right: (op.over, op.axes[1]) for op in dots if op.exact and op.right not in loaded}
+    rounded = sum(_elements(kernel, op.axes) * BYTES[op.dtype] for op in made if op.dtype is not None)
+    return rounded + sum(_elements(kernel, axes) * BYTES[DType.F64] for axes in wide.values())
 
 
 def _exchanged(kernel: Kernel) -> int:
@@ -703,13 +737,28 @@ def live_registers(kernel: Kernel) -> int:
         skipped = set(spans) - loads - crossing
     threads, stored = WARP * kernel.options.num_warps, _only_stored(kernel)
     taken = {
-        name: -(-_elements(kernel, axes) * (min(4, stored.get(name, BYTES[dtype])) if operands else 4) // (4 * threads))
+        name: -(
+            -_elements(kernel, axes) * (min(stored.get(name, 8), _width(dtype)) if operands else 4) // (4 * threads)
+        )
         for name, axes, dtype in kernel.variables
         if axes and name not in skipped and dtype is not DType.BOOL and (len(axes) > 1 or not operands)
     }
     positions = {begin for begin, _ in spans.values()} | {end for _, end in spans.values()}
     live = (sum(taken.get(name, 0) for name, (begin, end) in spans.items() if begin <= at < end) for at in positions)
-    return PLAIN_REGISTERS + max(live, default=0)
+    exact = [op for op in every_op(kernel.ops) if isinstance(op, Dot) and op.exact]
+    return PLAIN_REGISTERS + max(live, default=0) + max((_fragments(kernel, op) for op in exact), default=0)
+
+
+def _width(dtype: DType) -> int:
+    """The bytes of an element in registers; integers of 64 bits are coordinates, of which few are kept."""
+    return BYTES[dtype] if dtype is DType.F64 else min(4, BYTES[dtype])
+
+
+def _fragments(kernel: Kernel, dot: Dot) -> int:
+    """The registers of a thread for operands of a product in f64: they are converted as they come."""
+    down, across = _warps(kernel, dot)
+    rows, columns, over = (kernel.axis(rank).tile for rank in (*dot.axes, dot.over))
+    return min(FRAGMENTS, (rows // down + columns // across) * over // WARP)
 
 
 def _only_stored(kernel: Kernel) -> dict[str, int]:

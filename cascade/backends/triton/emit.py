@@ -91,6 +91,7 @@ class _Emitter:
     within_loop: bool = False  # inside a loop over a stream
     edge_end: tuple[int, int] = (0, 0)  # where the last block of lines for edges ends
     assumed: list[str] = field(default_factory=list)  # lines that stand before all loops
+    wide: bool = False  # what is written goes to a variable in f64, or is rounded as a whole
     grouped_by: tuple[str, int] | None = None  # the rank that the load at hand has divided by a number, and the number
 
     # --- the whole ---------------------------------------------------------------------------------------------------
@@ -368,7 +369,7 @@ class _Emitter:
             case Cast(arg=Const(value=value)):
                 return _Piece(f"tl.full([], {number(value)}, {TYPES[expr.dtype]})", (), ATOM, expr.dtype in FLOATS)
             case Cast():
-                inner = self.piece(expr.arg)
+                inner = self.before_cast(expr)
                 if not inner.axes and expr.dtype not in FLOATS:  # of a number or an argument as well
                     return _Piece(f"tl.cast({inner.text}, {TYPES[expr.dtype]})", (), ATOM, False)
                 atom = inner.text if inner.level == ATOM else f"({inner.text})"
@@ -380,6 +381,12 @@ class _Emitter:
             case _:
                 raise AssertionError(f"{type(expr).__name__} is lowered before it is written")
 
+    def before_cast(self, expr: Cast) -> _Piece:
+        """What is brought to a type: to f32 from f64, an expression is rounded as a whole."""
+        before, self.wide = self.wide, self.wide or expr.dtype is DType.F32
+        found, self.wide = self.piece(expr.arg), before
+        return found
+
     def local(self, expr: Local) -> _Piece:
         """A variable; data of short types is widened where it is computed with."""
         known = self.variable(expr.name)
@@ -390,7 +397,7 @@ class _Emitter:
                 return _Piece("0" if end == "first" else f"({self.size(axis.extent)} - 1)", (), ATOM, False)
             return _Piece(f"{self.rank(rank)}_{end}", (), ATOM, False)
         axes, dtype = known
-        if dtype in FLOATS and dtype is not DType.F32:
+        if dtype in FLOATS and dtype is not DType.F32 and not (self.wide and dtype is DType.F64):
             return _Piece(f"{expr.name}.to(tl.float32)", axes)
         if self.portable and dtype is DType.BOOL and not axes:  # else the interpreter spreads it as a number
             return _Piece(f"(tl.full([], True, tl.int1) & {expr.name})", axes, ATOM, False)
@@ -405,8 +412,8 @@ class _Emitter:
         if (groups := self.groups(expr)) is not None:
             return groups
         row = self.row(expr.op)
-        if expr.op == "div" and not self.portable and not isinstance(expr.args[0], Const) and self.divides_few(expr):
-            row = spell.ONCE_ROUNDED
+        if expr.op == "div" and not self.portable and not isinstance(expr.args[0], Const):
+            row = self.division(expr)
         pieces = [self.piece(scaled_by(arg, row.scale) if row.scale else arg) for arg in expr.args]
         together = self.order({rank for piece in pieces for rank in piece.axes})
         largest = max(pieces, key=lambda piece: len(piece.axes))
@@ -428,10 +435,12 @@ class _Emitter:
             return _Piece(f"(tl.full([], True, tl.int1) & ({text}))", axes, ATOM, False)
         return _Piece(text, axes, row.infix or ATOM, result_real)
 
-    def divides_few(self, expr: Apply) -> bool:
-        """Whether a division has so few results that it may take its time."""
-        axes = {rank for arg in expr.args for rank in self.piece(arg).axes}
-        return few_quotients(axes, {axis.rank: axis.tile for axis in self.kernel.axes})
+    def division(self, expr: Apply) -> spell.Spelling:
+        """How a division is written: rounded once where few are divided, or in full precision many by the same."""
+        tile, by = (self.piece(arg).axes for arg in expr.args)
+        if few_quotients({*tile, *by}, {axis.rank: axis.tile for axis in self.kernel.axes}):
+            return spell.ONCE_ROUNDED
+        return spell.BY_COMMON if self.kernel.exact and len(by) < len(tile) else self.row("div")
 
     def groups(self, expr: Expr) -> _Piece | None:
         """The quotient of which a load has one element for each value; None for anything else."""
@@ -487,17 +496,7 @@ class _Emitter:
             case Load():
                 self.load(op)
             case Let():
-                text = self.text(op.expr, op.axes)
-                had = self.piece(op.expr).axes
-                if set(had) != set(op.axes) and not had:
-                    known = self.variable(op.name)
-                    text = f"tl.full({self.dims(op.axes)}, {text}, {TYPES[known[1]] if known else 'tl.float32'})"
-                elif set(had) != set(op.axes):
-                    text = f"tl.broadcast_to({text}, {self.dims(op.axes)})"
-                if op.dtype is not None:
-                    text = self.converted(self.raw(op.expr, op.axes), op.dtype)
-                    text = f"{text}.to(tl.float32)" if self.portable and op.dtype is DType.BF16 else text
-                self.line(f"{op.name} = {text}")
+                self.let(op)
             case Mask():
                 with_edge = op.edge and not self.always_edge
                 self.guarded(with_edge, f"{op.name} = {self.all_of(op.live, op.axes)}")
@@ -529,6 +528,22 @@ class _Emitter:
                 self.store(op)
             case _:
                 assert_never(op)
+
+    def let(self, op: Let) -> None:
+        """A variable for an expression, spread over the dimensions that it has not."""
+        known = self.variable(op.name)
+        self.wide = known is not None and known[1] is DType.F64
+        text = self.text(op.expr, op.axes)
+        had = self.piece(op.expr).axes
+        if set(had) != set(op.axes) and not had:
+            text = f"tl.full({self.dims(op.axes)}, {text}, {TYPES[known[1]] if known else 'tl.float32'})"
+        elif set(had) != set(op.axes):
+            text = f"tl.broadcast_to({text}, {self.dims(op.axes)})"
+        if op.dtype is not None:
+            text = self.converted(self.raw(op.expr, op.axes), op.dtype)
+            text = f"{text}.to(tl.float32)" if self.portable and op.dtype is DType.BF16 else text
+        self.line(f"{op.name} = {text}")
+        self.wide = False
 
     def guarded(self, edge: bool, text: str) -> None:
         """A line that runs only where a tile is not whole; neighbours share one test."""
@@ -570,34 +585,30 @@ class _Emitter:
         return f"{atom}.to({TYPES[dtype]})"
 
     def start(self, op: Start) -> None:
-        if not op.axes:
-            self.line(f"{op.name} = {self.scalar(op)}")
-        elif isinstance(op.value, Const) and op.value.value == 0 and op.dtype is not DType.BOOL:
-            self.line(f"{op.name} = tl.zeros({self.dims(op.axes)}, {TYPES[op.dtype]})")
-        elif isinstance(op.value, Const):
-            self.line(f"{op.name} = tl.full({self.dims(op.axes)}, {number(op.value.value)}, {TYPES[op.dtype]})")
-        else:
-            zeros = f"tl.zeros({self.dims(op.axes)}, {TYPES[op.dtype]})"
-            self.line(f"{op.name} = {zeros} + {self.enclosed(op.value, op.axes)}")
-
-    def scalar(self, op: Start) -> str:
+        known = self.variable(op.name)
+        assert known is not None
+        kind = TYPES[known[1]]
+        zeros = f"tl.zeros({self.dims(op.axes)}, {kind})"
         if isinstance(op.value, Const):
-            return f"tl.full([], {number(op.value.value)}, {TYPES[op.dtype]})"
-        return self.text(op.value, ())
+            zero = op.axes and op.value.value == 0 and known[1] is not DType.BOOL
+            shape = self.dims(op.axes) if op.axes else "[]"
+            text = zeros if zero else f"tl.full({shape}, {number(op.value.value)}, {kind})"
+        else:
+            text = f"{zeros} + {self.enclosed(op.value, op.axes)}" if op.axes else self.text(op.value, ())
+        self.line(f"{op.name} = {text}")
 
     def dot(self, op: Dot) -> None:
         """A matrix product; operands are turned where they lie the other way in memory."""
-        left = self.operand(op.left, (op.axes[0], op.over))
-        right = self.operand(op.right, (op.over, op.axes[1]))
+        left = self.operand(op, op.left, (op.axes[0], op.over))
+        right = self.operand(op, op.right, (op.over, op.axes[1]))
         plain = f"{op.name} = {self.product(op, left, right)}"
         if op.live is None:
             self.line(plain)
             return
         self.helpers.setdefault("dot_present")
         live = self.text(Local(op.live), (op.axes[0], op.over))
-        before = op.name if op.into else f"tl.zeros({self.dims(op.axes)}, tl.float32)"
-        exact = '"ieee"' if op.exact else '"tf32"'
-        careful = f"{op.name} = dot_present({left}, {right}, {live}, {before}, {exact})"
+        before = op.name if op.into else f"tl.zeros({self.dims(op.axes)}, {self.summed(op)})"
+        careful = f"{op.name} = dot_present({left}, {right}, {live}, {before})"
         if op.edge and not self.always_edge:
             for line in ("if EDGE:", f"    {careful}", "else:", f"    {plain}"):
                 self.line(line)
@@ -605,22 +616,19 @@ class _Emitter:
             self.line(careful)
 
     def product(self, op: Dot, left: str, right: str) -> str:
-        """A product, added to what is there; in full precision a tile's products are summed apart from those before.
+        """A product, added to what is there; one in full precision is multiplied and summed in f64."""
+        kind = f", out_dtype={self.summed(op)}" if op.exact else ""
+        return f"tl.dot({left}, {right}{f', {op.name}' if op.into else ''}{kind})"
 
-        One chain of additions over a long rank has an error that grows with its length. Triton would make the sum one
-        chain again, were it not told how many products may come in a row.
-        """
-        if not op.exact:
-            return f"tl.dot({left}, {right}{f', {op.name}' if op.into else ''})"
-        if not op.into:
-            return f'tl.dot({left}, {right}, input_precision="ieee")'
-        chain = f"max_num_imprecise_acc={self.block(op.over)}"
-        return f'{op.name} + tl.dot({left}, {right}, input_precision="ieee", {chain})'
+    def summed(self, op: Dot) -> str:
+        """The type in which a product is summed."""
+        return TYPES[DType.F64 if op.exact else DType.F32]
 
-    def operand(self, name: str, axes: tuple[str, str]) -> str:
+    def operand(self, op: Dot, name: str, axes: tuple[str, str]) -> str:
         known = self.variable(name)
         assert known is not None
         text = f"{name}.to(tl.float32)" if self.portable and known[1] is DType.BF16 else name
+        text = self.converted(name, DType.F64) if op.exact else text
         return text if known[0] == axes else f"{text}.T"
 
     def fold(self, op: Fold) -> str:

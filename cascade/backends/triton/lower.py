@@ -353,6 +353,8 @@ class _Lowering:
             return False
         if not isinstance(stmt, Einsum) or reducer_of(stmt) != "sum" or not isinstance(stmt.expr, Reduce):
             return False
+        if self.accumulator(name, "sum") is not DType.F32:
+            return False
         own = Read(f"{name}'", tuple(map(Rank, stmt.target.ranks)))
         merge = self.merge(name)
         terms = [own] if merge is None else factors(guarded_merge(merge, self.group))
@@ -482,12 +484,8 @@ class _Lowering:
             if init.target.name == name and init.expr is not None:
                 value = self.expression(init.expr).expr
         variable = self.variable(f"{name}_lanes" if name in self.by_lane else name, axes, dtype)
-        self.ops.append(Start(variable, axes, value, dtype))
+        self.ops.append(Start(variable, axes, value))
         self.values[f"{name}'"] = Value(Local(variable))
-        if dtype is DType.F32 and self.keeps_rests(stmt):
-            rest = self.variable(f"{name}_rest", axes, dtype)
-            self.ops.append(Start(rest, axes, Const(0.0), dtype))
-            self.rests[name] = Local(rest)
 
     def state_axes(self, stmt: Einsum) -> tuple[str, ...]:
         """The dimensions of a state: those of its tensor, and of the tile where it is carried by coordinate."""
@@ -521,12 +519,14 @@ class _Lowering:
         moved = self.moved(name)
         into = f"{name}'" not in needed
         if into and self.accumulate(stmt, old, moved):
-            self.values[name] = Value(old, *self.joined(stmt))
+            self.values[name] = Value(self.rounded(name, old), *self.joined(stmt))
             return []
         tile = self.reduction(stmt) if isinstance(stmt.expr, Reduce) else self.inner(stmt)
-        if into and name in self.rests:
-            self.move(old, moved, axes, self.rests[name])
-            self.add(old, self.let(f"{name}_tile", tile.expr, axes), axes, self.rests[name])
+        if into and self.keeps_rests(stmt):
+            rest = self.rests[name] = Local(self.variable(f"{name}_rest", axes, DType.F32))
+            self.outer[-1].append(Start(rest.name, axes, Const(0.0)))
+            self.move(old, moved, axes, rest)
+            self.add(old, self.let(f"{name}_tile", tile.expr, axes), axes, rest)
             self.values[name] = Value(old, tile.live, None)
             return []
         dtype = self.variables[old.name][1]
@@ -596,7 +596,7 @@ class _Lowering:
         if not isinstance(stmt.expr, Reduce) or stmt.expr.reducer != "sum":
             return False
         axes = self.spread(stmt.target.ranks)
-        return self.dot(stmt, axes, into=(old, moved), left_over=self.rests.get(stmt.target.name)) is not None
+        return self.dot(stmt, axes, into=(old, moved)) is not None
 
     def inner(self, stmt: Einsum) -> Value:
         """What a tile gives to a state that joins a reduction with virtual elements: the reduction of the tile."""
@@ -625,6 +625,8 @@ class _Lowering:
                 rest, axes = self.rests[name], self.spread(targets(stmt)[0].ranks)
                 whole = Apply("select", (Apply("eq", (rest, rest)), join("sum", last, rest), last))
                 last = self.let(f"{name}_whole", whole, axes)
+            else:
+                last = self.rounded(f"{name}_whole", last)
             self.values[name] = dataclasses.replace(self.values[name], expr=last)
         for stmt in statements:
             name = defines(stmt)[0]
@@ -920,7 +922,7 @@ class _Lowering:
         if tests in self.presence:
             return Local(self.presence[tests])
         state = self.variable("seen", axes, DType.BOOL)
-        self.outer[0].append(Start(state, axes, Const(False), DType.BOOL))
+        self.outer[0].append(Start(state, axes, Const(False)))
         self.presence[tests] = state
         edge = all(map(self.is_edge, tests))
         mask = self.mask(tests, edge)
@@ -990,7 +992,7 @@ class _Lowering:
         dtype = computed(self.setting.dtypes[name])
         found = self.expression(init.expr)
         variable = self.variable(f"{name}_before", axes, dtype)
-        self.ops.append(Start(variable, axes, self.typed(found.expr, dtype), dtype))
+        self.ops.append(Start(variable, axes, self.typed(found.expr, dtype)))
         self.values[f"{name}'"] = Value(Local(variable), found.live)
 
     def typed(self, expr: Expr, dtype: DType) -> Expr:
@@ -1114,7 +1116,7 @@ class _Lowering:
         summed = dataclasses.replace(stmt, expr=dataclasses.replace(stmt.expr, body=product(within)), where=None)
         dtype = self.accumulator(stmt.target.name, "sum")
         total = Local(self.variable(stmt.target.name, axes, dtype))
-        self.ops.append(Start(total.name, axes, Const(identity("sum", dtype)), dtype))
+        self.ops.append(Start(total.name, axes, Const(identity("sum", dtype))))
         kept_masks = dict(self.masks)
         self.outer.append(self.ops)
         self.ops, self.within = [], rank
@@ -1129,23 +1131,24 @@ class _Lowering:
         self.within, self.masks = None, kept_masks
         self.loaded = {key: local for key, local in self.loaded.items() if key[-1] != rank}
         self.ops.append(Loop(rank, None, None, None, False, (total.name,), tuple(body)))
-        found = folded(product([total, *(value.expr for value in rest)]))
+        found = self.rounded(f"{stmt.target.name}_whole", total, [value.expr for value in rest])
         live = merged(added.live, *(value.live for value in rest))
         if isinstance(found, Local) or is_scaled(found):
             return Value(found, live)
         return Value(self.let(f"{stmt.target.name}_scaled", found), live)
 
-    def dot(
-        self,
-        stmt: Einsum,
-        axes: tuple[str, ...],
-        into: tuple[Local, Expr] | None = None,
-        left_over: Local | None = None,
-    ) -> Value | None:
+    def rounded(self, name: str, found: Expr, factors: Sequence[Expr] = ()) -> Expr:
+        """A sum of products, by its factors, as what is computed with: one in f64 is rounded once."""
+        whole = folded(product([found, *factors]))
+        if isinstance(found, Local) and self.variables.get(found.name, ((), DType.F32))[1] is DType.F64:
+            return self.let(name, Cast(DType.F32, whole))
+        return whole
+
+    def dot(self, stmt: Einsum, axes: tuple[str, ...], into: tuple[Local, Expr] | None = None) -> Value | None:
         """A sum as a matrix product of two tiles; None where it is not one of a size that the hardware has.
 
-        With `into` it is added to a state that was moved, and only where nothing but the product is to be added; what
-        that rounds off is `left_over`.
+        With `into` it is added to a state that was moved, and only where nothing but the product is to be added. In
+        full precision the sum is one in f64, and so is the state.
         """
         assert isinstance(stmt.expr, Reduce)
         over = self.spread(stmt.expr.ranks)
@@ -1171,18 +1174,17 @@ class _Lowering:
             if into is not None and number == 0:
                 if wide and right.name in self.raw:
                     self.watched.append(variable)
-                self.move(*into, axes, left_over)
-                variable = variable if left_over is None else self.variable(f"{variable}_tile", axes, DType.F32)
-            onto = (into is not None and left_over is None) or number > 0
-            variable = variable or self.variable(stmt.target.name, axes, DType.F32)
+                self.move(*into, axes)
+            onto = into is not None or number > 0
+            name = f"{stmt.target.name}_sum" if exact else stmt.target.name
+            variable = variable or self.variable(name, axes, DType.F32)
+            self.variables[variable] = axes, DType.F64 if exact else DType.F32
             self.ops.append(Dot(variable, axes, left.name, right.name, rank, onto, exact, present, edge))
-        if into is not None and left_over is not None:
-            self.add(into[0], Local(variable), axes, left_over)
         if into is not None:
             return Value(into[0], live)
         scale = [self.expression(term) for term in rest]
-        found = folded(product([Local(variable), *(value.expr for value in scale)]))
         live = merged(live, *(value.live for value in scale))
+        found = self.rounded(stmt.target.name, Local(variable), [value.expr for value in scale])
         if isinstance(found, Local) or is_scaled(found):
             return Value(found, live)
         return Value(self.let(f"{stmt.target.name}_scaled", found), live)
@@ -1269,7 +1271,8 @@ class _Lowering:
         """One operand: a tile as it was loaded, or a computed one rounded to the type of the product."""
         own = tuple(test for test in inside if self.test_ranks(test) <= set(dims) and self.reaches(test, (over,)))
         if len(terms) == 1 and isinstance(terms[0], Read) and terms[0].tensor not in self.values:
-            value = self.load(terms[0], raw=True, tests=own)
+            # Outside the loop it would be converted to f64 there, and lie in registers all the time.
+            value = self.load(terms[0], raw=True, tests=own, every_round=narrow is DType.F32)
             assert isinstance(value.expr, Local)
             self.raw.add(value.expr.name)
             if self.variables[value.expr.name][1] is narrow:
@@ -1429,7 +1432,8 @@ class _Lowering:
     def cheaper(self, expr: Apply) -> Expr:
         """A division of a tile by what is the same for many of its elements, as a product with one over it.
 
-        A few numbers, such as a mean for each row, are divided: what is subtracted from others must be rounded once.
+        A few numbers, such as a mean for each row, are divided: what is subtracted from others must be rounded once. In
+        full precision all are: the rounding of one over a divisor is the same for many, and does not average out.
         Factors are multiplied together first that have few dimensions, numbers among them; coordinates become floats
         before they meet.
         """
@@ -1449,7 +1453,7 @@ class _Lowering:
         if isinstance(expr.args[1], Const) and self.type_of(expr.args[0]) is DType.F32:
             return product([expr.args[0], Const(1.0 / float(expr.args[1].value))]) if expr.args[1].value else expr
         tile, by = map(self.shape, expr.args)
-        if len(by) < len(tile) and self.type_of(expr.args[0]) in FLOATS:
+        if len(by) < len(tile) and not self.full_precision() and self.type_of(expr.args[0]) in FLOATS:
             return Apply("mul", (expr.args[0], Apply("div", (Const(1.0), expr.args[1]))))
         return expr
 
@@ -1556,17 +1560,19 @@ class _Lowering:
 
     # --- memory ------------------------------------------------------------------------------------------------------
 
-    def load(self, read: Read, raw: bool = False, tests: tuple[Expr, ...] = ()) -> Value:
+    def load(self, read: Read, raw: bool = False, tests: tuple[Expr, ...] = (), every_round: bool = False) -> Value:
         """A tile of an argument, once for each use: as it is, for a matrix product, or to compute with.
 
-        A tile that feeds both would be overwritten while it is read (Triton 3.6): it is loaded twice.
+        A tile that feeds both would be overwritten while it is read (Triton 3.6): it is loaded twice. One that is the
+        same in every round of the stream is loaded before it, or in every round.
         """
         tensor = self.setting.tensors[read.tensor]
         own = self.load_tests(read)
         stream = self.group.arrangement.stream
         axes = self.load_axes(read, tensor)
         ranks = {*axes, *(rank for part in read.index for rank in ranks_of(part))}
-        loop = self.within if self.within in ranks else stream if self.streaming and stream in ranks else None
+        streamed = self.streaming and (every_round or stream in ranks)
+        loop = self.within if self.within in ranks else stream if streamed else None
         live = merged(own, tests)
         key = (read, raw, tests, loop)
         if key not in self.loaded:

@@ -82,9 +82,9 @@ class Machine:
     product_latency_clocks: float = 80.0  # from the last operand of a matrix product to its use
 
 
-def _rates(half: float, eight: float | None, tf32: float) -> Mapping[str, float]:
-    """TFLOP/s by element type from those of 16-bit floats, of 8-bit types (None: no 8-bit floats) and of tf32."""
-    rates = {"bf16": half, "f16": half, "tf32": tf32, "i8": 2 * half if eight is None else eight}
+def _rates(half: float, eight: float | None, tf32: float, double: float) -> Mapping[str, float]:
+    """TFLOP/s by element type from those of 16-bit floats, of 8-bit types (None: no 8-bit floats), of tf32 and f64."""
+    rates = {"bf16": half, "f16": half, "tf32": tf32, "i8": 2 * half if eight is None else eight, "f64": double}
     if eight is not None:
         rates |= {"f8e4m3": eight, "f8e5m2": eight}
     return MappingProxyType(rates)
@@ -92,16 +92,17 @@ def _rates(half: float, eight: float | None, tf32: float) -> Mapping[str, float]
 
 # Measured on an H200: its bf16 rate (large products 769 to 798 TFLOP/s) and its bandwidth (a copy 4.3 TB/s). Fitted to
 # kernels timed on it, within 15 % (see the tests): its clock under sustained matrix load, its L2 bandwidth, the
-# latencies. The other rates, the H100's and the A100's figures are nominal ones scaled alike; none was measured.
+# latencies. In f64 66.9 is nominal: a product of 4096^3 in tiles of 64 runs at 59.2. The other rates, the H100's and
+# the A100's figures are nominal ones scaled alike; none was measured.
 _H200 = Machine(
-    name="h200", arch="sm_90", sms=132, clock_ghz=1.6, matrix_tflops=_rates(790.0, 1500.0, 395.0), bandwidth_tbs=4.3,
-    l2_mb=60.0, l2_bandwidth_tbs=10.0, shared_per_sm=233472, shared_per_block=232448,
+    name="h200", arch="sm_90", sms=132, clock_ghz=1.6, matrix_tflops=_rates(790.0, 1500.0, 395.0, 66.9),
+    bandwidth_tbs=4.3, l2_mb=60.0, l2_bandwidth_tbs=10.0, shared_per_sm=233472, shared_per_block=232448,
 )  # fmt: skip
 _H100 = replace(_H200, name="h100", bandwidth_tbs=3.0, l2_mb=50.0)
 _A100 = Machine(
-    name="a100", arch="sm_80", sms=108, clock_ghz=1.3, matrix_tflops=_rates(265.0, None, 132.0), bandwidth_tbs=1.8,
-    l2_mb=40.0, l2_bandwidth_tbs=5.0, shared_per_sm=167936, shared_per_block=166912, lanes=64, group_rows=0,
-    sync_share=1.0, launch_us=3.0,
+    name="a100", arch="sm_80", sms=108, clock_ghz=1.3, matrix_tflops=_rates(265.0, None, 132.0, 19.5),
+    bandwidth_tbs=1.8, l2_mb=40.0, l2_bandwidth_tbs=5.0, shared_per_sm=167936, shared_per_block=166912, lanes=64,
+    group_rows=0, sync_share=1.0, launch_us=3.0,
 )  # fmt: skip
 
 MACHINES: Mapping[str, Machine] = MappingProxyType({m.name: m for m in (_H200, _H100, _A100)})
@@ -279,6 +280,8 @@ def estimate(machine: Machine, work: Work) -> Estimate:
 def _efficiency(machine: Machine, work: Work) -> float:
     """How much of the rate of large products the tile reaches, from 0 to 1; unknown sides count as 128."""
     m, n = work.tile_m or 128, work.tile_n or 128
+    if work.matrix_dtype == "f64":
+        return 1.0  # it takes so long that operands are read beside it
     grouped = machine.group_rows and m >= machine.group_rows and n >= 16 and work.warps % GROUP_WARPS == 0
     if grouped:
         return n / (n + EDGE_COLUMNS)
@@ -338,9 +341,12 @@ def _visited(machine: Machine, work: Work, units: Mapping[str, float], memory: f
 
 
 def _spread(work: Work) -> float:
-    """For how many independent programs one resident block counts: warpgroups of dependent products drift apart."""
+    """For how many independent programs one resident block counts: warpgroups of dependent products drift apart.
+
+    Products in f64 are those of single warps, which wait for nobody.
+    """
     further = max(0, work.warps // GROUP_WARPS - 1) if work.dependent else 0
-    return 1.0 + GROUP_OVERLAP * further
+    return 1.0 + (1.0 if work.matrix_dtype == "f64" else GROUP_OVERLAP) * further
 
 
 def _rounds_time(visited: tuple[float, ...], latency: float, programs: int, resident: int, spread: float) -> float:

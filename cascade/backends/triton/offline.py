@@ -86,6 +86,7 @@ class StaticFacts:
     num_warps: int  # of a block, with those that the compiler added
     wgmma: int  # asynchronous products of a warpgroup
     mma: int  # synchronous products of a warp
+    mma_f64: int  # those in f64
     waits: int  # for asynchronous products
     tma_loads: int
     tma_stores: int
@@ -127,6 +128,7 @@ LIMITS = {
 COUNTED = {
     "wgmma": r"[HQI]GMMA",
     "mma": r"[HIDQ]MMA",
+    "mma_f64": r"DMMA",
     "waits": r"WARPGROUP\.DEPBAR",
     "tma_loads": r"UTMALDG",
     "tma_stores": r"UTMASTG",

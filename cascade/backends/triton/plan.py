@@ -144,7 +144,7 @@ class Dot:
     right: str
     over: str
     into: bool
-    exact: bool  # of full precision: float32 operands
+    exact: bool  # of full precision: float32 operands, multiplied and summed in float64
     live: str | None = None  # the mask of what is present: the right side may have NaN or infinity elsewhere
     edge: bool = False  # whether that matters only where a tile is not whole
 
@@ -237,7 +237,6 @@ class Start:
     name: str
     axes: tuple[str, ...]
     value: Expr
-    dtype: DType
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,8 +41,9 @@ from cascade.walk import defines, expressions, fresh, map_expressions, map_fold,
 FEW_PROGRAMS = 128  # fewer leave multiprocessors without work: a stream is shared
 LONG_ROW = 8192  # elements; longer rows that are gone through once are streamed: several programs then hide latency
 ACCUMULATED = 65536  # numbers in 32 bits that a program can hold in registers at most
+EXACT_ACCUMULATED = 4096  # in full precision, of 64 bits: with 4 warps a quarter of the registers
 MOST_PIECES = 3  # in which tensor cores sum over a rank that is no power of two
-EXACT_PIECE, EXACT_PIECES = 16, 8  # in full precision: how long they are at least, and about how many at most
+EXACT_PIECE = 64  # the longest in full precision: of a longer one a thread has no registers for its operands in f64
 CAREFUL_TILE = 16  # of the stream where rows are gone through one by one: few registers, speed does not matter
 
 
@@ -474,40 +475,29 @@ class Planner:
 
         576  -->  512 and 64, instead of 1024
 
-        In full precision in more of them: the sum of a short chain of products is exacter, and takes fewer registers.
-        There also where another product has the rank whole: it stays an axis beside its pieces. What the kernel itself
-        makes along a rank lies in one piece.
+        What another product has whole, and what the kernel itself makes along a rank, lies in one piece.
         """
         exact = self.exact(group)
         kept = {rank for stmt in group.statements for target in targets(stmt) for rank in target.ranks}
         found = [matrix_product(stmt) for stmt in group.statements]
         products = {product.over for product in found if product is not None}
-        inside = {
-            product.over
-            for product in found
-            if product is not None
-            for node in (node for term in (*product.left, *product.right) for node in walk(term))
-            if isinstance(node, Read) and node.tensor in group.names
-        }
         summed = {rank for stmt in group.statements for rank in reduced_ranks(stmt) if matrix_product(stmt) is None}
         axes: list[Axis] = []
         pieces: dict[str, tuple[tuple[str, int], ...]] = {}
         taken = set(self.sizes)
         for axis in setting.axes:
             sizes = pieces_of(axis.extent, exact) if isinstance(axis.extent, int) else ()
-            beside = axis.rank in kept
-            whole = axis.role is Role.WHOLE and axis.rank in products - summed - inside and (exact or not beside)
+            whole = axis.role is Role.WHOLE and axis.rank in products - kept - summed
             if not whole or len(sizes) < 2 or sizes[-1] < 16:
                 axes.append(axis)
                 continue
-            names = [fresh(axis.rank, taken) if beside or number else axis.rank for number in range(len(sizes))]
-            axes.extend([axis] if beside else ())
+            names = [axis.rank, *(fresh(axis.rank, taken) for _ in sizes[1:])]
             pieces[axis.rank] = tuple(zip(names, (sum(sizes[:n]) for n in range(len(sizes))), strict=True))
             axes.extend(Axis(name, Role.WHOLE, size, size, True) for name, size in zip(names, sizes, strict=True))
         if not pieces:
             return setting
         numbers = {**setting.numbers, **{axis.rank: axis.tile for axis in axes if axis.rank not in self.sizes}}
-        numbers |= {axis.rank: axis.tile for axis in axes if axis.rank in pieces and axis.rank not in kept}
+        numbers |= {axis.rank: axis.tile for axis in axes if axis.rank in pieces}
         extents = {**setting.extents, **{axis.rank: axis.extent for axis in axes}}
         return dataclasses.replace(setting, axes=tuple(axes), pieces=pieces, numbers=numbers, extents=extents)
 
@@ -715,8 +705,8 @@ class Planner:
         """Whether a tensor is an operand of a matrix product of a later group that is not one in full precision."""
         names = set(self.same_memory(name))
         for group in groups:
-            tensor_cores = isinstance(group, Group) and names.isdisjoint(group.names) and not self.exact(group)
-            for stmt in group.statements if tensor_cores else ():
+            rounds = isinstance(group, Group) and names.isdisjoint(group.names) and not self.exact(group)
+            for stmt in group.statements if rounds else ():
                 found = matrix_product(stmt)
                 terms = () if found is None else (*found.left, *found.right)
                 if any(isinstance(node, Read) and node.tensor in names for term in terms for node in walk(term)):
@@ -779,10 +769,7 @@ class Planner:
         return max(found, 1)
 
     def exact(self, group: Group) -> bool:
-        """Whether a product multiplies in full precision: then no tensor core computes it.
-
-        Every thread holds whole rows and columns of its operands in registers, so tiles are small.
-        """
+        """Whether a product multiplies in full precision: in f64, so that tiles are small."""
         stored = self.stored(group, self.groups())
         results = {self.storage(name, False) for name in stored}
         for product in filter(None, map(matrix_product, group.statements)):
@@ -902,15 +889,13 @@ class Planner:
             sides = self.product_ranks(group)
             tiles |= {rank: max(size, 16) for rank, size in whole.items() if rank in sides}
             exact, two = self.exact(group), len(tiled) == 2
-            rows, trip = 128, 64
+            rows, room = (64, 2 * EXACT_ACCUMULATED) if exact else (128, ACCUMULATED)
             across = 1 if two else self.across(group, whole)
-            while rows > 16 and rows * across > ACCUMULATED // 2:
+            while rows > 16 and rows * across > room // 2:
                 rows //= 2
+            trip = (16 if two else max(rows, 32)) if exact else 64
             if group.arrangement.inner:
                 return self.nested_tiling(group, tiles, tiled)
-            if exact:
-                wide = max(whole.values(), default=0) > 64
-                rows, trip = (64, 16) if two else (16, 16) if wide else (32, 32)
             for rank in tiled:
                 if group.rows is not None and rank == group.rows.rank:
                     tiles[rank] = min(rows, rows_a_tile(self.ranks[rank], self.values(group.rows)))
@@ -920,9 +905,9 @@ class Planner:
             if stream is not None:
                 tiles[stream] = min(trip, max(16, power_of_two(self.ranks[stream])))
                 tiles[stream] = 1 if self.steps_singly(group) else tiles[stream]
-            warps = 8 if two != exact or rows * across > ACCUMULATED // 4 else 4
+            warps = 8 if (two and not exact) or rows * across > room // (2 if exact else 4) else 4
             edge = 32 if stream is not None and tiles[stream] > 32 else 0
-            options = Options(warps, 3 if two and not exact else 2, edge)
+            options = Options(warps, 3 if two else 2, edge)
             return Tiling(tuple(tiles.items()), options, self.default_parts(group, tiles))
         size = max(held(stmt, set(whole), self.ranks) for stmt in group.statements)
         if stream is not None:
@@ -944,12 +929,12 @@ class Planner:
         stream, exact = group.arrangement.stream, self.exact(group)
         assert stream is not None
         rows, trip, step = (64, 64, 16) if exact else (128, 256, 64)
-        while rows * trip * self.summed(group) > ACCUMULATED // 2:
+        while rows * trip * self.summed(group) > (EXACT_ACCUMULATED if exact else ACCUMULATED // 2):
             trip //= 2
         wanted = dict.fromkeys(tiled, rows) | {stream: trip} | dict.fromkeys(group.arrangement.inner, step)
         for rank, tile in wanted.items():
             tiles[rank] = min(tile, max(16, power_of_two(self.packed(group).get(rank) or self.ranks[rank])))
-        options = Options(4 if exact else 8, 2 if exact else 3, 32 if tiles[stream] > 32 else 0)
+        options = Options(4 if exact else 8, 3, 32 if tiles[stream] > 32 else 0)
         return Tiling(tuple(tiles.items()), options, self.default_parts(group, tiles))
 
     def goes_again(self, group: Group) -> bool:
@@ -1016,8 +1001,7 @@ def _told(axes: Sequence[Axis], shares: Shares) -> tuple[Axis, ...]:
 def pieces_of(extent: int, exact: bool) -> tuple[int, ...]:
     """The tiles in which a product sums over an extent that no tile would hold well; none where one tile does."""
     if exact:
-        piece = max(EXACT_PIECE, power_of_two(extent) // EXACT_PIECES)
-        return (*[piece] * (extent // piece), *powers(extent % piece))
+        return (*[EXACT_PIECE] * (extent // EXACT_PIECE), *powers(extent % EXACT_PIECE))
     found = powers(extent)
     return found if len(found) <= MOST_PIECES else ()
 

@@ -83,6 +83,9 @@ SPELLINGS: dict[str, Spelling] = {
 ONCE_ROUNDED = Spelling("quotient({0}, {1})", helper="quotient")
 """A division whose result is rounded once; the other one may be off by two units."""
 
+BY_COMMON = Spelling("divided({0}, {1})", helper="divided")
+"""The same where many are divided by one number."""
+
 NATURAL = {"floordiv": Spelling("{0} // {1}", PRODUCT), "mod": Spelling("{0} % {1}", PRODUCT)}
 """The same of integers that are never negative."""
 
@@ -112,6 +115,14 @@ def quotient(a, b):
     q = a / b
     rest = tl.fma(-q, b, a)
     return tl.where(rest == rest, q + rest / b, q)
+""",
+    "divided": """@triton.jit
+def divided(a, b):
+    # one over what many are divided by is found once, and multiplied with what the product leaves over as well
+    inverse = 1.0 / b
+    q = a * inverse
+    rest = tl.fma(-q, b, a)
+    return tl.where(rest == rest, q + rest * inverse, q)
 """,
     "round_even": """@triton.jit
 def round_even(x):
@@ -192,10 +203,10 @@ def smaller(a, b):
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 """,
     "dot_present": """@triton.jit
-def dot_present(a, b, live, c, PRECISION: tl.constexpr):
+def dot_present(a, b, live, c):
     # c + a @ b where a is 0 for what is absent: 0 * NaN is NaN, so what is not finite is added one by one
     finite = tl.abs(b.to(tl.float32)) < float("inf")
-    c = tl.dot(a, tl.where(finite, b, 0.0), c, input_precision=PRECISION)
+    c = tl.dot(a, tl.where(finite, b, 0.0), c, out_dtype=c.dtype)
     if tl.min(tl.min(finite.to(tl.int32), 1), 0) == 0:
         number = tl.arange(0, b.shape[0])
         for j in range(b.shape[0]):
@@ -311,6 +322,12 @@ PORTABLE = {
 
     @triton.jit
     def quotient(a, b):
+        return a / b
+""",
+    "divided": """if triton.knobs.runtime.interpret:  # as above
+
+    @triton.jit
+    def divided(a, b):
         return a / b
 """,
     "tanh_approx": """if triton.knobs.runtime.interpret:  # the interpreter knows no assembly

@@ -28,7 +28,7 @@ from cascade.backends.triton.machine import MAX_REGISTERS, WARP, Estimate, Machi
 from cascade.backends.triton.offline import LIMITS, Failure, Request, StaticFacts, facts
 from cascade.backends.triton.partition import STEPS_LIMIT, Group, Rest, power_of_two
 from cascade.backends.triton.plan import Axis, Kernel, Loop, Options, Role
-from cascade.backends.triton.planner import ACCUMULATED, FEW_PROGRAMS, Planner, Tiling
+from cascade.backends.triton.planner import ACCUMULATED, EXACT_ACCUMULATED, FEW_PROGRAMS, Planner, Tiling
 from cascade.backends.triton.products import matrix_product
 from cascade.backends.triton.recurrence import in_pairs, stepped
 from cascade.backends.triton.static import request
@@ -37,7 +37,7 @@ from cascade.passes.memo import load, store
 from cascade.text import render, render_stmt
 from cascade.walk import targets
 
-VERSION = "5"  # of entries on disk; another one whenever a choice may change
+VERSION = "6"  # of entries on disk; another one whenever a choice may change
 QUICK = 6  # candidates that are timed with little effort
 SHOWN = 4  # candidates besides the chosen one that a choice remembers
 SMALLEST = 16  # side of a matrix product
@@ -62,10 +62,11 @@ ONE_SIDE = (
 # The same where operands are so wide that those do not fit.
 WIDE = ((64, 32, 8, 2), (64, 32, 8, 1), (64, 16, 8, 2), (32, 32, 4, 2), (32, 16, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1))
 WIDTH = 256  # from which on they are
-# Those of full precision, and where operands are wide.
-EXACT_SIDE = ((32, 32, 8, 2), (64, 16, 8, 2), (16, 32, 8, 2), (32, 16, 8, 2), (32, 16, 4, 2), (16, 16, 4, 2))
-EXACT_WIDE = ((16, 16, 8, 2), (16, 16, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1))
-EXACT_WIDTH = 64
+# Those of full precision.
+EXACT_SIDE = (
+    (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2), (128, 32, 8, 2), (64, 16, 4, 2), (32, 16, 4, 2),
+    (32, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2), (16, 32, 8, 2), (16, 16, 8, 2),
+)  # fmt: skip
 # Tiles of both sides, of the stream, warps, stages.
 TWO_SIDES = (
     (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4),
@@ -75,8 +76,9 @@ TWO_SIDES = (
     (32, 32, 32, 4, 3), (16, 32, 256, 4, 4), (32, 16, 256, 4, 4), (16, 16, 256, 4, 4),
 )  # fmt: skip
 EXACT_SIDES = (
-    (64, 64, 32, 4, 2), (64, 64, 16, 4, 2), (128, 128, 16, 8, 2), (64, 128, 16, 8, 2), (128, 64, 16, 8, 2),
-    (32, 64, 32, 4, 2), (64, 32, 32, 4, 2), (32, 32, 32, 4, 2), (16, 64, 32, 4, 2), (64, 16, 32, 4, 2),
+    (64, 64, 16, 4, 3), (64, 64, 32, 4, 3), (128, 64, 16, 4, 3), (128, 64, 32, 8, 3), (64, 128, 32, 8, 3),
+    (128, 128, 16, 8, 3), (32, 64, 32, 4, 3), (64, 32, 32, 4, 3), (32, 32, 32, 4, 3), (16, 64, 32, 4, 3),
+    (64, 16, 32, 4, 3), (16, 32, 64, 4, 3), (32, 16, 64, 4, 3), (16, 16, 64, 4, 3),
 )  # fmt: skip
 # Those of tensor cores with the programs of a multiprocessor that go through all tiles, and the pieces of a tile's end.
 GOING_ON = (
@@ -90,8 +92,8 @@ NESTED = (
     (64, 64, 64, 4, 4), (32, 128, 64, 4, 4), (16, 128, 64, 4, 4), (16, 64, 128, 4, 4),
 )  # fmt: skip
 EXACT_NESTED = (
-    (64, 64, 32, 4, 2), (64, 64, 16, 4, 2), (128, 64, 16, 8, 2), (64, 128, 16, 8, 2), (32, 64, 32, 4, 2),
-    (16, 64, 32, 4, 2),
+    (64, 64, 16, 4, 3), (64, 64, 32, 4, 3), (128, 64, 16, 8, 3), (64, 128, 16, 8, 3), (32, 64, 32, 4, 3),
+    (16, 64, 32, 4, 3),
 )  # fmt: skip
 FINER = (32, 1)  # times as many parts of a stream as fill a GPU: with more the last round of programs is shorter
 FEWEST = 4  # tiles of a part, so that its beginning and its end count for little
@@ -164,10 +166,9 @@ def _with_products(planner: Planner, group: Group, base: Tiling) -> Iterator[Til
 
     exact = planner.exact(group)
     width = max((base.of(rank) for rank in group.arrangement.whole), default=0)
-    one, wide, two = (EXACT_SIDE, EXACT_WIDE, EXACT_SIDES) if exact else (ONE_SIDE, WIDE, TWO_SIDES)
     across = planner.across(group, {rank: base.of(rank) for rank in group.arrangement.whole})
-    wider = max(width, across) > (EXACT_WIDTH if exact else WIDTH)
-    table: Sequence[tuple[int, ...]] = {1: wide if wider else one, 2: two}.get(len(sides), ())
+    one = EXACT_SIDE if exact else WIDE if max(width, across) > WIDTH else ONE_SIDE
+    table: Sequence[tuple[int, ...]] = {1: one, 2: EXACT_SIDES if exact else TWO_SIDES}.get(len(sides), ())
     nested = group.arrangement.inner
     if nested:
         table = (EXACT_NESTED if exact else NESTED) if len(sides) == 1 else ()
@@ -179,21 +180,24 @@ def _with_products(planner: Planner, group: Group, base: Tiling) -> Iterator[Til
         named |= dict.fromkeys(nested, tiles[-1])
         chosen = dict(base.tiles) | {rank: cut(rank, tile) for rank, tile in named.items()}
         if nested and stream is not None:
-            across = 2 * planner.summed(group) * chosen[stream]  # half of the registers are for what follows the sums
-        if len(sides) == 1 and chosen[sides[0]] > 16 and chosen[sides[0]] * across > ACCUMULATED:
+            halves = 1 if exact else 2  # half of the registers are for what follows the sums
+            across = halves * planner.summed(group) * chosen[stream]
+        room = EXACT_ACCUMULATED * warps // 4 if exact else ACCUMULATED
+        if len(sides) == 1 and chosen[sides[0]] > 16 and chosen[sides[0]] * across > room:
             continue
-        small = any(chosen[rank] < 64 and chosen[rank] < cut(rank, 64) for rank in sides)
+        small = not exact and any(chosen[rank] < 64 and chosen[rank] < cut(rank, 64) for rank in sides)
         if small and _programs(planner, group, chosen) > MANY:
             continue
         count = _programs(planner, group, chosen)
         if resident and group.rows is not None and len(planner.products(group)) > 1:
             continue  # a loop that is joined begins accumulators anew between two products, which then wait (C7515)
-        if len(sides) == 2 and _accumulated(planner, group, chosen) > MAX_REGISTERS * WARP * warps:
+        sums = _accumulated(planner, group, chosen) * (2 if exact else 1)
+        if len(sides) == 2 and sums > MAX_REGISTERS * WARP * warps:
             continue
         if resident and count <= resident * FEW_PROGRAMS:
             continue  # each would have one tile
         beside = BESIDE if (len(sides) == 2 and count > FEW_PROGRAMS) or nested else 0
-        crowded = _accumulated(planner, group, chosen) > CROWDED * WARP * warps
+        crowded = sums > CROWDED * WARP * warps
         edge = EDGE_TILE if crowded and stream is not None and chosen[stream] > EDGE_TILE else 0
         yield Tiling(tuple(chosen.items()), Options(warps, stages, edge, beside, resident, pieces))
     for warps, stages in () if table else ((4, 2), (4, 3), (8, 2), (8, 3)):

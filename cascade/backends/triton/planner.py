@@ -297,10 +297,21 @@ class Planner:
             isinstance(d, GroupBy) and name in d.statements for d in self.cascade.schedule
         )
         elements = math.prod(size if isinstance(size, int) else self.typical[size] for size in self.shapes[name])
-        large = dtype is DType.BF16 and elements * BYTES[DType.BF16] > LAUNCH
+        large = dtype is DType.BF16 and elements * BYTES[DType.BF16] > LAUNCH and not self.is_parted(name)
         if result is None and dtype in FLOATS and not operand and not in_rows and not large:
             return DType.F32
         return dtype
+
+    def is_parted(self, name: str) -> bool:
+        """Whether an exponential is taken of a tensor, and its kernel computes more from digits that others would lack.
+
+        exp(S - R) is far from 1 where R is the largest of other values than these.
+        """
+        expanded = [n for s in self.cascade.body for e in expressions(s) for n in walk(e)
+                    if isinstance(n, Apply) and n.op in ("exp", "exp2")]  # fmt: skip
+        under = {node.tensor for expr in expanded for node in walk(expr) if isinstance(node, Read)}
+        own = next((g for g in self.groups() if isinstance(g, Group) and name in g.names), None)
+        return name in under and own is not None and any(name in reads(stmt) for stmt in own.statements)
 
     def outside(self, rest: Rest) -> Cascade:
         """Statements that run outside kernels as a cascade of their own; extents are numbers in it.
@@ -709,7 +720,7 @@ class Planner:
             for stmt in group.statements if rounds else ():
                 found = matrix_product(stmt)
                 terms = () if found is None else (*found.left, *found.right)
-                if any(isinstance(node, Read) and node.tensor in names for term in terms for node in walk(term)):
+                if any(isinstance(term, Read) and term.tensor in names for term in terms):
                     return True
         return False
 

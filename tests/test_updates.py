@@ -44,6 +44,7 @@ def test_what_is_written_has_no_rank_that_is_told() -> None:
     assert isinstance(found, Update)
     assert render_stmt(found.stmt) == "C[b,g,e] = 2 * X[b,g,e] where len[b] >= 0 and len[b] < N"
     assert [render_expr(part) for part in found.place] == ["b", "g", "len[b]", "e"]
+    assert found.text == "C[b,g,len[b],e] = 2 * X[b,g,e] where len[b] >= 0 and len[b] < N"
 
 
 @pytest.mark.parametrize(

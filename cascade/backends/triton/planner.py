@@ -377,7 +377,7 @@ class Planner:
         tiled = self.tiled_rows(group, blocks)
         statements = tuple(self.logical(map_expressions(stmt, lambda e: rewrite(e, static.constant))) for stmt in tiled)
         fold = None if group.fold is None else map_fold(group.fold, lambda e: rewrite(e, static.constant))
-        plain = tuple(map(render_stmt, statements))
+        plain = tuple(map(self.shown, statements))
         stored = self.stored(group, groups)
         fixed, changed = self.in_units(group, dataclasses.replace(group, statements=statements, fold=fold), stored)
         axes = tuple(self.axis(group, rank, role, tiling, static) for rank, role in self.roles(group).items())
@@ -422,6 +422,11 @@ class Planner:
         base_two = tuple(name for name in group.names if name in changed)
         kernel = dataclasses.replace(kernel, statements=plain, base_two=base_two, reverse=reverse, index=index)
         return suited(dataclasses.replace(kernel, careful=careful, rows=blocks, why=self.reasons(group))), fixed
+
+    def shown(self, stmt: Stmt) -> str:
+        """A statement as text; of a parameter's update, what it writes."""
+        update = self.updates.get(defines(stmt)[0])
+        return render_stmt(stmt) if update is None else update.text
 
     def reasons(self, group: Group) -> tuple[str, ...]:
         """Why a group makes tensors that the author's cascade has not."""

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from cascade.bounds import conjuncts
 from cascade.inference import infer_shapes
-from cascade.ir import Apply, Cascade, Const, Einsum, Expr, Extent, Rank, Read, Size, Target
+from cascade.ir import Apply, Cascade, Const, Einsum, Expr, Extent, Rank, Read, Target
+from cascade.text import render_expr, render_stmt
 from cascade.walk import expressions, free_ranks, substitute, walk
 
 
@@ -21,14 +22,19 @@ from cascade.walk import expressions, free_ranks, substitute, walk
 class Update:
     """What is written of a result, and where.
 
-    `stmt` defines the result over the ranks that are left, where its coordinates lie inside the parameter `of`, whose
-    shape this is; `place` are these coordinates, one a dimension.
+    `stmt` defines the result over the ranks that are left, where its coordinates lie inside the parameter `of`; `place`
+    are these coordinates, one a dimension.
     """
 
     of: str
-    shape: tuple[Size, ...]
     stmt: Einsum
     place: tuple[Expr, ...]
+
+    @property
+    def text(self) -> str:
+        """The statement with the coordinates that it writes."""
+        _, equals, rest = render_stmt(self.stmt).partition(" = ")
+        return f"{self.stmt.target.name}[{','.join(map(render_expr, self.place))}]{equals}{rest}"
 
 
 def update_of(cascade: Cascade, result: str, param: str) -> Update | str:
@@ -65,7 +71,7 @@ def _told(test: Expr, ranks: list[str]) -> tuple[str, Expr] | None:
 
 
 def _written(cascade: Cascade, stmt: Einsum, param: str, told: dict[str, Expr], new: Expr) -> Update:
-    sizes, shape = infer_shapes(cascade).ranks, infer_shapes(cascade).tensors[param]
+    sizes = infer_shapes(cascade).ranks
     inside: list[Expr] = []
     for rank, expr in told.items():
         size = sizes[rank]
@@ -76,4 +82,4 @@ def _written(cascade: Cascade, stmt: Einsum, param: str, told: dict[str, Expr], 
         where = Apply("and", (where, test))
     target = Target(stmt.target.name, tuple(rank for rank in stmt.target.ranks if rank not in told))
     place = tuple(told.get(rank, Rank(rank)) for rank in stmt.target.ranks)
-    return Update(param, shape, Einsum(target, new, where, span=stmt.span), place)
+    return Update(param, Einsum(target, new, where, span=stmt.span), place)

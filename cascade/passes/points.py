@@ -57,7 +57,7 @@ class LivePoints:
     def of(self, stmt: Stmt) -> Amount:
         """The live points of one statement."""
         ranks = iterated(stmt)
-        return self._points(ranks, self.filters(stmt, ranks), defines(stmt)[0])
+        return self.points(ranks, self.filters(stmt, ranks), defines(stmt)[0])
 
     def of_init(self, stmt: Einsum, init: Init) -> Amount:
         """The points of a first value: the other ranks of the recurrence."""
@@ -87,7 +87,7 @@ class LivePoints:
             elif not isinstance(node, Read) and not (isinstance(node, Apply) and node.op == "default"):
                 stack.extend(reversed(children(node)))
 
-    def _points(self, ranks: tuple[str, ...], filters: tuple[Expr, ...], name: str) -> Amount:
+    def points(self, ranks: tuple[str, ...], filters: tuple[Expr, ...], name: str) -> Amount:
         """The live points of an iteration space: filters over common ranks together, the rest a product."""
         tests = tuple(test for test in filters if is_countable(test))
         if len(tests) < len(filters):

@@ -153,9 +153,9 @@ def long_unfused(found: Map, model: Model) -> Map:
     if not LONG <= model.length < LONGEST:
         return found
     longest = prepared("unfused", found).cost(sizes_of("three_pass", replace(model, length=LONGEST)))
-    parts = {region.name: LONGEST // region.movement.nests[0].length("p", 3) for region in longest.regions}
+    rows = {region.name: region.movement.nests[0].lengths(3).get("p", LONGEST) for region in longest.regions}
     regions = tuple(
-        replace(region, loops=(*region.loops[:2], loop(f"rows: p = {model.length // parts[region.name]}")))
+        replace(region, loops=(*region.loops[:2], loop(f"rows: p = {model.length * rows[region.name] // LONGEST}")))
         if region.loops[2].size is None
         else region
         for region in found.regions

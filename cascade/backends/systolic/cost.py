@@ -35,13 +35,13 @@ from cascade.backends.systolic.nest import ceil_div
 from cascade.backends.systolic.work import Cascaded, Merge, Step, Work, operands, operations, take_apart
 from cascade.errors import CommandError, Diagnostic, UnsupportedError, quoted_list
 from cascade.inference import bind_sizes, infer_dtypes
-from cascade.ir import Cascade, DType
+from cascade.ir import Cascade, DType, Expr
 from cascade.passes.points import LivePoints
 from cascade.passes.traffic import BYTES
 from cascade.wording import suggest
 
-WORDS = {1: DType.F8E4M3, 2: DType.BF16, 4: DType.F32, 8: DType.F64}
-"""The type that a word of so many bytes stands for, where the cascade states none."""
+WORDS = {1: DType.BF16, 2: DType.BF16, 4: DType.F32, 8: DType.F64}
+"""The type of what the cascade states none for, by the bytes of a word; one of 8 bits stays one, sums included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +111,8 @@ class Evaluator:
     mapping: Map
     unit: dict[str, Unit] = field(init=False)
     counts: dict[str, Counter[str]] = field(init=False)
+    filters: dict[str, tuple[Expr, ...]] = field(init=False)
+    place: dict[str, Placement] = field(init=False)
     regions: tuple[RegionPlan, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -121,8 +123,10 @@ class Evaluator:
         self.unit, self.counts = {}, {}
         for name, work in self.cascaded.works.items():
             self.unit[name], self.counts[name] = _bound(work.name, work.steps, self.machine, chosen.get(name))
-        types = infer_dtypes(self.cascaded.cascade, _words(self.cascaded.cascade, self.machine))
-        widths = {name: BYTES[dtype] for name, dtype in types.items()}
+        live = LivePoints(self.cascaded.shapes, {})
+        self.filters = {name: live.filters(work.stmt, work.ranks) for name, work in self.cascaded.works.items()}
+        self.place = dict(self.mapping.place)
+        widths = _widths(self.cascaded.cascade, self.machine.word_bytes)
         self.regions = tuple(
             plan_region(self.cascaded, self.mapping, number, widths, self.unit, self.machine.buffer.bytes)
             for number in range(len(self.mapping.regions))
@@ -164,9 +168,9 @@ class Evaluator:
     def _load(self, work: Work, points: LivePoints, extents: Mapping[str, int]) -> _Load:
         """The points, operations and cycles of one Einsum on its unit."""
         unit, counts = self.unit[work.name], self.counts[work.name]
-        live = points.of(work.stmt).value or 0
+        live = self._points(work, points, extents)
         done = Counter({name: count * live for name, count in counts.items()})
-        place = dict(self.mapping.place).get(work.name)
+        place = self.place.get(work.name)
         if unit.fill and place is None:
             place = best_placement(work, unit, extents)
         each = _cycles(counts, unit)
@@ -181,6 +185,13 @@ class Evaluator:
             cycles += ceil_div(first, unit.lanes) * _cycles(one, unit)
         return _Load(unit, live, done, cycles)
 
+    def _points(self, work: Work, points: LivePoints, extents: Mapping[str, int]) -> int:
+        """The live points of an Einsum."""
+        filters = self.filters[work.name]
+        if not filters:
+            return math.prod([extents[rank] for rank in work.ranks])
+        return points.points(work.ranks, filters, work.name).value or 0
+
     def _merges(self, plan: RegionPlan) -> Iterator[Merge]:
         return (merge for merge in self.cascaded.merges if self.cascaded.maker.get(merge.state) in plan.stage_of)
 
@@ -190,7 +201,8 @@ class Evaluator:
         """Adds what a fold does to a state for every block of its rank to the Einsum that makes the state."""
         name = self.cascaded.maker[merge.state]
         nest = movement.nests[plan.stage_of[name]]
-        blocks = ceil_div(extents[merge.rank], nest.length(merge.rank, len(nest.loops)) or 1)
+        size = nest.lengths(len(nest.loops)).get(merge.rank, extents[merge.rank])
+        blocks = ceil_div(extents[merge.rank], size or 1)
         load = loads[name]
         one = operations(merge.steps, load.unit)
         if one is None:
@@ -282,9 +294,12 @@ def _names(work: tuple[tuple[str, tuple[str, ...]], ...]) -> tuple[str, ...]:
     return tuple(name for _, names in work for name in names)
 
 
-def _words(cascade: Cascade, machine: Machine) -> dict[str, DType]:
-    word = WORDS.get(machine.word_bytes, DType.F32)
-    return {param.name: param.dtype or word for param in cascade.params}
+def _widths(cascade: Cascade, word_bytes: int) -> dict[str, int]:
+    """Bytes of an element of every tensor."""
+    word = WORDS[word_bytes]
+    types = infer_dtypes(cascade, {param.name: param.dtype or word for param in cascade.params})
+    stated = word in {param.dtype for param in cascade.params} | {result.dtype for result in cascade.results}
+    return {name: word_bytes if dtype is word and not stated else BYTES[dtype] for name, dtype in types.items()}
 
 
 def _sum(parts: list[float | None]) -> float | None:

@@ -208,13 +208,20 @@ def _machine(table: Table) -> Machine:
         table.text("name"),
         table.text("source", ""),
         table.number("clock_hz", 1.0, 1e15),
-        table.whole("word_bytes", 1, 8, 2),
+        _word(table),
         _buffer(table.table("buffer", needed=True)),
         MappingProxyType(memories),
         MappingProxyType(units),
     )
     table.asked.update(("memories", "units"))
     table.done()
+    return found
+
+
+def _word(table: Table) -> int:
+    found = table.whole("word_bytes", 1, 8, 2)
+    if found not in (1, 2, 4, 8):
+        table.refuse("word_bytes", "1, 2, 4 or 8")
     return found
 
 

@@ -17,7 +17,6 @@ from cascade.backends.systolic.mapping import Mapping as Map
 from cascade.backends.systolic.nest import Nest, ceil_div
 from cascade.backends.systolic.work import Access, Cascaded, Work
 from cascade.errors import CommandError, Diagnostic, UnsupportedError
-from cascade.passes.pass_count import count_passes
 from cascade.wording import suggest
 
 Direction: TypeAlias = Literal["read", "written"]
@@ -30,6 +29,22 @@ class Reader:
     stage: int
     work: Work
     access: Access
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """How a tensor is made: by which Einsum in which stage, the last stage that reads it, how it is written.
+
+    `still` are its ranks without those along which its own stage reads it at other coordinates, as an earlier iteration
+    left it. `adds` is whether the Einsum folds ranks away.
+    """
+
+    work: Work
+    first: int
+    last: int
+    access: Access
+    still: frozenset[str]
+    reduced: frozenset[str]
 
 
 @dataclass(slots=True)
@@ -66,7 +81,8 @@ class RegionPlan:
     made: tuple[str, ...]  # tensors that are made and read here, on chip
     leaves: frozenset[str]  # tensors that are stored
     keep: Mapping[str, str]
-    passes: Mapping[str, Mapping[str, int]]  # of every rank that a loop may take apart: the pass of each Einsum
+    written: Mapping[str, Written]
+    stage_loops: tuple[tuple[Loop, ...], ...]  # of each stage, the shared ones first
 
     def movement(self, extents: Mapping[str, int], sizes: Mapping[str, int], quirks: Published) -> Movement:
         """What the region moves for these extents; raises C540 where it does not fit, C622 where it cannot run so."""
@@ -89,9 +105,6 @@ class RegionPlan:
 
     # --- loops --------------------------------------------------------------------------------------------------------
 
-    def _loops(self, stage: int) -> tuple[Loop, ...]:
-        return (*self.region.loops, *self.region.stages[stage].loops)
-
     def nests(self, extents: Mapping[str, int], sizes: Mapping[str, int], fit: Mapping[str, int]) -> tuple[Nest, ...]:
         """The nest of every stage, loops to be fitted with the sizes of `fit`, by label; loops of one iteration out."""
         found = []
@@ -99,7 +112,7 @@ class RegionPlan:
             loops: list[tuple[str, int]] = []
             after: list[int] = []
             outer = dict(extents)
-            for loop in self._loops(stage):
+            for loop in self.stage_loops[stage]:
                 size = fit[loop.label] if loop.size is None else loop.size
                 if size < outer[loop.rank]:
                     if outer[loop.rank] % size and outer[loop.rank] != extents[loop.rank]:
@@ -116,7 +129,7 @@ class RegionPlan:
         fitted = {
             loop.label: loop
             for stage in range(len(self.region.stages))
-            for loop in self._loops(stage)
+            for loop in self.stage_loops[stage]
             if loop.size is None
         }
         fit = {label: self._least(loop) for label, loop in fitted.items()}
@@ -135,7 +148,7 @@ class RegionPlan:
         """The least size of a loop to be fitted: that of the loops over its rank inside of it."""
         inner = []
         for stage in range(len(self.region.stages)):
-            loops = self._loops(stage)
+            loops = self.stage_loops[stage]
             if loop in loops:
                 after = loops[loops.index(loop) + 1 :]
                 inner += [found.size for found in after if found.rank == loop.rank and found.size is not None]
@@ -147,7 +160,7 @@ class RegionPlan:
             return 0
         if level in (TILE, REGISTERS, DRAM):
             return len(nest.loops)
-        loops = self._loops(stage)
+        loops = self.stage_loops[stage]
         at = next((number for number, loop in enumerate(loops) if loop.label == level), None)
         return None if at is None else nest.after[at]
 
@@ -165,7 +178,7 @@ class RegionPlan:
                 message = f"{name} lacks {other}, a loop around one that moves it"
                 raise _misfit(message, "put it into another stage, or the loop further in")
         for at, (rank, _) in enumerate(nest.loops):
-            numbers = self.passes[rank]
+            numbers = self.cascaded.passes[rank]
             inside = self.region.einsums if at < self._shared(nest) else self.region.stages[stage].einsums
             passes = {numbers[name]: name for name in inside if name in numbers}
             if len(passes) > 1:
@@ -180,9 +193,11 @@ class RegionPlan:
         times = 2 if self.region.double else 1
         room = sum(times * self._room(tensor, nests) for tensor in self.outside)
         for tensor in self.leaves:
-            if tensor not in self.made and self._adds(tensor, nests) is not None:
+            if tensor not in self.made and self._adds(tensor, nests):
                 room += times * self._stored_footprint(tensor, nests)
-        return room + max((self._live(stage, nests) for stage in range(len(nests))), default=0)
+        sizes = [(self.written[name], self._made_footprint(name, nests)) for name in self.made]
+        lives = [(made.first, made.last, size) for made, size in sizes if size]
+        return room + max(_at_once(stage, lives) for stage in range(len(nests)))
 
     def _room(self, tensor: str, nests: tuple[Nest, ...]) -> int:
         """The bytes of the tile of a loaded tensor, where it is largest."""
@@ -192,75 +207,29 @@ class RegionPlan:
         ]
         return max(sizes) * self.widths[tensor]
 
-    def _live(self, stage: int, nests: tuple[Nest, ...]) -> int:
-        """The bytes of made tensors in a stage: one that dies gives its room to one of its size that is born."""
-        total = 0
-        dying: list[int] = []
-        born: list[int] = []
-        for tensor in self.made:
-            first, last = self._life(tensor)
-            size = self._made_footprint(tensor, nests)
-            if not first <= stage <= last or not size:
-                continue
-            total += size
-            if first < stage == last:
-                dying.append(size)
-            elif first == stage < last:
-                born.append(size)
-        for size in born:
-            if size in dying:
-                dying.remove(size)
-                total -= size
-        return total
-
-    def _life(self, tensor: str) -> tuple[int, int]:
-        """The first and the last stage in which a made tensor is there."""
-        first = self.stage_of[self.cascaded.maker[tensor]]
-        return first, max(first, *(reader.stage for reader in self.readers[tensor]))
-
     def _made_depth(self, tensor: str, nests: tuple[Nest, ...]) -> int | None:
         """How many loops stand around where a made tensor is held; None where that is in registers."""
-        work = self.cascaded.works[self.cascaded.maker[tensor]]
-        stage, last = self._life(tensor)
-        nest = nests[stage]
+        made = self.written[tensor]
+        nest = nests[made.first]
         level = self.keep.get(tensor)
         if level in (REGISTERS, TILE):
             return None
-        ranks = set(work.writes[0].ranks) - self._carried(tensor)
-        if stage < last:
-            depth = min(nest.prefix(ranks), self._shared(nest))
-        else:
-            depth = nest.prefix(ranks)
         if level is not None:
-            found = self._depth(level, stage, nest)
-            return depth if found is None else found
-        return None if stage == last and depth >= nest.cut(work.ranks) else depth
-
-    def _carried(self, tensor: str) -> set[str]:
-        """The ranks along which a tensor is read at other coordinates where it is made: from an earlier iteration."""
-        stage = self.stage_of[self.cascaded.maker[tensor]]
-        left = self._written(tensor).places
-        found: set[str] = set()
-        for reader in self.readers[tensor]:
-            if reader.stage == stage:
-                pairs = zip(left, reader.access.places, strict=True)
-                found.update(
-                    rank for at, place in pairs if place.shifted or place.ranks != at.ranks for rank in at.ranks
-                )
-        return found
+            found = self._depth(level, made.first, nest)
+            if found is not None:
+                return found
+        depth = nest.prefix(made.still)
+        if made.first < made.last:
+            return min(depth, self._shared(nest))
+        return None if depth >= nest.cut(made.work.ranks) else depth
 
     def _made_footprint(self, tensor: str, nests: tuple[Nest, ...]) -> int:
         """The bytes of a made tensor in the buffer."""
         depth = self._made_depth(tensor, nests)
         if depth is None:
             return 0
-        work = self.cascaded.works[self.cascaded.maker[tensor]]
-        nest = nests[self._life(tensor)[0]]
-        return nest.footprint(self._written(tensor), depth, work.iterative) * self.widths[tensor]
-
-    def _written(self, tensor: str) -> Access:
-        work = self.cascaded.works[self.cascaded.maker[tensor]]
-        return next(access for access in work.writes if access.tensor == tensor)
+        made = self.written[tensor]
+        return nests[made.first].footprint(made.access, depth, made.work.iterative) * self.widths[tensor]
 
     def _spilled(self, nests: tuple[Nest, ...], held: int) -> float:
         """The share of the tensors to be spilled that has no room; raises C540 where the rest has none either."""
@@ -307,39 +276,34 @@ class RegionPlan:
         if tensor not in quirks.unbuffered:
             found.buffer_writes += count
 
-    def _adds(self, tensor: str, nests: tuple[Nest, ...]) -> int | None:
-        """How many loops stand around where partial results are added up; None where no loop makes partial ones."""
-        work = self.cascaded.works[self.cascaded.maker[tensor]]
-        nest = nests[self.stage_of[work.name]]
-        depth = nest.prefix(self._written(tensor).ranks)
-        folding = [at for at, (rank, _) in enumerate(nest.loops) if rank in work.reduced]
-        return depth if folding else None
+    def _adds(self, tensor: str, nests: tuple[Nest, ...]) -> bool:
+        """Whether iterations of a loop add to the tensor."""
+        made = self.written[tensor]
+        return any(rank in made.reduced for rank, _ in nests[made.first].loops)
 
     def _stored_depth(self, tensor: str, nests: tuple[Nest, ...]) -> int:
-        work = self.cascaded.works[self.cascaded.maker[tensor]]
-        stage = self.stage_of[work.name]
-        nest = nests[stage]
+        """How many loops stand around where a tensor that leaves is summed up."""
+        made = self.written[tensor]
+        nest = nests[made.first]
         level = self.keep.get(tensor)
-        depth = None if level in (None, DRAM) else self._depth(level, stage, nest)
-        return nest.prefix(self._written(tensor).ranks) if depth is None else depth
+        depth = None if level in (None, DRAM) else self._depth(level, made.first, nest)
+        return nest.prefix(made.access.ranks) if depth is None else depth
 
     def _stored_footprint(self, tensor: str, nests: tuple[Nest, ...]) -> int:
-        work = self.cascaded.works[self.cascaded.maker[tensor]]
-        nest = nests[self.stage_of[work.name]]
+        made = self.written[tensor]
         depth = self._stored_depth(tensor, nests)
-        return nest.footprint(self._written(tensor), depth, work.iterative) * self.widths[tensor]
+        return nests[made.first].footprint(made.access, depth, made.work.iterative) * self.widths[tensor]
 
     def _store(self, tensor: str, found: Movement) -> None:
         """Stores of a tensor that leaves; where it is held for less than its sum, partial results come back."""
-        work = self.cascaded.works[self.cascaded.maker[tensor]]
-        nest = found.nests[self.stage_of[work.name]]
-        access = self._written(tensor)
-        whole = nest.moved(access, 0) * self.widths[tensor]
-        depth = nest.cut(access.ranks, self._stored_depth(tensor, found.nests))
-        count = nest.moved(access, depth) * self.widths[tensor]
-        self._move(tensor, "written", count, work, found)
+        made = self.written[tensor]
+        nest = found.nests[made.first]
+        whole = nest.moved(made.access, 0) * self.widths[tensor]
+        depth = nest.cut(made.access.ranks, self._stored_depth(tensor, found.nests))
+        count = nest.moved(made.access, depth) * self.widths[tensor]
+        self._move(tensor, "written", count, made.work, found)
         if count > whole:
-            self._move(tensor, "read", count - whole, work, found)
+            self._move(tensor, "read", count - whole, made.work, found)
             found.buffer_writes += count - whole
 
     def _move(self, tensor: str, way: Direction, count: int, work: Work, found: Movement) -> None:
@@ -355,18 +319,17 @@ class RegionPlan:
 
     def _keep(self, tensor: str, found: Movement, quirks: Published) -> None:
         """Writes of a made tensor into the buffer; a spilled share goes to memory, and back for every later stage."""
-        work = self.cascaded.works[self.cascaded.maker[tensor]]
-        first, _ = self._life(tensor)
-        nest = found.nests[first]
+        made = self.written[tensor]
+        nest = found.nests[made.first]
         if self._made_depth(tensor, found.nests) is None:
             return
-        if tensor not in quirks.unbuffered and self._adds(tensor, found.nests) is None:
-            found.buffer_writes += nest.moved(self._written(tensor), self._executed(work, nest)) * self.widths[tensor]
+        if tensor not in quirks.unbuffered and not self._adds(tensor, found.nests):
+            found.buffer_writes += nest.moved(made.access, self._executed(made.work, nest)) * self.widths[tensor]
         if tensor in self.region.spill and found.spilled:
-            whole = nest.moved(self._written(tensor), 0) * self.widths[tensor]
-            again = len({reader.stage for reader in self.readers[tensor]} - {first})
-            self._move(tensor, "written", round(found.spilled * whole), work, found)
-            self._move(tensor, "read", round(found.spilled * whole * again), work, found)
+            whole = nest.moved(made.access, 0) * self.widths[tensor]
+            again = len({reader.stage for reader in self.readers[tensor]} - {made.first})
+            self._move(tensor, "written", round(found.spilled * whole), made.work, found)
+            self._move(tensor, "read", round(found.spilled * whole * again), made.work, found)
 
     def _feed(self, tensor: str, found: Movement, quirks: Published) -> None:
         """Reads of the buffer by units: a tile for every iteration, nothing of what a unit has just made itself."""
@@ -397,7 +360,7 @@ class RegionPlan:
         """Where iterations add to a result, the buffer has it: read but for the first time, and written, every time."""
         nest = found.nests[self.stage_of[work.name]]
         for access in work.writes:
-            if self._adds(access.tensor, found.nests) is not None:
+            if self._adds(access.tensor, found.nests):
                 count = nest.moved(access, self._executed(work, nest))
                 found.buffer_writes += count * self.widths[access.tensor]
                 found.buffer_reads += (count - nest.moved(access, 0)) * self.widths[access.tensor]
@@ -431,17 +394,30 @@ def plan_region(
     outside = tuple(name for name in readers if name not in here or keep.get(name) == DRAM)
     made = tuple(name for name in here if name in readers and name not in outside)
     leaves = frozenset(name for name in here if name in later or name in outside)
-    loops = [loop for at in region.stages for loop in (*region.loops, *at.loops)]
-    passes = {rank: _passes(cascaded, rank) for rank in dict.fromkeys(loop.rank for loop in loops)}
     capacity = min(buffer, region.capacity or buffer)
+    written = {name: _written(cascaded, name, stage_of, readers.get(name, [])) for name in here}
+    loops = tuple((*region.loops, *stage.loops) for stage in region.stages)
     every = {name: tuple(found) for name, found in readers.items()}
-    return RegionPlan(cascaded, region, widths, units, capacity, stage_of, every, outside, made, leaves, keep, passes)
+    return RegionPlan(
+        cascaded, region, widths, units, capacity, stage_of, every, outside, made, leaves, keep, written, loops
+    )
 
 
-def _passes(cascaded: Cascaded, rank: str) -> dict[str, int]:
-    """The pass of every Einsum that visits all of a rank."""
-    found = count_passes(cascaded.cascade, rank)
-    return {name: found.number[name] for name in cascaded.works if name in found.full}
+def _written(cascaded: Cascaded, tensor: str, stage_of: Mapping[str, int], readers: list[Reader]) -> Written:
+    """How a tensor of a region is made."""
+    work = cascaded.works[cascaded.maker[tensor]]
+    access = next(access for access in work.writes if access.tensor == tensor)
+    first = stage_of[work.name]
+    earlier = {
+        rank
+        for reader in readers
+        if reader.stage == first
+        for at, place in zip(access.places, reader.access.places, strict=True)
+        if place.shifted or place.ranks != at.ranks
+        for rank in at.ranks
+    }
+    last = max([first, *(reader.stage for reader in readers)])
+    return Written(work, first, last, access, frozenset(access.ranks) - earlier, frozenset(work.reduced))
 
 
 def _check_region(
@@ -464,6 +440,25 @@ def _check_region(
                 raise _misfit(
                     f"{reader.work.name} reads {name}, which a later stage makes", "change the order of stages"
                 )
+
+
+def _at_once(stage: int, lives: list[tuple[int, int, int]]) -> int:
+    """The bytes of made tensors in a stage: one that dies gives its room to one of its size that is born."""
+    total = 0
+    dying: list[int] = []
+    born: list[int] = []
+    for first, last, size in lives:
+        if first <= stage <= last:
+            total += size
+            if first < stage == last:
+                dying.append(size)
+            elif first == stage < last:
+                born.append(size)
+    for size in born:
+        if size in dying:
+            dying.remove(size)
+            total -= size
+    return total
 
 
 def divisors(number: int) -> list[int]:

@@ -30,7 +30,7 @@ def ceil_div(a: int, b: int) -> int:
 class Nest:
     """Loops, each a rank and a size, outermost first; the extents of all ranks; sizes of shape symbols.
 
-    `after` says for each loop of a mapping how many of these loops there are up to it: one of one iteration is left out.
+    `after` says for each loop of a mapping how many of these there are up to it: one of one iteration is left out.
     """
 
     loops: tuple[tuple[str, int], ...]
@@ -47,25 +47,31 @@ class Nest:
 
     def prefix(self, ranks: Collection[str]) -> int:
         """How many of the outermost loops all move what has these ranks."""
-        found = itertools.takewhile(lambda loop: loop[0] in ranks, self.loops)
-        return sum(1 for _ in found)
+        at = 0
+        for rank, _ in self.loops:
+            if rank not in ranks:
+                break
+            at += 1
+        return at
 
-    def length(self, rank: str, depth: int) -> int:
-        """How many coordinates of a rank an iteration of the first `depth` loops takes, at most."""
-        sizes = (size for name, size in self.loops[:depth] if name == rank)
-        return min(sizes, default=self.extents[rank])
+    def lengths(self, depth: int) -> dict[str, int]:
+        """How many coordinates of each partitioned rank an iteration of the first `depth` loops takes, at most."""
+        return dict(self.loops[:depth])  # an inner loop over the same rank takes fewer, and comes later
 
     def trips(self, depth: int, without: Collection[str] = ()) -> int:
         """The iterations of the first `depth` loops, those over some ranks left out."""
-        ranks = {name for name, _ in self.loops[:depth]} - set(without)
-        return math.prod(ceil_div(self.extents[rank], self.length(rank, depth)) for rank in ranks)
+        total = 1
+        for rank, size in self.lengths(depth).items():
+            if rank not in without:
+                total *= ceil_div(self.extents[rank], size)
+        return total
 
     def moved(self, access: Access, depth: int) -> int:
         """The elements that are fetched where a load stands inside of the first `depth` loops."""
         ranks = access.ranks
-        again = self.trips(depth, ranks)
-        if access.plain:
-            return again * math.prod(self._whole(place) for place in access.places)
+        again = self.trips(depth, ranks) if depth else 1
+        if access.plain and all(self._within(place) for place in access.places):  # tiles of a rank add up to it
+            return again * math.prod(self._span(place, self.extents) for place in access.places)
         total = 0
         for weight, lengths in self._tiles(ranks, depth):
             total += weight * math.prod(self._span(place, lengths) for place in access.places)
@@ -73,27 +79,35 @@ class Nest:
 
     def footprint(self, access: Access, depth: int, carried: str | None = None) -> int:
         """The elements of the largest tile inside of the first `depth` loops, of one generation of a carried tensor."""
-        lengths = {rank: 1 if rank == carried else self.length(rank, depth) for rank in access.ranks}
-        return math.prod(self._span(place, lengths) for place in access.places)
+        lengths = {**self.extents, **self.lengths(depth)}
+        if carried is not None:
+            lengths[carried] = 1
+        return math.prod([self._span(place, lengths) for place in access.places])
 
     def _tiles(self, ranks: Collection[str], depth: int) -> Iterator[tuple[int, dict[str, int]]]:
         """The tiles of some ranks by their lengths, with how many there are of each kind: a last one may be short."""
         kinds = []
+        sizes = {**self.extents, **self.lengths(depth)}
         for rank in ranks:
-            full, rest = divmod(self.extents[rank], self.length(rank, depth) or 1)
-            kinds.append([(rank, full, self.length(rank, depth)), *([(rank, 1, rest)] if rest else [])])
+            full, rest = divmod(self.extents[rank], sizes[rank] or 1)
+            kinds.append([(rank, full, sizes[rank]), *([(rank, 1, rest)] if rest else [])])
         for chosen in itertools.product(*kinds):
             yield math.prod(count for _, count, _ in chosen), {rank: length for rank, _, length in chosen}
 
-    def _whole(self, place: Place) -> int:
-        """The coordinates of a whole rank along one place."""
-        return self._span(place, self.extents)
+    def _within(self, place: Place) -> bool:
+        """Whether the tensor is as long as the rank that alone moves a place of it."""
+        return not place.ranks or self.extents[place.ranks[0]] <= self._extent(place)
+
+    def _extent(self, place: Place) -> int:
+        return place.extent if isinstance(place.extent, int) else self.sizes[place.extent]
 
     def _span(self, place: Place, lengths: Mapping[str, int]) -> int:
         """How many coordinates of one place a tile of these lengths touches."""
         if not place.ranks:
             return 1
-        extent = place.extent if isinstance(place.extent, int) else self.sizes[place.extent]
+        extent = self._extent(place)
+        if place.steps == (1,):
+            return min(extent, lengths[place.ranks[0]])
         if any(not lengths[rank] for rank in place.ranks):
             return 0
         if place.steps is None:

@@ -9,7 +9,7 @@ from cascade.backends.systolic.machine import Machine
 
 
 def cost_json(cost: Cost, machine: Machine) -> dict[str, Any]:
-    """The cost with the keys of `cascadec cost --json`: seconds, cycles, bytes, pJ, um^2; null for what is not known."""
+    """The cost with the keys of `cascadec cost --json`; None, null in JSON, for what is not known."""
     einsums = {
         name: {
             "unit": found.unit,

@@ -19,6 +19,7 @@ from cascade.inference import Shapes, infer_shapes
 from cascade.ir import Apply, Cascade, Einsum, Expr, Fold, FoldMerge, Rank, Read, Reduce, Size, Stmt, TopK
 from cascade.ops import OPS, REDUCERS
 from cascade.passes.lattice import linear
+from cascade.passes.pass_count import all_passes
 from cascade.passes.points import body_of, iterated
 from cascade.passes.traffic import FREE
 from cascade.walk import children, defines, expressions, free_ranks, targets, walk
@@ -45,29 +46,20 @@ class Place:
     extent: Size
     shifted: bool = False
 
-    @property
-    def plain(self) -> bool:
-        """Whether the coordinate is a rank variable as it stands, up to a constant."""
-        return self.steps == (1,)
-
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """How an Einsum touches a tensor: what it reads or, for `written`, defines."""
+    """How an Einsum touches a tensor that it reads or defines: at which coordinates, and what moves them.
+
+    `ranks` are the rank variables that move it; `plain`: every coordinate is constant or a rank variable of its own, so
+    footprints are products.
+    """
 
     tensor: str
+    index: tuple[Expr, ...]
     places: tuple[Place, ...]
-
-    @property
-    def ranks(self) -> tuple[str, ...]:
-        """The rank variables that move it."""
-        return tuple(dict.fromkeys(rank for place in self.places for rank in place.ranks))
-
-    @property
-    def plain(self) -> bool:
-        """Whether every coordinate is constant or a rank variable of its own: footprints are then products."""
-        moving = [place for place in self.places if place.ranks]
-        return all(place.plain for place in moving) and len(moving) == len(self.ranks)
+    ranks: tuple[str, ...]
+    plain: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,17 +100,17 @@ class Merge:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cascaded:
-    """A cascade taken apart: its Einsums by their first names, in order, the merges of its folds, its shapes."""
+    """A cascade taken apart: its Einsums by their first names, in order, the merges of its folds, its shapes.
+
+    `passes` says for every rank in which pass over it each Einsum runs that visits all of it.
+    """
 
     cascade: Cascade
     shapes: Shapes
     works: Mapping[str, Work]
     maker: Mapping[str, str]  # of each tensor that is made: the Einsum
     merges: tuple[Merge, ...]
-
-    def extent(self, rank: str) -> Size:
-        """The extent of a rank variable."""
-        return self.shapes.ranks[rank]
+    passes: Mapping[str, Mapping[str, int]]
 
 
 def take_apart(cascade: Cascade) -> Cascaded:
@@ -130,7 +122,11 @@ def take_apart(cascade: Cascade) -> Cascaded:
     folds = [directive for directive in cascade.schedule if isinstance(directive, Fold)]
     folds = [directive for directive in cascade.schedule if isinstance(directive, Fold)]
     merges = [_merge(fold, merge, works, left) for fold in folds for merge in fold.merge]
-    return Cascaded(cascade, shapes, works, maker, tuple(merges))
+    passes = {
+        rank: {name: found.number[name] for name in works if name in found.full}
+        for rank, found in all_passes(cascade, {}).items()
+    }
+    return Cascaded(cascade, shapes, works, maker, tuple(merges), passes)
 
 
 def _merge(fold: Fold, merge: FoldMerge, works: Mapping[str, Work], left: Mapping[str, tuple[str, ...]]) -> Merge:
@@ -166,7 +162,11 @@ def _work(stmt: Stmt, shapes: Shapes) -> Work:
 
 
 def _access(tensor: str, index: tuple[Expr, ...], shapes: Shapes) -> Access:
-    return Access(tensor, tuple(_place(at, shapes.tensors[tensor][i]) for i, at in enumerate(index)))
+    places = tuple(_place(at, shapes.tensors[tensor][i]) for i, at in enumerate(index))
+    moving = [place for place in places if place.ranks]
+    ranks = tuple(dict.fromkeys(rank for place in moving for rank in place.ranks))
+    plain = all(place.steps == (1,) for place in moving) and len(moving) == len(ranks)
+    return Access(tensor, index, places, ranks, plain)
 
 
 def _place(index: Expr, extent: Size) -> Place:

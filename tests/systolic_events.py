@@ -146,7 +146,10 @@ class Counting:
         free = ("default", "or", "and", "not", "eq", "ne", "lt", "le", "gt", "ge", "select")
         if isinstance(expr, (Read, Rank)):
             return 0
-        total = sum(self.latency(child, unit) for child in children(expr))
+        if isinstance(expr, Reduce) and expr.reducer == "sum":
+            total = self.latency(outside_constants(expr.body), unit)
+        else:
+            total = sum(self.latency(child, unit) for child in children(expr))
         if isinstance(expr, Reduce):
             op = {"sum": "add", "count": "add", "prod": "mul", "min": "min", "any": "or", "all": "and"}
             return total + unit.operation(op.get(expr.reducer, "max")).cycles
@@ -402,6 +405,19 @@ class Walker:
 def batches(count: int, lanes: int) -> Iterator[range]:
     """The rounds in which so many lanes do so many points."""
     return (range(start, min(start + lanes, count)) for start in range(0, count, lanes))
+
+
+def outside_constants(expr: Expr) -> Expr:
+    """A product without its constants, which stand outside of the sum."""
+    if isinstance(expr, Apply) and expr.op in ("mul", "div"):
+        parts = [outside_constants(expr.args[0]), expr.args[1]]
+        if expr.op == "mul":
+            parts[1] = outside_constants(parts[1])
+        data = [any(isinstance(node, (Read, Rank)) for node in walk(part)) for part in parts]
+        if not data[1]:
+            return parts[0]
+        return parts[1] if not data[0] and expr.op == "mul" else Apply(expr.op, tuple(parts))
+    return expr
 
 
 def affine(expr: Expr) -> bool:

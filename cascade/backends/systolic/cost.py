@@ -31,7 +31,7 @@ from cascade.backends.systolic.machine import Machine, Unit
 from cascade.backends.systolic.mapping import Mapping as Map
 from cascade.backends.systolic.mapping import Placement, Published
 from cascade.backends.systolic.movement import Movement, RegionPlan, plan_region
-from cascade.backends.systolic.nest import ceil_div
+from cascade.backends.systolic.nest import Nest, ceil_div
 from cascade.backends.systolic.work import Cascaded, Merge, Step, Work, operands, operations, take_apart
 from cascade.errors import CommandError, Diagnostic, UnsupportedError, quoted_list
 from cascade.inference import bind_sizes, infer_dtypes
@@ -78,7 +78,10 @@ class RegionCost:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a cascade costs; see the module. `energy` has pJ by what takes them, None where a machine does not say."""
+    """What a cascade costs; see the module. `energy` has pJ by what takes them, None where a machine does not say.
+
+    What a fold does to a state D for every block is an Einsum `D'` of its own.
+    """
 
     machine: str
     seconds: float
@@ -113,6 +116,7 @@ class Evaluator:
     counts: dict[str, Counter[str]] = field(init=False)
     filters: dict[str, tuple[Expr, ...]] = field(init=False)
     place: dict[str, Placement] = field(init=False)
+    widths: dict[str, int] = field(init=False)
     regions: tuple[RegionPlan, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -126,26 +130,48 @@ class Evaluator:
         live = LivePoints(self.cascaded.shapes, {})
         self.filters = {name: live.filters(work.stmt, work.ranks) for name, work in self.cascaded.works.items()}
         self.place = dict(self.mapping.place)
-        widths = _widths(self.cascaded.cascade, self.machine.word_bytes)
-        self.regions = tuple(
-            plan_region(self.cascaded, self.mapping, number, widths, self.unit, self.machine.buffer.bytes)
-            for number in range(len(self.mapping.regions))
-        )
+        self.widths = _widths(self.cascaded.cascade, self.machine.word_bytes)
+        self.regions = tuple(self.plan(self.mapping, number) for number in range(len(self.mapping.regions)))
+
+    def plan(self, mapping: Map, number: int) -> RegionPlan:
+        """A region of a mapping that binds as this one does, planned."""
+        return plan_region(self.cascaded, mapping, number, self.widths, self.unit, self.machine.buffer.bytes)
+
+    def region_cost(self, plan: RegionPlan, sizes: Mapping[str, int]) -> RegionCost:
+        """The cost of one region, for a search."""
+        bound, extents = self._sizes(sizes)
+        return self._evaluated(plan, extents, LivePoints(self.cascaded.shapes, bound), Published())[0]
+
+    def _sizes(self, sizes: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+        """The sizes of all symbols, and the extents of all rank variables."""
+        bound = bind_sizes(self.cascaded.cascade, {}, sizes)
+        ranks = self.cascaded.shapes.ranks
+        return bound, {rank: size if isinstance(size, int) else bound[size] for rank, size in ranks.items()}
+
+    def _evaluated(
+        self, plan: RegionPlan, extents: Mapping[str, int], points: LivePoints, quirks: Published
+    ) -> tuple[RegionCost, dict[str, _Load]]:
+        """The cost of a region, and what its Einsums ask of their units."""
+        movement = plan.movement(extents, points.sizes, quirks)
+        loads = {
+            name: self._load(self.cascaded.works[name], points, movement.nests[stage])
+            for name, stage in plan.stage_of.items()
+        }
+        for merge in self._merges(plan):
+            loads[f"{merge.state}'"] = self._merge(merge, plan, movement, extents)
+        return self._region(plan, movement, loads), loads
 
     def cost(self, sizes: Mapping[str, int], as_published: bool = False) -> Cost:
         """The cost for the sizes of all shape symbols; raises C323 for one that is missing, C540 where nothing fits."""
-        bound = bind_sizes(self.cascaded.cascade, {}, sizes)
-        ranks = self.cascaded.shapes.ranks
-        extents = {rank: size if isinstance(size, int) else bound[size] for rank, size in ranks.items()}
+        bound, extents = self._sizes(sizes)
         points = LivePoints(self.cascaded.shapes, bound)
         quirks = self.mapping.published if as_published else Published()
-        loads = {name: self._load(work, points, extents) for name, work in self.cascaded.works.items()}
+        loads: dict[str, _Load] = {}
         regions = []
         for plan in self.regions:
-            movement = plan.movement(extents, bound, quirks)
-            for merge in self._merges(plan):
-                self._add_merge(merge, plan, movement, extents, loads)
-            regions.append(self._region(plan, movement, loads))
+            region, inside = self._evaluated(plan, extents, points, quirks)
+            regions.append(region)
+            loads |= inside
         einsums = {name: self._einsum(load, quirks) for name, load in loads.items()}
         seconds = math.fsum(region.seconds for region in regions)
         busy = dict.fromkeys(self.machine.units, 0)
@@ -165,19 +191,22 @@ class Evaluator:
 
     # --- work ---------------------------------------------------------------------------------------------------------
 
-    def _load(self, work: Work, points: LivePoints, extents: Mapping[str, int]) -> _Load:
+    def _load(self, work: Work, points: LivePoints, nest: Nest) -> _Load:
         """The points, operations and cycles of one Einsum on its unit."""
+        extents = nest.extents
         unit, counts = self.unit[work.name], self.counts[work.name]
         live = self._points(work, points, extents)
         done = Counter({name: count * live for name, count in counts.items()})
         place = self.place.get(work.name)
+        depth = nest.cut(work.ranks)
         if unit.fill and place is None:
-            place = best_placement(work, unit, extents)
+            place = best_placement(work, unit, {**extents, **nest.lengths(depth)})
         each = _cycles(counts, unit)
         if place is None:
             cycles = ceil_div(live, unit.lanes) * each
-        else:
-            cycles = placed_cycles(work, unit, place, extents, each)
+        else:  # every tile is laid on the array anew
+            tiles = nest.tiles(work.ranks, depth)
+            cycles = sum(weight * placed_cycles(work, unit, place, lengths, each) for weight, lengths in tiles)
         for init in work.inits:
             first = math.prod(extents[rank] for rank in init.ranks)
             one = operations(init.steps, unit) or Counter()
@@ -195,22 +224,17 @@ class Evaluator:
     def _merges(self, plan: RegionPlan) -> Iterator[Merge]:
         return (merge for merge in self.cascaded.merges if self.cascaded.maker.get(merge.state) in plan.stage_of)
 
-    def _add_merge(
-        self, merge: Merge, plan: RegionPlan, movement: Movement, extents: Mapping[str, int], loads: dict[str, _Load]
-    ) -> None:
-        """Adds what a fold does to a state for every block of its rank to the Einsum that makes the state."""
+    def _merge(self, merge: Merge, plan: RegionPlan, movement: Movement, extents: Mapping[str, int]) -> _Load:
+        """What a fold does to a state for every block of its rank, on the unit of the state where that can do it."""
         name = self.cascaded.maker[merge.state]
         nest = movement.nests[plan.stage_of[name]]
         size = nest.lengths(len(nest.loops)).get(merge.rank, extents[merge.rank])
-        blocks = ceil_div(extents[merge.rank], size or 1)
-        load = loads[name]
-        one = operations(merge.steps, load.unit)
-        if one is None:
-            raise _cannot(f"the merge of {merge.state}", merge.steps, self.machine, load.unit.name)
-        count = blocks * math.prod(extents[rank] for rank in merge.ranks)
-        done = load.operations + Counter({op: times * count for op, times in one.items()})
-        cycles = load.cycles + ceil_div(count, load.unit.lanes) * _cycles(one, load.unit)
-        loads[name] = _Load(load.unit, load.points, done, cycles)
+        unit, counts = self.unit[name], operations(merge.steps, self.unit[name])
+        if counts is None:
+            unit, counts = _bound(f"the merge of {merge.state}", merge.steps, self.machine, None)
+        count = ceil_div(extents[merge.rank], size or 1) * math.prod(extents[rank] for rank in merge.ranks)
+        done = Counter({op: times * count for op, times in counts.items()})
+        return _Load(unit, count, done, ceil_div(count, unit.lanes) * _cycles(counts, unit))
 
     def _einsum(self, load: _Load, quirks: Published) -> EinsumCost:
         energy = 0.0
@@ -239,7 +263,8 @@ class Evaluator:
     def _phases(self, plan: RegionPlan, movement: Movement, loads: Mapping[str, _Load]) -> Iterator[PhaseCost]:
         """The phases of the mapping; one with everything in it where it names none."""
         named = [name for phase in plan.region.phases for _, names in phase.work for name in names]
-        rest = tuple(name for name in plan.region.einsums if name not in named)
+        merges = tuple(f"{merge.state}'" for merge in self._merges(plan))
+        rest = tuple(name for name in (*plan.region.einsums, *merges) if name not in named)
         listed = [(names, phase.drain) for phase in plan.region.phases for names in [_names(phase.work)]]
         for names, drain in (*listed, *([(rest, None)] if rest else [])):
             units: Counter[str] = Counter()

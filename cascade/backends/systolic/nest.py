@@ -73,7 +73,7 @@ class Nest:
         if access.plain and all(self._within(place) for place in access.places):  # tiles of a rank add up to it
             return again * math.prod(self._span(place, self.extents) for place in access.places)
         total = 0
-        for weight, lengths in self._tiles(ranks, depth):
+        for weight, lengths in self.tiles(ranks, depth):
             total += weight * math.prod(self._span(place, lengths) for place in access.places)
         return again * total
 
@@ -84,7 +84,7 @@ class Nest:
             lengths[carried] = 1
         return math.prod([self._span(place, lengths) for place in access.places])
 
-    def _tiles(self, ranks: Collection[str], depth: int) -> Iterator[tuple[int, dict[str, int]]]:
+    def tiles(self, ranks: Collection[str], depth: int) -> Iterator[tuple[int, dict[str, int]]]:
         """The tiles of some ranks by their lengths, with how many there are of each kind: a last one may be short."""
         kinds = []
         sizes = {**self.extents, **self.lengths(depth)}

@@ -5,7 +5,8 @@ it reads the coordinates as linear forms of ranks. A sum over a product is one o
 is any other pair that a unit lists. Which pairs there are depends on the unit, and is decided here too.
 
 What stands in an index, a comparison, a choice or a cast is free, and so is what does not depend on a tensor: it is
-computed once. First values of recurrences are computed as well, at the coordinates of the other ranks.
+computed once. A factor of a sum that does not is taken out of the sum, into what is computed once. First values of
+recurrences are computed as well, at the coordinates of the other ranks.
 """
 
 from __future__ import annotations
@@ -202,7 +203,8 @@ def _tree(body: Expr) -> tuple[Step, ...]:
     def visit(node: Expr) -> tuple[bool, int | None]:
         if isinstance(node, (Read, Rank)):
             return True, None
-        parts = [visit(child) for child in children(node)]
+        inner = (_without_factors(node.body),) if isinstance(node, Reduce) and node.reducer == "sum" else children(node)
+        parts = [visit(child) for child in inner]
         varies = any(part[0] for part in parts)
         takes = tuple(at for _, at in parts if at is not None)
         if isinstance(node, Reduce):
@@ -215,6 +217,24 @@ def _tree(body: Expr) -> tuple[Step, ...]:
 
     visit(body)
     return tuple(steps)
+
+
+def _without_factors(body: Expr) -> Expr:
+    """A product without the factors and the divisor that no tensor and no coordinate is in."""
+    match body:
+        case Apply(op="mul" | "div", args=(one, other)):
+            left, right = _without_factors(one), other if body.op == "div" else _without_factors(other)
+            if not _varies(right):
+                return left
+            if body.op == "mul" and not _varies(left):
+                return right
+            return Apply(body.op, (left, right))
+        case _:
+            return body
+
+
+def _varies(expr: Expr) -> bool:
+    return any(isinstance(node, (Read, Rank)) for node in walk(expr))
 
 
 def operations(steps: tuple[Step, ...], unit: Unit) -> Counter[str] | None:

@@ -1,0 +1,171 @@
+"""Mappings for a cascade that comes without one: the groups of its schedule as regions, loops found by trying.
+
+What the schedule groups runs in one region, everything else alone. Ranks that move every tensor of a region are gone
+through one coordinate at a time: nothing is shared between them. What is left to choose are loops over the other ranks
+that all Einsums of a region, or of a stage, have: which, in which order, of which size. All orders of up to three loops
+are tried, the outer ones as large as fits or a power of two, so for small regions the choice is the best there is of
+this form: least time, then least traffic, then least on chip.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+from cascade.backends.systolic.cost import Evaluator
+from cascade.backends.systolic.machine import Machine
+from cascade.backends.systolic.mapping import Loop, Region, Stage
+from cascade.backends.systolic.mapping import Mapping as Map
+from cascade.backends.systolic.work import Cascaded
+from cascade.errors import CommandError, Diagnostic, UnsupportedError
+from cascade.inference import bind_sizes
+from cascade.passes.traffic import scheduled_groups
+
+MOST_LOOPS = 3
+SIZES = (16, 256)
+"""Sizes that are tried beside the largest that fits."""
+
+Progress = Callable[[str, int], None]
+
+
+def search(cascaded: Cascaded, machine: Machine, sizes: Mapping[str, int], progress: Progress | None = None) -> Map:
+    """The best mapping of the forms that are tried, for the sizes of all shape symbols; raises C540 where none fits.
+
+    `progress` is told the region and how many loops were tried for it.
+    """
+    regions = tuple(_regions(cascaded))
+    evaluator = Evaluator(cascaded, machine, Map(regions))
+    found: list[Region] = []
+    for number, region in enumerate(regions):
+        best, tried = _best(evaluator, regions, number, sizes)
+        if progress is not None:
+            progress(region.name, tried)
+        found.append(best)
+    return Map(tuple(found))
+
+
+def _best(
+    evaluator: Evaluator, regions: tuple[Region, ...], number: int, sizes: Mapping[str, int]
+) -> tuple[Region, int]:
+    """The best loops of one region, and how many were tried."""
+    best: tuple[float, int, int] | None = None
+    chosen, tried = regions[number], 0
+    lacking: UnsupportedError | None = None
+    for candidate in _candidates(evaluator.cascaded, regions[number], sizes):
+        tried += 1
+        mapping = Map((*regions[:number], candidate, *regions[number + 1 :]))
+        try:
+            cost = evaluator.region_cost(evaluator.plan(mapping, number), sizes)
+        except CommandError:  # these loops cannot hold these Einsums
+            continue
+        except UnsupportedError as error:
+            lacking = lacking or error
+            continue
+        rank = (cost.seconds, cost.movement.bytes, cost.movement.held)
+        if best is None or rank < best:
+            best, chosen = rank, candidate
+    if best is None:
+        raise lacking or _nothing(regions[number])
+    return chosen, tried
+
+
+def _nothing(region: Region) -> UnsupportedError:
+    message = f"no mapping fits: no loops of region {region.name!r} can run"
+    return UnsupportedError(Diagnostic("C540", message, help="give a mapping file"))
+
+
+def _regions(cascaded: Cascaded) -> Iterator[Region]:
+    """A region for every group of the schedule and every other Einsum, behind what it reads."""
+    groups = scheduled_groups(cascaded.cascade)
+    home: dict[str, tuple[str, ...]] = {}
+    for name in cascaded.works:
+        inside = next((group for group in groups if group & _defines(cascaded, name)), frozenset())
+        members = tuple(other for other in cascaded.works if other not in home and inside & _defines(cascaded, other))
+        if name not in home:
+            home.update(dict.fromkeys(members or (name,), members or (name,)))
+    left = list(dict.fromkeys(home.values()))
+    done: set[str] = set()
+    while left:
+        ready = next((group for group in left if _needs(cascaded, group) <= done), left[0])
+        left.remove(ready)
+        done.update(ready)
+        yield Region("+".join(ready[:1] if len(ready) == 1 else (ready[0], ready[-1])), tuple(_stages(cascaded, ready)))
+
+
+def _defines(cascaded: Cascaded, name: str) -> frozenset[str]:
+    return frozenset(access.tensor for access in cascaded.works[name].writes)
+
+
+def _needs(cascaded: Cascaded, group: tuple[str, ...]) -> set[str]:
+    """The Einsums outside of a group whose tensors it reads."""
+    read = {access.tensor for name in group for access in cascaded.works[name].reads}
+    return {cascaded.maker[name] for name in read if name in cascaded.maker} - set(group)
+
+
+def _stages(cascaded: Cascaded, group: tuple[str, ...]) -> Iterator[Stage]:
+    """The Einsums of a group by the pass in which they run, of the rank that is passed over most."""
+    passes = max(cascaded.passes.values(), key=lambda found: len({found[name] for name in group if name in found}))
+    numbers = {passes[name] for name in group if name in passes}
+    if len(numbers) < 2:
+        folded = {rank for name in group for rank in cascaded.works[name].reduced}
+        late = [name for name in group if folded and not folded & set(cascaded.works[name].ranks)]
+        late = [name for name in late if not _feeds(cascaded, name, set(group) - set(late))]
+        early = tuple(name for name in group if name not in late)
+        yield from (Stage(part) for part in (early, tuple(late)) if part)
+        return
+    current: list[str] = []
+    at = 0
+    for name in group:
+        number = max(at, passes.get(name, at))
+        if current and number != at:
+            yield Stage(tuple(current))
+            current = []
+        current.append(name)
+        at = number
+    yield Stage(tuple(current))
+
+
+def _feeds(cascaded: Cascaded, name: str, others: set[str]) -> bool:
+    """Whether one of some Einsums reads what an Einsum makes."""
+    made = _defines(cascaded, name)
+    return any(access.tensor in made for other in others for access in cascaded.works[other].reads)
+
+
+def _candidates(cascaded: Cascaded, region: Region, sizes: Mapping[str, int]) -> Iterator[Region]:
+    """The region with loops in every way that is tried."""
+    bound = bind_sizes(cascaded.cascade, {}, sizes)
+    ranks = cascaded.shapes.ranks
+    extents = {rank: size if isinstance(size, int) else bound[size] for rank, size in ranks.items()}
+    works = [cascaded.works[name] for name in region.einsums]
+    common = [rank for rank in works[0].ranks if all(rank in work.ranks for work in works)]
+    every = [access for work in works for access in (*work.reads, *work.writes)]
+    outer = [rank for rank in common if all(rank in access.ranks for access in every) and extents[rank] > 1]
+    if len(outer) == len(common):
+        outer = outer[:-1]
+    points = tuple(Loop(rank, 1, rank) for rank in outer)
+    rest = [rank for rank in common if rank not in outer and extents[rank] > 1]
+    inner = [_own(cascaded, stage, {*common}, extents) for stage in region.stages]
+    for shared in _orders(rest):
+        for own in itertools.product(*inner):
+            stages = tuple(replace(stage, loops=loops) for stage, loops in zip(region.stages, own, strict=True))
+            yield replace(region, loops=(*points, *shared), stages=stages)
+
+
+def _own(cascaded: Cascaded, stage: Stage, shared: set[str], extents: Mapping[str, int]) -> list[tuple[Loop, ...]]:
+    """Loops of a stage's own, over one rank that its Einsums fold away or make together: none, or one of some size."""
+    works = [cascaded.works[name] for name in stage.einsums]
+    ranks = dict.fromkeys(rank for work in works for rank in work.ranks if rank not in shared)
+    full = [rank for rank in ranks if sum(rank in work.ranks for work in works) > 1 or len(works) == 1]
+    found: list[tuple[Loop, ...]] = [()]
+    for rank in full:
+        found += [(Loop(rank, size, rank),) for size in SIZES if size < extents[rank]]
+    return found
+
+
+def _orders(ranks: list[str]) -> Iterator[tuple[Loop, ...]]:
+    """Loops over some of the ranks in every order, the sizes of each: as large as fits, or one of a few."""
+    for count in range(min(MOST_LOOPS, len(ranks)) + 1):
+        for chosen in itertools.permutations(ranks, count):
+            for kinds in itertools.product((None, *SIZES), repeat=count):
+                yield tuple(Loop(rank, size, rank) for rank, size in zip(chosen, kinds, strict=True))

@@ -539,6 +539,92 @@ def show_kernels(payload: dict[str, Any]) -> None:
     table(("kernel", "grid", "tile", "registers", "spills", "shared", "blocks/SM", "wgmma", "mma", "remarks"), rows)
 
 
+@commands.command("cost")
+@about_program
+@click.option("--machine", "name", metavar="NAME|FILE", required=True, help="A machine that is known, or a TOML file.")
+@click.option("--mapping", "path", metavar="FILE", help="The mapping, a TOML file; without it one is searched.")
+@click.option("--after", metavar="PASS", help="Cost the cascade after this pass of the pipeline.")
+@click.option("--as-published", is_flag=True, help="Count as the published evaluation of the mapping did.")
+@click.option("--save-mapping", "save", metavar="FILE", help="Write the mapping that was used, to be edited.")
+def cost_command(
+    options: Options, name: str, path: str | None, after: str | None, as_published: bool, save: str | None
+) -> None:
+    """Print what a cascade costs on a modelled spatial machine: cycles, use of units, traffic, energy.
+
+    All shape symbols need a size. With a mapping the cascade is taken as written, one reduction a statement; without
+    one it goes through the pipeline, and what the schedule groups shares a region. --after chooses otherwise.
+
+    \b
+    Examples:
+      cascadec cost examples/attention.cascade --machine fusemax -s B=1 -s H=8 -s M=4096 -s N=4096 -s E=64 -s F=64
+      cascadec cost examples/softmax.cascade --machine tpu-v4-like -s B=64 -s N=4096 --save-mapping softmax.toml
+    """
+    gpus = importlib.import_module("cascade.backends.triton.machine")
+    if name.lower() in gpus.MACHINES:
+        if path or as_published or save or after:
+            message = f"{name} is a GPU: the planner of kernels maps the cascade"
+            raise click.UsageError(message, click.get_current_context())
+        cost_of_kernels(options, gpus.machine(name))
+        return
+    systolic = {part: importlib.import_module(f"cascade.backends.systolic.{part}") for part in SYSTOLIC}
+    machine = systolic["machine"].machine(name)
+    until = parse_pass(after, PASSES).name if after else (Canonicalize.name if path else None)
+    cascaded = systolic["work"].take_apart(pipeline.run_pipeline(load_typed(options), until).final)
+    if path is not None:
+        mapping = systolic["mapping"].mapping(path)
+    else:
+        mapping = systolic["search"].search(cascaded, machine, options.sizes, told if sys.stderr.isatty() else None)
+    if save is not None:
+        write_whole(Path(save), systolic["mapping"].render_mapping(mapping))
+    found = systolic["cost"].Evaluator(cascaded, machine, mapping).cost(options.sizes, as_published)
+    report = systolic["report"]
+    payload = {"cascade": cascaded.cascade.name, "sizes": options.sizes, **report.cost_json(found, machine)}
+    emit(payload, lambda: show_cost(report.summary(found, machine), report.einsum_rows(found)), options.json)
+
+
+SYSTOLIC = ("machine", "mapping", "work", "search", "cost", "report")  # what a cost needs of its backend, loaded lazily
+
+
+def cost_of_kernels(options: Options, machine: Any) -> None:
+    """What the planner's own model says of the kernels of the program on a GPU."""
+    forecaster = importlib.import_module("cascade.backends.triton.forecast")
+    trial = importlib.import_module("cascade.trial")  # lazily: it needs torch
+    cascade = load(options)
+    types = trial.param_types(cascade, options.dtype or DType.BF16)
+    kernels, outside = forecaster.forecast(pipeline.run_pipeline(cascade).final, options.sizes, types, machine)
+    payload = {
+        "cascade": cascade.name,
+        "sizes": options.sizes,
+        **forecaster.forecast_json(kernels, outside, machine),
+    }
+    emit(payload, lambda: show_forecast(payload), options.json)
+
+
+def show_forecast(payload: dict[str, Any]) -> None:
+    """The time and the traffic, and a row for every kernel."""
+    click.echo(f"{payload['machine']}: {payload['latency_s'] * 1e6:.1f} us, {payload['traffic_bytes']:.4g} bytes moved")
+    for phase in payload["phases"]:
+        click.echo(f"{phase['kernel']}: {phase['text']}")
+    if payload["outside"]:
+        click.echo(f"in no kernel, and not predicted: {', '.join(payload['outside'])}")
+
+
+def load_typed(options: Options) -> Cascade:
+    """The cascade that the command line names, untyped parameters with the type it states."""
+    return specialise(load(options), {}, options.dtype)
+
+
+def told(region: str, tried: int) -> None:
+    """How far a search has come, on standard error."""
+    click.echo(f"region {region}: {tried} ways to run it tried", err=True)
+
+
+def show_cost(lines: list[str], rows: list[tuple[str, ...]]) -> None:
+    """The summary, and a row for every Einsum."""
+    click.echo("\n".join(lines))
+    table(("einsum", "unit", "points", "cycles", "of the time"), rows)
+
+
 def list_passes(as_json: bool) -> None:
     """The passes of the compiler, a row for each."""
     rows = [

@@ -244,6 +244,72 @@ def test_passes_of_a_partitioned_rank(capfd: pytest.CaptureFixture[str], file: s
 # --- Python programs -------------------------------------------------------------------------------------------------
 
 
+COST = ("cost", str(ROOT / "examples/softmax.cascade"), "-s", "M=64", "-s", "N=4096")
+
+
+def test_cost(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_command([*COST, "--machine", "tpu-v4-like"]) == 0
+    out = capfd.readouterr().out
+    assert out.startswith("tpu-v4-like: ") and "bound by " in out and "the ridge at" in out
+    assert "einsum" in out and "vpu" in out
+
+
+def test_cost_json(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_command([*COST, "--machine", "tpu-v4-like", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    keys = (
+        "machine",
+        "latency_s",
+        "cycles",
+        "utilisation",
+        "traffic_bytes",
+        "energy_pj",
+        "area_um2",
+        "per_einsum",
+        "phases",
+    )
+    assert set(keys) <= set(found)
+    assert found["machine"] == "tpu-v4-like" and found["energy_pj"] is None
+    assert found["traffic_bytes"] >= 2 * 2 * 64 * 4096
+
+
+def test_cost_writes_a_mapping_that_it_reads(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = str(tmp_path / "mapping.toml")
+    assert run_command([*COST, "--machine", "fusemax", "--save-mapping", path, "--json"]) == 0
+    first = capfd.readouterr().out
+    assert run_command([*COST, "--machine", "fusemax", "--mapping", path, "--after", "fuse", "--json"]) == 0
+    assert capfd.readouterr().out == first
+
+
+def test_cost_on_a_gpu_is_what_the_planner_says(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_command([*COST, "--machine", "h200", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["machine"] == "h200" and found["latency_s"] > 0 and found["outside"] == []
+    assert run_command([*COST, "--machine", "h200", "--as-published"]) == 2
+    assert "the planner of kernels maps the cascade" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "says"),
+    [
+        (["--machine", "fusemaxx"], 2, "did you mean 'fusemax'"),
+        (["--machine", "missing.toml"], 2, "cannot read missing.toml"),
+        (["--machine", "fusemax", "--mapping", "missing.toml"], 2, "cannot read missing.toml"),
+        (["--machine", "eyeriss-like", "-s", "M=100000000000"], 0, ""),
+    ],
+)
+def test_cost_of_what_is_wrong(capfd: pytest.CaptureFixture[str], more: list[str], code: int, says: str) -> None:
+    assert run_command([*COST, *more]) == code
+    assert says in capfd.readouterr().err
+
+
+def test_cost_names_what_does_not_fit(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    machine = tmp_path / "small.toml"
+    machine.write_text('extends = "fusemax"\n[buffer]\nbytes = 3\n')
+    assert run_command([*COST, "--machine", str(machine)]) == 1
+    assert "error[C540]: no mapping fits" in capfd.readouterr().err
+
+
 def test_python_file(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "model.py"
     path.write_text(TRACED)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from cascade.backends.systolic.cost import Cost
 from examples.fusemax_reproduction.configurations import (
-    CONFIGS, MACHINES, Dataflow, Model, attention, layers, search_dataflow,
+    CONFIGS, MACHINES, Dataflow, Model, attention, layers, search_dataflow, search_mapping,
 )  # fmt: skip
 from examples.fusemax_reproduction.energies import read_energies
+from examples.fusemax_reproduction.page import page
 
+ROOT = Path(__file__).parent.parent
 PUBLISHED = Path("/work/shared/data/fusemax")
 HERE = pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published rows of FuseMax are not on this machine")
 FILES = {"unfused": "unfused", "flat": "flat", "cascade": "cascade", "architecture": "arch", "fusemax": "binding"}
@@ -111,6 +116,40 @@ def test_the_model_is_no_formula_for_these_sizes() -> None:
     found = attention("fusemax", small)
     tiles = (4096 // 256) ** 2
     assert found.cycles == pytest.approx(tiles * (65 + 64 / 16 + 1 + 8 + 64), rel=1e-12)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("length", ["4K", "256K"])
+def test_a_search_is_never_worse_than_the_published_mapping(config: str, length: str) -> None:
+    point = model("BERT", length)
+    theirs, ours = attention(config, point), attention(config, point, mapped=search_mapping(config, point))
+    assert (ours.seconds, ours.traffic) <= (theirs.seconds, theirs.traffic)
+    if config == "unfused" and length == "256K":  # K and V are read twice, not eight times
+        assert ours.traffic < theirs.traffic
+
+
+def test_the_command_prints_json(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "examples.fusemax_reproduction",
+        "--config",
+        "fusemax",
+        "--length",
+        "4096",
+        "--json",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    tiles = 64 * 12 * 16 * 16
+    assert found["attention"]["cycles"] == pytest.approx(tiles * (65 + 64 / 16 + 1 + 8 + 64))
+    assert found["end_to_end"]["latency_s"] > found["attention"]["latency_s"]
+
+
+def test_the_page_is_written_without_the_published_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("examples.fusemax_reproduction.page.LENGTHS", {"1K": 1 << 10})
+    text = page()
+    assert "Speed-up of attention over unfused" in text and "published" in text and text.count("<svg") == 9
 
 
 def test_a_search_finds_a_dataflow_where_none_is_given() -> None:

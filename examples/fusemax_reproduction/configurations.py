@@ -13,6 +13,8 @@ from cascade.backends.systolic.cost import Cost, Evaluator, evaluator
 from cascade.backends.systolic.machine import Machine, from_tables
 from cascade.backends.systolic.mapping import Mapping as Map
 from cascade.backends.systolic.mapping import Published, Region, Stage, loop, mapping
+from cascade.backends.systolic.search import search
+from cascade.backends.systolic.work import take_apart
 from cascade.compiled import from_text
 from cascade.errors import UnsupportedError
 from cascade.ir import Cascade
@@ -129,10 +131,18 @@ def attention(
     dataflow: Dataflow | None = None,
     energies: Mapping[str, Any] | None = None,
     as_published: bool = False,
+    mapped: Map | None = None,
 ) -> Cost:
-    """The cost of the attention of a model."""
-    found = prepared(config, mapping_of(config, model, dataflow), energies)
+    """The cost of the attention of a model, under the published mapping or the one that is given."""
+    found = prepared(config, mapped or mapping_of(config, model, dataflow), energies)
     return found.cost(sizes_of(CASCADES[config], model), as_published)
+
+
+def search_mapping(config: str, model: Model) -> Map:
+    """The published mapping with other loops where these are faster, or move less in the same time."""
+    cascade, machine = canonical(CASCADES[config]), machine_of(config)
+    theirs = mapping_of(config, model)
+    return search(take_apart(cascade), machine, sizes_of(CASCADES[config], model), start=theirs)
 
 
 def layers(config: str, model: Model, energies: Mapping[str, Any] | None = None, as_published: bool = False) -> Cost:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cascade.backends.systolic.machine import Machine, Unit
@@ -103,6 +103,22 @@ class Cost:
         """All energy; None where a part is not known."""
         known = [part for part in self.energy.values() if part is not None]
         return math.fsum(known) if len(known) == len(self.energy) else None
+
+
+def one_after_another(costs: Sequence[Cost]) -> Cost:
+    """The cost of cascades that run one after another on one machine, their Einsums under names of their own."""
+    busy = {unit: sum(cost.busy[unit] for cost in costs) for unit in costs[0].busy}
+    return Cost(
+        costs[0].machine,
+        math.fsum(cost.seconds for cost in costs),
+        math.fsum(cost.cycles for cost in costs),
+        busy,
+        sum(cost.traffic for cost in costs),
+        {name: _sum([cost.energy[name] for cost in costs]) for name in costs[0].energy},
+        {name: found for cost in costs for name, found in cost.einsums.items()},
+        tuple(region for cost in costs for region in cost.regions),
+        tuple(name for cost in costs for name in cost.assumed),
+    )
 
 
 @dataclass(slots=True, eq=False)

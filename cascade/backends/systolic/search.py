@@ -29,32 +29,39 @@ SIZES = (16, 256)
 Progress = Callable[[str, int], None]
 
 
-def search(cascaded: Cascaded, machine: Machine, sizes: Mapping[str, int], progress: Progress | None = None) -> Map:
+def search(
+    cascaded: Cascaded,
+    machine: Machine,
+    sizes: Mapping[str, int],
+    progress: Progress | None = None,
+    start: Map | None = None,
+) -> Map:
     """The best mapping of the forms that are tried, for the sizes of all shape symbols; raises C540 where none fits.
 
-    `progress` is told the region and how many loops were tried for it.
+    `progress` is told the region and how many loops were tried for it. With a mapping to `start` from, its regions,
+    stages and phases stay, and its loops are among those that are tried.
     """
-    regions = tuple(_regions(cascaded))
-    evaluator = Evaluator(cascaded, machine, Map(regions))
+    bare = Map(tuple(_regions(cascaded))) if start is None else start
+    evaluator = Evaluator(cascaded, machine, bare)
     found: list[Region] = []
-    for number, region in enumerate(regions):
-        best, tried = _best(evaluator, regions, number, sizes)
+    for number, region in enumerate(bare.regions):
+        best, tried = _best(evaluator, number, sizes)
         if progress is not None:
             progress(region.name, tried)
         found.append(best)
-    return Map(tuple(found))
+    return replace(bare, regions=tuple(found))
 
 
-def _best(
-    evaluator: Evaluator, regions: tuple[Region, ...], number: int, sizes: Mapping[str, int]
-) -> tuple[Region, int]:
+def _best(evaluator: Evaluator, number: int, sizes: Mapping[str, int]) -> tuple[Region, int]:
     """The best loops of one region, and how many were tried."""
+    regions = evaluator.mapping.regions
     best: tuple[float, int, int] | None = None
     chosen, tried = regions[number], 0
     lacking: UnsupportedError | None = None
-    for candidate in _candidates(evaluator.cascaded, regions[number], sizes):
+    bare = replace(regions[number], keep=(), capacity=None)
+    for candidate in (regions[number], *_candidates(evaluator.cascaded, bare, sizes)):
         tried += 1
-        mapping = Map((*regions[:number], candidate, *regions[number + 1 :]))
+        mapping = replace(evaluator.mapping, regions=(*regions[:number], candidate, *regions[number + 1 :]))
         try:
             cost = evaluator.region_cost(evaluator.plan(mapping, number), sizes)
         except CommandError:  # these loops cannot hold these Einsums

@@ -13,9 +13,8 @@ import pytest
 
 from cascade.backends.systolic.cost import Cost
 from examples.fusemax_reproduction.configurations import (
-    CONFIGS, MACHINES, Dataflow, Model, attention, layers, search_dataflow, search_mapping,
+    CONFIGS, Dataflow, Model, attention, layers, search_dataflow, search_mapping,
 )  # fmt: skip
-from examples.fusemax_reproduction.energies import read_energies
 from examples.fusemax_reproduction.page import page
 
 ROOT = Path(__file__).parent.parent
@@ -35,8 +34,7 @@ def model(name: str, length: str) -> Model:
     return Model(64, *MODELS[name], LENGTHS[length])
 
 
-def energies(config: str) -> dict:
-    return read_energies(PUBLISHED / "energy_area_table_45nm.csv", MACHINES[config])
+ENERGIES = PUBLISHED / "energy_area_table_45nm.csv"
 
 
 def flow(name: str, length: str) -> Dataflow:
@@ -47,7 +45,7 @@ def flow(name: str, length: str) -> Dataflow:
 
 def cost(config: str, name: str, length: str) -> Cost:
     chosen = flow(name, length) if config == "flat" else None
-    return attention(config, model(name, length), chosen, energies(config), as_published=True)
+    return attention(config, model(name, length), chosen, ENERGIES, as_published=True)
 
 
 @HERE
@@ -70,7 +68,7 @@ def test_attention_is_what_was_published(config: str) -> None:
 @pytest.mark.parametrize(("config", "file"), [("flat", "flat"), ("fusemax", "proposal")])
 def test_linear_layers_are_what_was_published(config: str, file: str) -> None:
     for row in rows(f"end2end-{file}"):
-        found = layers(config, model(row["model"], row["seq_len"]), energies(config), as_published=True)
+        found = layers(config, model(row["model"], row["seq_len"]), ENERGIES, as_published=True)
         assert found.seconds == pytest.approx(float(row["latency"]), rel=1e-3)
         assert found.traffic == pytest.approx(float(row["traffic"]), rel=1e-3)
         assert found.energy_pj == pytest.approx(float(row["energy"]), rel=1e-2)
@@ -80,7 +78,7 @@ def test_linear_layers_are_what_was_published(config: str, file: str) -> None:
 def test_what_was_published_otherwise_changes_energy_only() -> None:
     for config in CONFIGS:
         chosen = flow("BERT", "16K") if config == "flat" else None
-        one, other = (attention(config, model("BERT", "16K"), chosen, energies(config), quirks) for quirks in (0, 1))
+        one, other = (attention(config, model("BERT", "16K"), chosen, ENERGIES, quirks) for quirks in (0, 1))
         assert (one.seconds, one.traffic, one.utilisation) == (other.seconds, other.traffic, other.utilisation)
         assert one.energy_pj is not None and other.energy_pj is not None and one.energy_pj > other.energy_pj
 

@@ -18,9 +18,8 @@ from cascade.backends.systolic.cost import one_after_another
 from cascade.backends.systolic.report import cost_json, summary
 from cascade.files import write_whole
 from examples.fusemax_reproduction.configurations import (
-    CONFIGS, MACHINES, Dataflow, Model, attention, layers, machine_of, search_mapping,
+    CONFIGS, Dataflow, Model, attention, layers, machine_of, search_mapping,
 )  # fmt: skip
-from examples.fusemax_reproduction.energies import read_energies
 from examples.fusemax_reproduction.page import page
 
 
@@ -57,7 +56,7 @@ def figures(options: argparse.Namespace) -> dict[str, Any]:
         options.batch, options.heads, options.e, options.f, options.d, options.ffn, options.length
     )  # fmt: skip
     config = options.config
-    energies = read_energies(options.energies, MACHINES[config]) if options.energies else None
+    energies = options.energies
     flow = Dataflow.of(json.loads(options.dataflow.read_text())) if options.dataflow else None
     mapped = search_mapping(config, model) if options.search else None
     one = attention(config, model, flow, energies, options.as_published, mapped)

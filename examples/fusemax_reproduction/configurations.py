@@ -18,6 +18,7 @@ from cascade.backends.systolic.work import take_apart
 from cascade.compiled import from_text
 from cascade.errors import UnsupportedError
 from cascade.ir import Cascade
+from examples.fusemax_reproduction.energies import read_energies
 
 HERE = Path(__file__).parent
 CONFIGS = ("unfused", "flat", "cascade", "architecture", "fusemax")
@@ -71,9 +72,11 @@ def canonical(name: str) -> Cascade:
     return pipeline.run_pipeline(from_text(path.read_text(), str(path), name).cascade, "canonicalize").final
 
 
-def machine_of(config: str, energies: Mapping[str, Any] | None = None) -> Machine:
-    """The machine of a configuration; `energies` are tables with further fields of its machine file."""
-    return from_tables({"extends": MACHINES[config], **merged(energies or {}, CHANGES.get(config, {}))}, config)
+@functools.cache
+def machine_of(config: str, energies: Path | None = None) -> Machine:
+    """The machine of a configuration; `energies` names a table of what actions take."""
+    fields = read_energies(energies, MACHINES[config]) if energies else {}
+    return from_tables({"extends": MACHINES[config], **merged(fields, CHANGES.get(config, {}))}, config)
 
 
 def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +94,7 @@ def mapping_of(config: str, model: Model, dataflow: Dataflow | None = None) -> M
         flow = dataflow or search_dataflow(model)
         again = model.length >= LONG // 4 if "QK" in flow.on_chip else model.length > LONG
         return read_again(flat_mapping(flow), ("QK",) if again else ())
-    found = mapping(str(HERE / f"{config}.toml"))
+    found = published(config)
     match config:
         case "unfused":
             return read_again(long_unfused(found, model), ("QK",) if model.length > LONG else ())
@@ -120,7 +123,8 @@ def sizes_of(cascade: str, model: Model) -> dict[str, int]:
             return {"T": model.batch * model.length, "D": model.d, "A": inner, "S": model.ffn}
 
 
-def prepared(config: str, mapped: Map, energies: Mapping[str, Any] | None = None) -> Evaluator:
+@functools.cache
+def prepared(config: str, mapped: Map, energies: Path | None = None) -> Evaluator:
     """The attention of a configuration, ready to be evaluated."""
     return evaluator(canonical(CASCADES[config]), machine_of(config, energies), mapped)
 
@@ -129,7 +133,7 @@ def attention(
     config: str,
     model: Model,
     dataflow: Dataflow | None = None,
-    energies: Mapping[str, Any] | None = None,
+    energies: Path | None = None,
     as_published: bool = False,
     mapped: Map | None = None,
 ) -> Cost:
@@ -145,11 +149,21 @@ def search_mapping(config: str, model: Model) -> Map:
     return search(take_apart(cascade), machine, sizes_of(CASCADES[config], model), start=theirs)
 
 
-def layers(config: str, model: Model, energies: Mapping[str, Any] | None = None, as_published: bool = False) -> Cost:
+@functools.cache
+def around(config: str, energies: Path | None = None) -> Evaluator:
+    """The linear layers of a configuration, ready to be evaluated."""
+    return evaluator(canonical("linear"), machine_of(config, energies), published("linear"))
+
+
+@functools.cache
+def published(name: str) -> Map:
+    """A mapping file of this folder."""
+    return mapping(str(HERE / f"{name}.toml"))
+
+
+def layers(config: str, model: Model, energies: Path | None = None, as_published: bool = False) -> Cost:
     """The cost of the linear layers around it."""
-    mapped = mapping(str(HERE / "linear.toml"))
-    found = evaluator(canonical("linear"), machine_of(config, energies), mapped)
-    return found.cost(sizes_of("linear", model), as_published)
+    return around(config, energies).cost(sizes_of("linear", model), as_published)
 
 
 # --- mappings that depend on the model -------------------------------------------------------------------------------

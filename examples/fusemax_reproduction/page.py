@@ -16,9 +16,8 @@ from typing import Any
 
 from cascade.backends.systolic.cost import Cost, one_after_another
 from examples.fusemax_reproduction.configurations import (
-    CONFIGS, MACHINES, Dataflow, Model, attention, layers, search_dataflow,
+    CONFIGS, Dataflow, Model, attention, layers, search_dataflow,
 )  # fmt: skip
-from examples.fusemax_reproduction.energies import read_energies
 
 MODELS = {
     "BERT": (12, 64, 64, 768, 3072), "TrXL": (16, 64, 64, 1024, 4096), "T5": (8, 64, 64, 512, 2048),
@@ -51,7 +50,6 @@ def page(energies: Path | None = None, published: Path | None = None, as_publish
     whole: dict[Point, Cost] = {}
     flows = chosen_flows(published)
     for config in CONFIGS:
-        fields = read_energies(energies, MACHINES[config]) if energies else None
         for name, sizes in MODELS.items():
             for length, tokens in LENGTHS.items():
                 model = Model(64, *sizes, tokens)
@@ -59,8 +57,8 @@ def page(energies: Path | None = None, published: Path | None = None, as_publish
                 if config == "flat":
                     flow = flows.get((name, length)) or search_dataflow(model)
                 at = (config, name, length)
-                parts[at] = attention(config, model, flow, fields, as_published)
-                whole[at] = one_after_another((parts[at], layers(config, model, fields, as_published)))
+                parts[at] = attention(config, model, flow, energies, as_published)
+                whole[at] = one_after_another((parts[at], layers(config, model, energies, as_published)))
     found = figures(parts, whole, rows(published), energies is not None)
     body = "\n".join(draw(figure) for figure in found)
     means = "".join(f"<li>{html.escape(line)}</li>" for line in headlines(parts, whole, energies is not None))

@@ -158,6 +158,10 @@ class Evaluator:
         bound, extents = self._sizes(sizes)
         return self._evaluated(plan, extents, LivePoints(self.cascaded.shapes, bound), Published())[0]
 
+    def extents(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """The extents of all rank variables."""
+        return self._sizes(sizes)[1]
+
     def _sizes(self, sizes: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
         """The sizes of all symbols, and the extents of all rank variables."""
         bound = bind_sizes(self.cascaded.cascade, {}, sizes)
@@ -288,10 +292,17 @@ class Evaluator:
                 units[loads[name].unit.name] += loads[name].cycles
             emptied = 0
             if drain is not None:
-                stages = {plan.stage_of[name] for name in names if loads[name].unit.name == drain}
-                iterations = sum(movement.nests[at].trips(len(movement.nests[at].loops)) for at in stages)
-                emptied = self.machine.units[drain].rows * iterations
+                times = [self._fillings(name, plan, movement) for name in names if loads[name].unit.name == drain]
+                emptied = self.machine.units[drain].rows * max(times, default=0)
             yield PhaseCost(dict(units), emptied, max(units.values(), default=0) + emptied)
+
+    def _fillings(self, name: str, plan: RegionPlan, movement: Movement) -> int:
+        """How often the results of an Einsum fill its array, iteration by iteration."""
+        work, nest = self.cascaded.works[name], movement.nests[plan.stage_of[name]]
+        ranks = work.writes[0].ranks
+        tiles = nest.tiles(work.ranks, nest.cut(work.ranks))
+        lanes = self.unit[name].lanes
+        return sum(count * ceil_div(math.prod(size[rank] for rank in ranks), lanes) for count, size in tiles)
 
     # --- energy -------------------------------------------------------------------------------------------------------
 

@@ -62,7 +62,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """What units do at the same time; `drain` empties an array behind it, once an iteration."""
+    """What units do at the same time; `drain` empties an array behind it, as often as results fill it."""
 
     work: tuple[tuple[str, tuple[str, ...]], ...]
     drain: str | None = None

@@ -17,12 +17,13 @@ from cascade.backends.systolic.cost import Evaluator
 from cascade.backends.systolic.machine import Machine
 from cascade.backends.systolic.mapping import Loop, Region, Stage
 from cascade.backends.systolic.mapping import Mapping as Map
+from cascade.backends.systolic.nest import ceil_div
 from cascade.backends.systolic.work import Cascaded
-from cascade.errors import CommandError, Diagnostic, UnsupportedError
-from cascade.inference import bind_sizes
+from cascade.errors import CascadeError, CommandError, Diagnostic, UnsupportedError
 from cascade.passes.traffic import scheduled_groups
 
 MOST_LOOPS = 3
+MOST_TIMES = 32  # iterations of a loop that are tried beside the largest divisor
 SIZES = (16, 256)
 """Sizes that are tried beside the largest that fits."""
 
@@ -52,29 +53,64 @@ def search(
     return replace(bare, regions=tuple(found))
 
 
+Rank = tuple[float, int, int]  # seconds, bytes of memory, bytes on chip: the less the better
+
+
 def _best(evaluator: Evaluator, number: int, sizes: Mapping[str, int]) -> tuple[Region, int]:
     """The best loops of one region, and how many were tried."""
-    regions = evaluator.mapping.regions
-    best: tuple[float, int, int] | None = None
-    chosen, tried = regions[number], 0
+    region = evaluator.mapping.regions[number]
+    best: tuple[Rank, Region] | None = None
+    tried = 0
     lacking: UnsupportedError | None = None
-    bare = replace(regions[number], keep=(), capacity=None)
-    for candidate in (regions[number], *_candidates(evaluator.cascaded, bare, sizes)):
+    candidates = (
+        region,
+        *_candidates(evaluator.cascaded, replace(region, keep=(), capacity=None), evaluator.extents(sizes)),
+    )
+    for candidate in candidates:
         tried += 1
-        mapping = replace(evaluator.mapping, regions=(*regions[:number], candidate, *regions[number + 1 :]))
         try:
-            cost = evaluator.region_cost(evaluator.plan(mapping, number), sizes)
+            rank = _rank(evaluator, number, candidate, sizes)
         except CommandError:  # these loops cannot hold these Einsums
             continue
         except UnsupportedError as error:
             lacking = lacking or error
             continue
-        rank = (cost.seconds, cost.movement.bytes, cost.movement.held)
-        if best is None or rank < best:
-            best, chosen = rank, candidate
+        if best is None or rank < best[0]:
+            best = rank, candidate
     if best is None:
-        raise lacking or _nothing(regions[number])
-    return chosen, tried
+        raise lacking or _nothing(region)
+    for candidate in _uneven(best[1], evaluator, sizes):
+        tried += 1
+        try:
+            rank = _rank(evaluator, number, candidate, sizes)
+        except CascadeError:
+            continue
+        if rank < best[0]:
+            best = rank, candidate
+    return best[1], tried
+
+
+def _rank(evaluator: Evaluator, number: int, region: Region, sizes: Mapping[str, int]) -> Rank:
+    """What a region costs in place of the one of that number."""
+    regions = evaluator.mapping.regions
+    mapping = replace(evaluator.mapping, regions=(*regions[:number], region, *regions[number + 1 :]))
+    cost = evaluator.region_cost(evaluator.plan(mapping, number), sizes)
+    return cost.seconds, cost.movement.bytes, cost.movement.held
+
+
+def _uneven(region: Region, evaluator: Evaluator, sizes: Mapping[str, int]) -> Iterator[Region]:
+    """The region with each loop that is as large as fits in few iterations of about the same length instead.
+
+    What fits is a divisor; the fewest iterations that fit may be fewer where the last one is shorter.
+    """
+    extents = evaluator.extents(sizes)
+    for at, old in enumerate(region.loops):
+        if old.size is None:
+            inner = [loop.size or 1 for stage in region.stages for loop in stage.loops if loop.rank == old.rank]
+            least = max(inner, default=1)
+            for times in range(2, MOST_TIMES + 1):
+                size = ceil_div(ceil_div(extents[old.rank], least), times) * least
+                yield replace(region, loops=(*region.loops[:at], replace(old, size=size), *region.loops[at + 1 :]))
 
 
 def _nothing(region: Region) -> UnsupportedError:
@@ -139,11 +175,8 @@ def _feeds(cascaded: Cascaded, name: str, others: set[str]) -> bool:
     return any(access.tensor in made for other in others for access in cascaded.works[other].reads)
 
 
-def _candidates(cascaded: Cascaded, region: Region, sizes: Mapping[str, int]) -> Iterator[Region]:
+def _candidates(cascaded: Cascaded, region: Region, extents: Mapping[str, int]) -> Iterator[Region]:
     """The region with loops in every way that is tried."""
-    bound = bind_sizes(cascaded.cascade, {}, sizes)
-    ranks = cascaded.shapes.ranks
-    extents = {rank: size if isinstance(size, int) else bound[size] for rank, size in ranks.items()}
     works = [cascaded.works[name] for name in region.einsums]
     common = [rank for rank in works[0].ranks if all(rank in work.ranks for work in works)]
     every = [access for work in works for access in (*work.reads, *work.writes)]

@@ -585,6 +585,62 @@ def cost_command(
 SYSTOLIC = ("machine", "mapping", "work", "search", "cost", "report")  # what a cost needs of its backend, loaded lazily
 
 
+class SizesType(click.ParamType[tuple[str, tuple[int, ...]]]):
+    """`NAME=NUMBER,NUMBER`, sizes of a shape symbol."""
+
+    name = "NAME=NUMBER,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        name, _, listed = value.partition("=")
+        one = SizeType()
+        return name, tuple(one.convert(f"{name}={number}", param, ctx)[1] for number in listed.split(","))
+
+
+@commands.command("sweep")
+@click.argument("file", metavar="FILE")
+@click.option("-s", "--size", "sizes", type=SizesType(), multiple=True, help="Sizes of a shape symbol, M=1024,4096.")
+@DTYPE
+@JSON
+@click.option("--machine", "machines", metavar="NAME|FILE", multiple=True, required=True, help="One of the machines.")
+@click.option("--mapping", "mappings", metavar="FILE", multiple=True, help="One of the mappings; else it is searched.")
+@click.option("--jobs", type=click.IntRange(1, 1024), default=1, show_default=True, help="Processes that share it.")
+@click.option("--scheduler", metavar="ADDRESS", help="A Dask cluster that runs it instead.")
+@click.option("-o", "--output", metavar="FILE", help="Where the rows go: CSV, or Parquet where the name ends so.")
+def sweep_command(
+    file: str,
+    sizes: tuple[tuple[str, tuple[int, ...]], ...],
+    dtype: str | None,
+    as_json: bool,
+    machines: tuple[str, ...],
+    mappings: tuple[str, ...],
+    jobs: int,
+    scheduler: str | None,
+    output: str | None,
+) -> None:
+    """Print what a cascade costs over sizes, machines and mappings: a row for every combination, as CSV.
+
+    \b
+    Examples:
+      cascadec sweep examples/softmax.cascade --machine tpu-v4-like --machine fusemax -s M=64 -s N=1024,4096,16384
+      cascadec sweep examples/softmax.cascade --machine fusemax -s M=1,2,4 -s N=512 --jobs 2 -o rows.csv
+    """
+    sweeper = importlib.import_module("cascade.backends.systolic.sweep")
+    listed = dict(sizes)
+    first = {name: values[0] for name, values in listed.items()}
+    cascade = load_typed(Options(file, first, DType(dtype) if dtype else None, as_json))
+    final = pipeline.run_pipeline(cascade, Canonicalize.name if mappings else None).final
+    rows = sweeper.sweep(final, sweeper.points(machines, mappings, listed), jobs, scheduler)
+    if output is not None and output.endswith(".parquet"):
+        write_whole(Path(output), sweeper.parquet_bytes(rows))
+    elif output is not None:
+        write_whole(Path(output), sweeper.csv_text(rows))
+    shown = {"cascade": cascade.name, "output": output, "rows": rows}
+    if output is None or as_json:
+        emit(shown, lambda: click.echo(sweeper.csv_text(rows), nl=False), as_json)
+
+
 def cost_of_kernels(options: Options, machine: Any) -> None:
     """What the planner's own model says of the kernels of the program on a GPU."""
     forecaster = importlib.import_module("cascade.backends.triton.forecast")

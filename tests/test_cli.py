@@ -310,6 +310,50 @@ def test_cost_names_what_does_not_fit(capfd: pytest.CaptureFixture[str], tmp_pat
     assert "error[C540]: no mapping fits" in capfd.readouterr().err
 
 
+SWEEP = ("sweep", str(ROOT / "examples/softmax.cascade"), "--machine", "fusemax", "-s", "M=64,128")
+
+
+def test_sweep_prints_a_row_for_every_combination(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_command([*SWEEP, "--machine", "tpu-v4-like", "-s", "N=512,1024"]) == 0
+    header, *rows = capfd.readouterr().out.splitlines()
+    assert header.startswith("machine,mapping,M,N,latency_s,cycles,utilisation_2d,utilisation_1d")
+    assert [row.split(",")[:4:2] for row in rows[:2]] == [["fusemax", "64"], ["fusemax", "64"]]
+    assert len(rows) == 8 and rows[4].startswith("tpu-v4-like,,64,512")
+
+
+def test_sweep_in_processes_gives_the_same_rows(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    mapping, path = tmp_path / "mapping.toml", tmp_path / "rows.csv"
+    names = ["Y_max", "Y_sum", "Y"]
+    mapping.write_text("".join(f'[[regions]]\n[[regions.stages]]\neinsums = ["{name}"]\n' for name in names))
+    sizes = "N=" + ",".join(str(size) for size in range(1, 101))
+    command = [*SWEEP, "--mapping", str(mapping), "-s", sizes]
+    assert run_command([*command, "--jobs", "2", "-o", str(path)]) == 0
+    assert capfd.readouterr().out == ""
+    assert run_command(command) == 0
+    assert capfd.readouterr().out == path.read_text() and len(path.read_text().splitlines()) == 201
+
+
+def test_sweep_tells_where_nothing_fits(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    machine = tmp_path / "small.toml"
+    machine.write_text('extends = "fusemax"\n[buffer]\nbytes = 3\n')
+    assert run_command([*SWEEP, "--machine", str(machine), "-s", "N=16", "--json"]) == 0
+    rows = json.loads(capfd.readouterr().out)["rows"]
+    assert [("error" in row, row["machine"]) for row in rows] == [(False, "fusemax")] * 2 + [(True, str(machine))] * 2
+    assert rows[2]["error"].startswith("no mapping fits")
+
+
+def test_sweep_names_a_package_that_is_missing(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for package, more in (
+        ("pyarrow", ["-o", str(tmp_path / "rows.parquet")]),
+        ("distributed", ["--scheduler", "here"]),
+    ):
+        monkeypatch.setitem(sys.modules, package, None)
+        assert run_command([*SWEEP, "-s", "N=16", *more]) == 2
+        assert f"needs {package}, which is not installed" in capfd.readouterr().err
+
+
 def test_python_file(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "model.py"
     path.write_text(TRACED)

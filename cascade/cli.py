@@ -545,9 +545,16 @@ def show_kernels(payload: dict[str, Any]) -> None:
 @click.option("--mapping", "path", metavar="FILE", help="The mapping, a TOML file; without it one is searched.")
 @click.option("--after", metavar="PASS", help="Cost the cascade after this pass of the pipeline.")
 @click.option("--as-published", is_flag=True, help="Count as the published evaluation of the mapping did.")
+@click.option("--symbolic", is_flag=True, help="Closed forms in the shape symbols, of a mapping that is given.")
 @click.option("--save-mapping", "save", metavar="FILE", help="Write the mapping that was used, to be edited.")
 def cost_command(
-    options: Options, name: str, path: str | None, after: str | None, as_published: bool, save: str | None
+    options: Options,
+    name: str,
+    path: str | None,
+    after: str | None,
+    as_published: bool,
+    symbolic: bool,
+    save: str | None,
 ) -> None:
     """Print what a cascade costs on a modelled spatial machine: cycles, use of units, traffic, energy.
 
@@ -561,7 +568,7 @@ def cost_command(
     """
     gpus = importlib.import_module("cascade.backends.triton.machine")
     if name.lower() in gpus.MACHINES:
-        if path or as_published or save or after:
+        if path or as_published or save or after or symbolic:
             message = f"{name} is a GPU: the planner of kernels maps the cascade"
             raise click.UsageError(message, click.get_current_context())
         cost_of_kernels(options, gpus.machine(name))
@@ -572,11 +579,19 @@ def cost_command(
     cascaded = systolic["work"].take_apart(pipeline.run_pipeline(load_typed(options), until).final)
     if path is not None:
         mapping = systolic["mapping"].mapping(path)
+    elif symbolic:
+        raise click.UsageError("--symbolic needs a --mapping", click.get_current_context())
     else:
         mapping = systolic["search"].search(cascaded, machine, options.sizes, told if sys.stderr.isatty() else None)
     if save is not None:
         write_whole(Path(save), systolic["mapping"].render_mapping(mapping))
-    found = systolic["cost"].Evaluator(cascaded, machine, mapping).cost(options.sizes, as_published)
+    evaluator = systolic["cost"].Evaluator(cascaded, machine, mapping)
+    if symbolic:
+        forms = importlib.import_module("cascade.backends.systolic.symbolic")  # lazily: it needs SymPy
+        closed = {"cascade": cascaded.cascade.name, "machine": name, **forms.forms_json(forms.closed_forms(evaluator))}
+        emit(closed, lambda: show_forms(closed), options.json)
+        return
+    found = evaluator.cost(options.sizes, as_published)
     report = systolic["report"]
     payload = {"cascade": cascaded.cascade.name, "sizes": options.sizes, **report.cost_json(found, machine)}
     emit(payload, lambda: show_cost(report.summary(found, machine), report.einsum_rows(found)), options.json)
@@ -673,6 +688,16 @@ def load_typed(options: Options) -> Cascade:
 def told(region: str, tried: int) -> None:
     """How far a search has come, on standard error."""
     click.echo(f"region {region}: {tried} ways to run it tried", err=True)
+
+
+def show_forms(closed: dict[str, Any]) -> None:
+    """The closed forms: of every Einsum, and of what every region moves and holds."""
+    table(
+        ("einsum", "unit", "cycles"), [(name, one["unit"], one["cycles"]) for name, one in closed["per_einsum"].items()]
+    )
+    for region in closed["regions"]:
+        click.echo(f"{region['name']}: {region['cycles']} cycles; {region['on_chip_bytes']} bytes on chip")
+        table(("moved", "bytes"), list(region["moved"].items()))
 
 
 def show_cost(lines: list[str], rows: list[tuple[str, ...]]) -> None:

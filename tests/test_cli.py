@@ -281,6 +281,18 @@ def test_cost_writes_a_mapping_that_it_reads(capfd: pytest.CaptureFixture[str], 
     assert capfd.readouterr().out == first
 
 
+def test_cost_in_closed_form(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    mapping = tmp_path / "mapping.toml"
+    names = ["Y_max", "Y_sum", "Y"]
+    mapping.write_text("".join(f'[[regions]]\n[[regions.stages]]\neinsums = ["{name}"]\n' for name in names))
+    command = [*COST[:2], "--machine", "fusemax", "--mapping", str(mapping), "--symbolic"]
+    assert run_command(command) == 0
+    assert "Y_max   2d    M*N/65536" in capfd.readouterr().out
+    assert run_command([*command, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["regions"][0]["traffic_bytes"] == "2*M*N + 2*M"
+    assert run_command([*COST, "--machine", "fusemax", "--symbolic"]) == 2
+
+
 def test_cost_on_a_gpu_is_what_the_planner_says(capfd: pytest.CaptureFixture[str]) -> None:
     assert run_command([*COST, "--machine", "h200", "--json"]) == 0
     found = json.loads(capfd.readouterr().out)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from cascade.backends.systolic.cost import Cost
+from cascade.backends.systolic.symbolic import closed_forms, symbol
 from examples.fusemax_reproduction.configurations import (
-    CONFIGS, Dataflow, Model, attention, layers, search_dataflow, search_mapping,
+    CASCADES, CONFIGS, Dataflow, Model, attention, layers, mapping_of, prepared, search_dataflow, search_mapping, sizes_of,
 )  # fmt: skip
 from examples.fusemax_reproduction.page import page
 
@@ -124,6 +125,24 @@ def test_a_search_is_never_worse_than_the_published_mapping(config: str, length:
     assert (ours.seconds, ours.traffic) <= (theirs.seconds, theirs.traffic)
     if config == "unfused" and length == "256K":  # K and V are read twice, not eight times
         assert ours.traffic < theirs.traffic
+
+
+@pytest.mark.parametrize("config", [config for config in CONFIGS if config != "flat"])
+def test_closed_forms_are_the_numbers_where_tiles_divide(config: str) -> None:
+    point = Model(2, 3, 64, 64, 768, 3072, 1 << 17)
+    evaluated = prepared(config, mapping_of(config, point))
+    sizes = sizes_of(CASCADES[config], point)
+    forms, cost = closed_forms(evaluated), evaluated.cost(sizes)
+    known = {symbol(name): size for name, size in sizes.items()}
+    for name, form in forms.cycles.items():
+        assert form.subs(known) == cost.einsums[name].cycles
+    for found, region in zip(forms.regions, cost.regions, strict=True):
+        fitted = region.movement.nests[0].lengths(3).get("p", point.length)
+        values = {**known, symbol("p_rows"): fitted}
+        assert found.cycles.subs(values) == region.cycles
+        assert found.traffic.subs(values) == region.movement.bytes
+        for key, form in found.moved.items():
+            assert form.subs(values) == region.movement.moved[key]
 
 
 def test_the_command_prints_json(tmp_path: Path) -> None:

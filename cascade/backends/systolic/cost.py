@@ -158,6 +158,10 @@ class Evaluator:
         bound, extents = self._sizes(sizes)
         return self._evaluated(plan, extents, LivePoints(self.cascaded.shapes, bound), Published())[0]
 
+    def latency(self, name: str) -> int:
+        """Cycles that one point of an Einsum takes on a lane of its unit."""
+        return _cycles(self.counts[name], self.unit[name])
+
     def extents(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """The extents of all rank variables."""
         return self._sizes(sizes)[1]

@@ -202,12 +202,12 @@ class RegionPlan:
     def _room(self, tensor: str, nests: tuple[Nest, ...]) -> int:
         """The bytes of the tile of a loaded tensor, where it is largest."""
         sizes = [
-            nests[reader.stage].footprint(reader.access, self._held_in(tensor, reader, nests))
+            nests[reader.stage].footprint(reader.access, self.held_in(tensor, reader, nests))
             for reader in self.readers[tensor]
         ]
         return max(sizes) * self.widths[tensor]
 
-    def _made_depth(self, tensor: str, nests: tuple[Nest, ...]) -> int | None:
+    def made_depth(self, tensor: str, nests: tuple[Nest, ...]) -> int | None:
         """How many loops stand around where a made tensor is held; None where that is in registers."""
         made = self.written[tensor]
         nest = nests[made.first]
@@ -225,7 +225,7 @@ class RegionPlan:
 
     def _made_footprint(self, tensor: str, nests: tuple[Nest, ...]) -> int:
         """The bytes of a made tensor in the buffer."""
-        depth = self._made_depth(tensor, nests)
+        depth = self.made_depth(tensor, nests)
         if depth is None:
             return 0
         made = self.written[tensor]
@@ -252,7 +252,7 @@ class RegionPlan:
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
-    def _held_in(self, tensor: str, reader: Reader, nests: tuple[Nest, ...]) -> int:
+    def held_in(self, tensor: str, reader: Reader, nests: tuple[Nest, ...]) -> int:
         """How many loops of a reader's stage stand around where a loaded tensor is held."""
         nest = nests[reader.stage]
         level = self.keep.get(tensor)
@@ -266,7 +266,7 @@ class RegionPlan:
         stages: dict[int, int] = {}
         for reader in self.readers[tensor]:
             nest = found.nests[reader.stage]
-            count = nest.moved(reader.access, self._held_in(tensor, reader, found.nests))
+            count = nest.moved(reader.access, self.held_in(tensor, reader, found.nests))
             stages[reader.stage] = max(count, stages.get(reader.stage, 0))
         level = self.keep.get(tensor)
         shared = level == ALL or level in {loop.label for loop in self.region.loops}
@@ -281,7 +281,7 @@ class RegionPlan:
         made = self.written[tensor]
         return any(rank in made.reduced for rank, _ in nests[made.first].loops)
 
-    def _stored_depth(self, tensor: str, nests: tuple[Nest, ...]) -> int:
+    def stored_depth(self, tensor: str, nests: tuple[Nest, ...]) -> int:
         """How many loops stand around where a tensor that leaves is summed up."""
         made = self.written[tensor]
         nest = nests[made.first]
@@ -291,7 +291,7 @@ class RegionPlan:
 
     def _stored_footprint(self, tensor: str, nests: tuple[Nest, ...]) -> int:
         made = self.written[tensor]
-        depth = self._stored_depth(tensor, nests)
+        depth = self.stored_depth(tensor, nests)
         return nests[made.first].footprint(made.access, depth, made.work.iterative) * self.widths[tensor]
 
     def _store(self, tensor: str, found: Movement) -> None:
@@ -299,7 +299,7 @@ class RegionPlan:
         made = self.written[tensor]
         nest = found.nests[made.first]
         whole = nest.moved(made.access, 0) * self.widths[tensor]
-        depth = nest.cut(made.access.ranks, self._stored_depth(tensor, found.nests))
+        depth = nest.cut(made.access.ranks, self.stored_depth(tensor, found.nests))
         count = nest.moved(made.access, depth) * self.widths[tensor]
         self._move(tensor, "written", count, made.work, found)
         if count > whole:
@@ -321,7 +321,7 @@ class RegionPlan:
         """Writes of a made tensor into the buffer; a spilled share goes to memory, and back for every later stage."""
         made = self.written[tensor]
         nest = found.nests[made.first]
-        if self._made_depth(tensor, found.nests) is None:
+        if self.made_depth(tensor, found.nests) is None:
             return
         if tensor not in quirks.unbuffered and not self._adds(tensor, found.nests):
             found.buffer_writes += nest.moved(made.access, self._executed(made.work, nest)) * self.widths[tensor]
@@ -333,7 +333,7 @@ class RegionPlan:
 
     def _feed(self, tensor: str, found: Movement, quirks: Published) -> None:
         """Reads of the buffer by units: a tile for every iteration, nothing of what a unit has just made itself."""
-        if tensor in quirks.unbuffered or (tensor in self.made and self._made_depth(tensor, found.nests) is None):
+        if tensor in quirks.unbuffered or (tensor in self.made and self.made_depth(tensor, found.nests) is None):
             return
         counts = [
             found.nests[reader.stage].moved(reader.access, self._executed(reader.work, found.nests[reader.stage]))

@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from cascade.backends.systolic.cost import Evaluator, evaluator
 from cascade.backends.systolic.machine import Machine, machine, parse_machine, shipped
-from cascade.backends.systolic.mapping import Loop, Mapping, Placement, Region, Stage, parse_mapping, render_mapping
+from cascade.backends.systolic.mapping import (
+    Loop,
+    Mapping,
+    Phase,
+    Placement,
+    Region,
+    Stage,
+    parse_mapping,
+    render_mapping,
+)
+from cascade.backends.systolic.search import search
 from cascade.backends.systolic.work import take_apart
+from cascade.arguments import shape_symbols
 from cascade.compiled import from_text
 from cascade.errors import CascadeError, CommandError, UnsupportedError
 from cascade.inference import infer_shapes
 from cascade.ir import Cascade
 from cascade.pipeline import run_pipeline
 from cascade.walk import defines
+from tests.check import read_case
 from tests.generate import RANKS, random_cascade, symbol
 from tests.systolic_events import Counting
+
+ROOT = Path(__file__).parent.parent
 
 # --- against the naive counter ---------------------------------------------------------------------------------------
 
@@ -112,6 +127,9 @@ def compared(seed: int) -> bool:
     assert sum(region.movement.buffer_writes for region in cost.regions) == events.buffer_writes, seed
     assert [region.movement.held for region in cost.regions] == events.held, seed
     assert [region.cycles for region in cost.regions] == events.region_cycles, seed
+    memory = replace(chosen.memories["dram"], bandwidth=2 * chosen.memories["dram"].bandwidth)
+    faster = replace(chosen, memories={"dram": memory})
+    assert evaluator(cascade, faster, mapping).cost(sizes).seconds <= cost.seconds, seed
     return True
 
 
@@ -292,6 +310,87 @@ def test_filters_count_for_work() -> None:
     for length in (5, 1 << 20):
         cost = evaluator(cascade, parse_machine('extends = "scale-sim-32"\n[buffer]\nbytes = 1e15'), whole(cascade))
         assert cost.cost({"M": length, "N": length}).einsums["Y"].points == length * (length + 1) // 2
+
+
+# --- regions ---------------------------------------------------------------------------------------------------------
+
+TWO_UNITS = """name = "two"
+clock_hz = 1e9
+[memories.dram]
+bandwidth = 1e12
+[buffer]
+bytes = {bytes}
+[units.array]
+rows = 4
+columns = 4
+[units.array.operations]
+mac = {{ cycles = 1 }}
+[units.vector]
+columns = 4
+[units.vector.operations]
+other = {{ cycles = 1 }}
+"""
+SOFT = """cascade soft(X[M,K], W[K,N]) -> Y[M,N] {
+    S[m,n] = sum[k] X[m,k] * W[k,n]
+    R[m] = max[n] S[m,n]
+    Y[m,n] = S[m,n] - R[m]
+}"""
+
+
+def test_phases_follow_one_another_and_units_in_one_work_together() -> None:
+    cascade, sizes = prepared(SOFT), {"M": 8, "N": 8, "K": 6}
+    chosen = parse_machine(TWO_UNITS.format(bytes=10_000))
+    stages = (Stage(("S",)), Stage(("R",)), Stage(("Y",)))
+    apart = (Phase((("array", ("S",)),), "array"), Phase((("vector", ("R", "Y")),)))
+    products, softened = 8 * 8 * 6 // 16, 2 * 8 * 8 // 4
+    together = evaluator(cascade, chosen, Mapping((Region("all", stages),))).cost(sizes)
+    assert together.regions[0].cycles == max(products, softened)
+    one_by_one = evaluator(cascade, chosen, Mapping((Region("all", stages, phases=apart),))).cost(sizes)
+    assert one_by_one.regions[0].cycles == products + 4 * (8 * 8 // 16) + softened  # 4 rows, emptied for every 4 x 4
+
+
+def test_what_has_no_room_is_spilled_and_read_by_every_later_stage() -> None:
+    cascade, sizes = prepared(SOFT), {"M": 8, "N": 8, "K": 4}
+    stages = (Stage(("S",)), Stage(("R",)), Stage(("Y",)))
+    region = Region("all", stages, keep=(("R", "registers"),), spill=("S",))
+    full = 2 * (8 * 4 + 4 * 8 + 8 * 8)
+    assert evaluator(cascade, parse_machine(TWO_UNITS.format(bytes=full)), Mapping((region,))).cost(
+        sizes
+    ).traffic == 2 * (8 * 4 + 4 * 8 + 8 * 8)
+    less = evaluator(cascade, parse_machine(TWO_UNITS.format(bytes=full - 32)), Mapping((region,))).cost(sizes)
+    assert less.regions[0].movement.spilled == 32 / (2 * 8 * 8)
+    assert less.traffic == full + 32 * (1 + 2)  # written once, read by R and by Y
+
+
+def test_a_search_takes_apart_what_is_too_large_together() -> None:
+    text = (ROOT / "examples/decoder_layer.cascade").read_text()
+    cascade = run_pipeline(from_text(text, "decoder_layer", None).cascade).final
+    sizes = dict.fromkeys(shape_symbols(cascade), 64) | {"H": 4}
+    cascaded = take_apart(cascade)
+    small, large = (len(search(cascaded, machine(name), sizes).regions) for name in ("eyeriss-like", "tpu-v4-like"))
+    assert small > large
+
+
+@pytest.mark.parametrize("name", ["sink", "attention", "layernorm_gemm", "route"])
+def test_a_search_finds_a_mapping_for_what_is_lifted(name: str) -> None:
+    program = read_case(ROOT / f"tests/cases/lift/{name}.case").program
+    cascade = run_pipeline(from_text(program, name, None).cascade).final
+    sizes = dict.fromkeys(shape_symbols(cascade), 64)
+    told: list[tuple[str, int]] = []
+    found = search(take_apart(cascade), machine("tpu-v4-like"), sizes, lambda *what: told.append(what))
+    assert [region.name for region in found.regions] == [region for region, _ in told]
+    assert parse_mapping(render_mapping(found)) == found
+
+
+def test_under_the_search_a_larger_buffer_moves_no_more() -> None:
+    cascaded, sizes = take_apart(prepared(GEMM)), {"M": 384, "N": 320, "K": 256}
+    before = None
+    for power in (12, 14, 16, 18, 20):
+        changed = parse_machine(f'extends = "eyeriss-like"\n[buffer]\nbytes = {1 << power}')
+        cost = Evaluator(cascaded, changed, search(cascaded, changed, sizes)).cost(sizes)
+        assert before is None or cost.traffic <= before
+        before = cost.traffic
+    assert before == 2 * (384 * 256 + 256 * 320 + 384 * 320)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
     python -m examples.fusemax_reproduction --config fusemax --length 65536 --json
     python -m examples.fusemax_reproduction --page fusemax.html
 
-Without sizes the model is BERT at batch 64. `--energies` names a table of energies, without which energy is unknown;
-`--published` names a folder with the published rows, which the page then shows beside ours.
+Without sizes the model is BERT at batch 64. `--energies` names a table of energies, else `energies.csv` in this folder;
+where there is none, energy is unknown. `--published` names a folder with the published rows, which the page then shows
+beside ours.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from cascade.backends.systolic.cost import one_after_another
 from cascade.backends.systolic.report import cost_json, summary
 from cascade.files import write_whole
 from examples.fusemax_reproduction.configurations import (
-    CONFIGS, Dataflow, Model, attention, layers, machine_of, search_mapping,
+    CONFIGS, HERE, Dataflow, Model, attention, layers, machine_of, search_mapping,
 )  # fmt: skip
 from examples.fusemax_reproduction.page import page
+
+
+TABLE = HERE / "energies.csv"  # taken where a user has put one there; none comes with the project
 
 
 def arguments() -> argparse.Namespace:
@@ -32,7 +36,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--as-published", action="store_true", help="count energy as the published evaluation does")
     parser.add_argument("--dataflow", type=Path, help="FLAT's dataflow, a JSON object; else one is searched")
     parser.add_argument("--search", action="store_true", help="search the mapping instead of taking the published one")
-    parser.add_argument("--energies", type=Path, help="a table of energies and areas of actions, CSV")
+    here = TABLE if TABLE.is_file() else None
+    parser.add_argument("--energies", type=Path, default=here, help="a table of energies and areas of actions, CSV")
     parser.add_argument("--published", type=Path, help="a folder with the published rows, CSV")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write all figures as one HTML page")
     parser.add_argument("--json", action="store_true")

@@ -42,15 +42,25 @@ def search(
     `progress` is told the region and how many loops were tried for it. With a mapping to `start` from, its regions,
     stages and phases stay, and its loops are among those that are tried.
     """
-    bare = Map(tuple(_regions(cascaded))) if start is None else start
-    evaluator = Evaluator(cascaded, machine, bare)
-    found: list[Region] = []
-    for number, region in enumerate(bare.regions):
-        best, tried = _best(evaluator, number, sizes)
+    mapping = Map(tuple(_regions(cascaded))) if start is None else start
+    number = 0
+    while number < len(mapping.regions):
+        region = mapping.regions[number]
+        try:
+            best, tried = _best(Evaluator(cascaded, machine, mapping), number, sizes)
+        except UnsupportedError:
+            if len(region.einsums) == 1 or region.phases:
+                raise
+            parts = tuple(
+                Region(name, (Stage((name,)),)) for name in region.einsums
+            )  # what is too large is taken apart
+            mapping = replace(mapping, regions=(*mapping.regions[:number], *parts, *mapping.regions[number + 1 :]))
+            continue
         if progress is not None:
             progress(region.name, tried)
-        found.append(best)
-    return replace(bare, regions=tuple(found))
+        mapping = replace(mapping, regions=(*mapping.regions[:number], best, *mapping.regions[number + 1 :]))
+        number += 1
+    return mapping
 
 
 Rank = tuple[float, int, int]  # seconds, bytes of memory, bytes on chip: the less the better
@@ -153,7 +163,8 @@ def _stages(cascaded: Cascaded, group: tuple[str, ...]) -> Iterator[Stage]:
     if len(numbers) < 2:
         folded = {rank for name in group for rank in cascaded.works[name].reduced}
         late = [name for name in group if folded and not folded & set(cascaded.works[name].ranks)]
-        late = [name for name in late if not _feeds(cascaded, name, set(group) - set(late))]
+        while fed := [name for name in late if _feeds(cascaded, name, set(group) - set(late))]:
+            late = [name for name in late if name not in fed]
         early = tuple(name for name in group if name not in late)
         yield from (Stage(part) for part in (early, tuple(late)) if part)
         return

@@ -382,6 +382,37 @@ def test_a_search_finds_a_mapping_for_what_is_lifted(name: str) -> None:
     assert parse_mapping(render_mapping(found)) == found
 
 
+BESIDE = """name = "beside"
+clock_hz = 1e9
+[memories.link]
+bandwidth = 1e11
+[memories.bank]
+bandwidth = 1e12
+[buffer]
+bytes = 1e7
+[units.array]
+rows = 128
+columns = 128
+[units.array.operations]
+mac = { cycles = 1 }
+[units.near]
+columns = 64
+memory = "bank"
+[units.near.operations]
+mac = { cycles = 1 }
+"""
+
+
+@pytest.mark.parametrize(("rows", "unit"), [(1, "near"), (4096, "array")])
+def test_a_unit_beside_memory_is_chosen_by_operations_a_byte(rows: int, unit: str) -> None:
+    cascaded, sizes = take_apart(prepared(GEMM)), {"M": rows, "N": 1024, "K": 1024}
+    chosen = parse_machine(BESIDE)
+    cost = Evaluator(cascaded, chosen, search(cascaded, chosen, sizes)).cost(sizes)
+    assert cost.einsums["C"].unit == unit
+    path = {"near": "bank", "array": "link"}[unit]
+    assert cost.regions[0].movement.by_memory == {path: cost.traffic}
+
+
 def test_under_the_search_a_larger_buffer_moves_no_more() -> None:
     cascaded, sizes = take_apart(prepared(GEMM)), {"M": 384, "N": 320, "K": 256}
     before = None

@@ -9,16 +9,17 @@ this form: least time, then least traffic, then least on chip.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from cascade.backends.systolic.cost import Evaluator
 from cascade.backends.systolic.machine import Machine
 from cascade.backends.systolic.mapping import Loop, Region, Stage
 from cascade.backends.systolic.mapping import Mapping as Map
 from cascade.backends.systolic.nest import ceil_div
-from cascade.backends.systolic.work import Cascaded
+from cascade.backends.systolic.work import Cascaded, operations
 from cascade.errors import CascadeError, CommandError, Diagnostic, UnsupportedError
 from cascade.passes.traffic import scheduled_groups
 
@@ -47,36 +48,56 @@ def search(
     while number < len(mapping.regions):
         region = mapping.regions[number]
         try:
-            best, tried = _best(Evaluator(cascaded, machine, mapping), number, sizes)
+            found = [_best(Evaluator(cascaded, machine, mapping), number, sizes)]
         except UnsupportedError:
             if len(region.einsums) == 1 or region.phases:
                 raise
-            parts = tuple(
-                Region(name, (Stage((name,)),)) for name in region.einsums
-            )  # what is too large is taken apart
+            parts = tuple(Region(name, (Stage((name,)),)) for name in region.einsums)  # too large together
             mapping = replace(mapping, regions=(*mapping.regions[:number], *parts, *mapping.regions[number + 1 :]))
             continue
+        for bound in _bindings(cascaded, machine, mapping, region):
+            with contextlib.suppress(UnsupportedError):
+                found.append(_best(Evaluator(cascaded, machine, bound), number, sizes))
         if progress is not None:
-            progress(region.name, tried)
-        mapping = replace(mapping, regions=(*mapping.regions[:number], best, *mapping.regions[number + 1 :]))
+            progress(region.name, sum(best.tried for best in found))
+        mapping = min(found, key=lambda best: best.rank).mapping
         number += 1
     return mapping
+
+
+def _bindings(cascaded: Cascaded, machine: Machine, mapping: Map, region: Region) -> Iterator[Map]:
+    """Where units reach memory on paths of their own: the mapping with all of a region on each unit that can do it.
+
+    Which is best depends on operations a byte: few of them want the unit with most bandwidth, many the one with lanes.
+    """
+    if len(machine.memories) < 2 or region.phases:
+        return
+    others = tuple(pair for pair in mapping.units if pair[0] not in region.einsums)
+    for unit in machine.units.values():
+        if all(operations(cascaded.works[name].steps, unit) is not None for name in region.einsums):
+            yield replace(mapping, units=(*others, *((name, unit.name) for name in region.einsums)))
 
 
 Rank = tuple[float, int, int]  # seconds, bytes of memory, bytes on chip: the less the better
 
 
-def _best(evaluator: Evaluator, number: int, sizes: Mapping[str, int]) -> tuple[Region, int]:
-    """The best loops of one region, and how many were tried."""
+@dataclass(frozen=True, slots=True)
+class _Best:
+    """The mapping with the best loops of one region, what the region costs, how many loops were tried."""
+
+    mapping: Map
+    rank: Rank
+    tried: int
+
+
+def _best(evaluator: Evaluator, number: int, sizes: Mapping[str, int]) -> _Best:
+    """The best loops of one region."""
     region = evaluator.mapping.regions[number]
     best: tuple[Rank, Region] | None = None
     tried = 0
     lacking: UnsupportedError | None = None
-    candidates = (
-        region,
-        *_candidates(evaluator.cascaded, replace(region, keep=(), capacity=None), evaluator.extents(sizes)),
-    )
-    for candidate in candidates:
+    bare = replace(region, keep=(), capacity=None)
+    for candidate in (region, *_candidates(evaluator.cascaded, bare, evaluator.extents(sizes))):
         tried += 1
         try:
             rank = _rank(evaluator, number, candidate, sizes)
@@ -97,14 +118,17 @@ def _best(evaluator: Evaluator, number: int, sizes: Mapping[str, int]) -> tuple[
             continue
         if rank < best[0]:
             best = rank, candidate
-    return best[1], tried
+    return _Best(_with(evaluator.mapping, number, best[1]), best[0], tried)
+
+
+def _with(mapping: Map, number: int, region: Region) -> Map:
+    """A mapping with another region in the place of one."""
+    return replace(mapping, regions=(*mapping.regions[:number], region, *mapping.regions[number + 1 :]))
 
 
 def _rank(evaluator: Evaluator, number: int, region: Region, sizes: Mapping[str, int]) -> Rank:
     """What a region costs in place of the one of that number."""
-    regions = evaluator.mapping.regions
-    mapping = replace(evaluator.mapping, regions=(*regions[:number], region, *regions[number + 1 :]))
-    cost = evaluator.region_cost(evaluator.plan(mapping, number), sizes)
+    cost = evaluator.region_cost(evaluator.plan(_with(evaluator.mapping, number, region), number), sizes)
     return cost.seconds, cost.movement.bytes, cost.movement.held
 
 

@@ -623,6 +623,7 @@ class SizesType(click.ParamType[tuple[str, tuple[int, ...]]]):
 @click.option("--jobs", type=click.IntRange(1, 1024), default=1, show_default=True, help="Processes that share it.")
 @click.option("--scheduler", metavar="ADDRESS", help="A Dask cluster that runs it instead.")
 @click.option("-o", "--output", metavar="FILE", help="Where the rows go: CSV, or Parquet where the name ends so.")
+@click.option("--plot", metavar="FILE", help="Write figures as one HTML page.")
 def sweep_command(
     file: str,
     sizes: tuple[tuple[str, tuple[int, ...]], ...],
@@ -633,13 +634,14 @@ def sweep_command(
     jobs: int,
     scheduler: str | None,
     output: str | None,
+    plot: str | None,
 ) -> None:
     """Print what a cascade costs over sizes, machines and mappings: a row for every combination, as CSV.
 
     \b
     Examples:
       cascadec sweep examples/softmax.cascade --machine tpu-v4-like --machine fusemax -s M=64 -s N=1024,4096,16384
-      cascadec sweep examples/softmax.cascade --machine fusemax -s M=1,2,4 -s N=512 --jobs 2 -o rows.csv
+      cascadec sweep examples/softmax.cascade --machine fusemax -s M=1,2,4 -s N=512 -o rows.csv --plot rows.html
     """
     sweeper = importlib.import_module("cascade.backends.systolic.sweep")
     listed = dict(sizes)
@@ -651,8 +653,11 @@ def sweep_command(
         write_whole(Path(output), sweeper.parquet_bytes(rows))
     elif output is not None:
         write_whole(Path(output), sweeper.csv_text(rows))
-    shown = {"cascade": cascade.name, "output": output, "rows": rows}
-    if output is None or as_json:
+    if plot is not None:
+        plotter = importlib.import_module("cascade.backends.systolic.plot")
+        write_whole(Path(plot), plotter.page(cascade.name, rows, list(listed)))
+    shown = {"cascade": cascade.name, "output": output, "plot": plot, "rows": rows}
+    if (output is None and plot is None) or as_json:
         emit(shown, lambda: click.echo(sweeper.csv_text(rows), nl=False), as_json)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import click
 import pytest
@@ -352,6 +354,19 @@ def test_sweep_tells_where_nothing_fits(capfd: pytest.CaptureFixture[str], tmp_p
     rows = json.loads(capfd.readouterr().out)["rows"]
     assert [("error" in row, row["machine"]) for row in rows] == [(False, "fusemax")] * 2 + [(True, str(machine))] * 2
     assert rows[2]["error"].startswith("no mapping fits")
+
+
+def test_sweep_draws_figures(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "rows.html"
+    more = ["--machine", "tpu-v4-like", "-s", "N=512,1024,4096", "--plot", str(path)]
+    assert run_command([*SWEEP, *more]) == 0
+    assert capfd.readouterr().out == ""
+    text = path.read_text()
+    assert text.count("<svg") == text.count("<h2") == 8  # four units, time, speed-up, roofline, front
+    assert "M = 64" in text and "roof of fusemax" in text and "nan" not in text
+    assert "Speed-up over the first by N" in text and "fusemax: 512, 1x" in text
+    for drawing in re.findall("<svg.*?</svg>", text):
+        ElementTree.fromstring(drawing)
 
 
 def test_sweep_names_a_package_that_is_missing(

@@ -28,7 +28,6 @@ only where that is asked for.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass, field
 
 from cascade.backends.systolic.fields import Table, load_toml, read_text
@@ -289,8 +288,3 @@ def _loops(table: Table) -> tuple[Loop, ...]:
 def loop(text: str) -> Loop:
     """One loop from its text."""
     return _loops(Table("loop", "", {"loops": [text]}))[0]
-
-
-def words(pairs: MappingABC[str, str]) -> tuple[tuple[str, str], ...]:
-    """A table of words as the pairs that a mapping holds."""
-    return tuple(pairs.items())

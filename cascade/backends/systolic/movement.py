@@ -79,7 +79,7 @@ class RegionPlan:
     readers: Mapping[str, tuple[Reader, ...]]
     outside: tuple[str, ...]  # tensors that are loaded
     made: tuple[str, ...]  # tensors that are made and read here, on chip
-    leaves: frozenset[str]  # tensors that are stored
+    leaves: tuple[str, ...]  # tensors that are stored
     keep: Mapping[str, str]
     written: Mapping[str, Written]
     stage_loops: tuple[tuple[Loop, ...], ...]  # of each stage, the shared ones first
@@ -393,7 +393,7 @@ def plan_region(
     _check_region(cascaded, region, readers, here)
     outside = tuple(name for name in readers if name not in here or keep.get(name) == DRAM)
     made = tuple(name for name in here if name in readers and name not in outside)
-    leaves = frozenset(name for name in here if name in later or name in outside)
+    leaves = tuple(name for name in here if name in later or name in outside)
     capacity = min(buffer, region.capacity or buffer)
     written = {name: _written(cascaded, name, stage_of, readers.get(name, [])) for name in here}
     loops = tuple((*region.loops, *stage.loops) for stage in region.stages)
@@ -461,9 +461,12 @@ def _at_once(stage: int, lives: list[tuple[int, int, int]]) -> int:
     return total
 
 
+MOST_DIVISOR = 1 << 20
+
+
 def divisors(number: int) -> list[int]:
-    """The divisors of a number, in order."""
-    low = [at for at in range(1, math.isqrt(number) + 1) if number % at == 0]
+    """The divisors of a number, in order; of one above 2^40 those up to 2^20 and what they divide it into."""
+    low = [at for at in range(1, min(math.isqrt(number), MOST_DIVISOR) + 1) if number % at == 0]
     return sorted({*low, *(number // at for at in low)})
 
 

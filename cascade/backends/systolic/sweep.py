@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from cascade.backends.systolic.cost import Cost, Evaluator
-from cascade.backends.systolic.machine import machine
+from cascade.backends.systolic.machine import Machine, machine
 from cascade.backends.systolic.mapping import mapping
 from cascade.backends.systolic.search import search
 from cascade.backends.systolic.work import Cascaded, take_apart
@@ -69,7 +69,7 @@ def _row(cascade: Cascade, point: Point) -> Row:
         cost = _evaluator(cascade, point).cost(dict(point.sizes))
     except UnsupportedError as error:
         return row | {"error": error.diagnostics[0].message}
-    return row | _figures(cost)
+    return row | _figures(cost, machine(point.machine))
 
 
 def _evaluator(cascade: Cascade, point: Point) -> Evaluator:
@@ -89,7 +89,7 @@ def _apart(cascade: Cascade) -> Cascaded:
     return take_apart(cascade)
 
 
-def _figures(cost: Cost) -> Row:
+def _figures(cost: Cost, on: Machine) -> Row:
     longest = max(cost.regions, key=lambda region: region.seconds, default=None)
     return {
         "latency_s": cost.seconds,
@@ -98,6 +98,7 @@ def _figures(cost: Cost) -> Row:
         "traffic_bytes": cost.traffic,
         "energy_pj": cost.energy_pj,
         "bound": longest.bound if longest else "",
+        "lane_cycles": sum(found.cycles * on.units[found.unit].lanes for found in cost.einsums.values()),
     }
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from cascade.backends.systolic.machine import Machine
-from cascade.backends.systolic.mapping import Mapping, Region
+from cascade.backends.systolic.mapping import Mapping, Placement, Region
 from cascade.inference import infer_dtypes, infer_shapes
 from cascade.ir import Apply, Cascade, Const, DType, Einsum, Expr, Extent, Rank, Read, Reduce, Stmt, TopK
 from cascade.passes.traffic import BYTES
@@ -186,10 +186,32 @@ class Counting:
         peak = max(self.at_once(stage, live) for stage in range(len(region.stages)))
         self.events.held.append(room + peak)
         assert all(self.events.moved[key] >= before[key] for key in before)
+        for name, place in self.mapping.place:
+            if name in stage_of:
+                self.events.cycles[name] = self.laid(name, place, walker, stage_of[name])
         busy: Counter[str] = Counter()
         for name in region.einsums:
             busy[self.units[name]] += self.events.cycles[name]
         self.events.region_cycles.append(max(busy.values()))
+
+    def laid(self, name: str, place: Placement, walker: Walker, stage: int) -> int:
+        """Cycles of an Einsum that is laid on an array: every tile, every other coordinate, every part of the array."""
+        unit, ranks = self.machine.units[self.units[name]], self.ranks(name)
+        stmt = self.stmts[name]
+        assert isinstance(stmt, Einsum)
+        each = self.latency(stmt.expr, unit)
+        others = [rank for rank in ranks if rank not in (place.rows, place.columns, place.stream)]
+        cycles = 0
+        for tile in walker.tiles(stage, walker.within(stage, set(ranks))):
+            for _ in itertools.product(*(tile[rank] for rank in others)):
+                for _ in batches(len(tile[place.rows]), unit.rows):
+                    for _ in batches(len(tile[place.columns]), unit.columns):
+                        if unit.fill and place.stream not in self.folded(name):
+                            cycles += unit.rows  # what stays is loaded row by row
+                        cycles += each * len(tile[place.stream])
+                        if unit.fill:
+                            cycles += unit.rows - 1 + unit.columns - 1  # the last data enter late, and cross it
+        return cycles
 
     @staticmethod
     def at_once(stage: int, live: list[tuple[int, int, int]]) -> int:

@@ -62,7 +62,7 @@ class Dataflow:
         names = ("Q", "K", "QK", "A", "V", "AV")
         on_chip = frozenset(name for name in names if row[f"{name}_loc"] == "onchip")
         stationarity = (str(row["QK_stationarity"]), str(row["AV_stationarity"]))
-        return Dataflow(str(row["fusion_granularity"]), int(row["P1"]), on_chip, stationarity)
+        return Dataflow(str(row["fusion_granularity"]), int(float(row["P1"])), on_chip, stationarity)
 
 
 @functools.cache
@@ -194,8 +194,9 @@ def flat_mapping(flow: Dataflow) -> Map:
     """FLAT's three-pass attention under a dataflow: rows of the scores on chip, spilled as far as they do not fit.
 
     Where the scores are on chip, the passes over them run in turn; where they are not, the softmax takes a row at a
-    time. A product whose output stays in the array loads both operands for every tile; one whose weights stay, K or V,
-    takes all rows of the step past each of them.
+    time. A product whose output stays in the array loads both operands for every tile. Where the weights stay, K or V,
+    all rows of the step go past each tile of them; where the input stays, all weights go past each tile of it. Sums
+    that leave the array before they are complete go to memory and back, unless they are kept on chip.
     """
     rows = (loop(f"rows: p = {flow.rows}"),) if flow.granularity == "row" else ()
     outer = (loop("b = 1"), loop("h = 1"), *rows)
@@ -204,11 +205,14 @@ def flat_mapping(flow: Dataflow) -> Map:
     tiles = []
     unbuffered = ["SN"]  # as published, and operands that stay in the array
     for product, stays, operands in (("QK", flow.stationarity[0], ("Q", "K")), ("AV", flow.stationarity[1], ("V",))):
-        weights = stays == "weight"
-        tiles.append(Stage((product,), (*(() if weights else (loop("p = 256"),)), loop("m = 256"))))
-        keep |= {name: "tile" for name in operands if not weights}
-        unbuffered += operands[-1:] if weights else ()
-    keep |= {name: inside for name in ("Q", "K", "V") if name in flow.on_chip}
+        loops = (loop("p = 256"), loop("m = 256"))
+        tiles.append(Stage((product,), loops[::-1] if stays == "weight" else loops))
+        if stays == "output":
+            keep |= dict.fromkeys(operands, "tile")
+        elif product not in flow.on_chip and product == "AV":
+            keep[product] = "tile"
+        unbuffered += operands[-1:] if stays == "weight" else ()
+    keep |= {name: inside for name in ("Q", "K", "V", "AV") if name in flow.on_chip}
     keep |= {name: "dram" for name in ("QK", "A") if name not in flow.on_chip}
     if "QK" in flow.on_chip:
         softmax = [Stage(("GM",)), Stage(("SN", "SD")), Stage(("A",))]

@@ -35,8 +35,8 @@ from cascade.backends.systolic.nest import Nest, ceil_div
 from cascade.backends.systolic.work import Cascaded, Merge, Step, Work, operands, operations, take_apart
 from cascade.errors import CommandError, Diagnostic, UnsupportedError, quoted_list
 from cascade.inference import bind_sizes, infer_dtypes
-from cascade.ir import Cascade, DType, Expr
-from cascade.passes.points import LivePoints
+from cascade.ir import Cascade, DType, Expr, Reduce
+from cascade.passes.points import LivePoints, body_of
 from cascade.passes.traffic import BYTES
 from cascade.wording import suggest
 
@@ -402,7 +402,10 @@ def placed_cycles(work: Work, unit: Unit, place: Placement, extents: Mapping[str
 
 
 def placements(work: Work) -> Iterator[Placement]:
-    """The ways to lay a product on an array: its result stays, or an operand that has a folded rank does."""
+    """The ways to lay a sum of products on an array: its result stays, or an operand that has a folded rank does."""
+    body = body_of(work.stmt)
+    if not (isinstance(body, Reduce) and body.reducer == "sum" and len(work.reads) > 1):
+        return
     kept = [rank for rank in work.ranks if rank not in work.reduced]
     for folded in work.reduced:
         for one, other in itertools.permutations(kept, 2):

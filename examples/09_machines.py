@@ -2,7 +2,7 @@
 
 Every cascade goes through the pipeline and is costed twice on each machine under a searched mapping: each Einsum alone,
 and what the schedule groups in one region. Filters count for work that is spread over lanes; an array that is filled at
-its edges takes whole ranks, so a window saves it nothing. Run it with `python -m examples.08_machines`.
+its edges takes whole ranks, so a window saves it nothing. Run it with `python -m examples.09_machines`.
 """
 
 from __future__ import annotations

@@ -539,6 +539,178 @@ def show_kernels(payload: dict[str, Any]) -> None:
     table(("kernel", "grid", "tile", "registers", "spills", "shared", "blocks/SM", "wgmma", "mma", "remarks"), rows)
 
 
+@commands.command("cost")
+@about_program
+@click.option("--machine", "name", metavar="NAME|FILE", required=True, help="A machine that is known, or a TOML file.")
+@click.option("--mapping", "path", metavar="FILE", help="The mapping, a TOML file; without it one is searched.")
+@click.option("--after", metavar="PASS", help="Cost the cascade after this pass of the pipeline.")
+@click.option("--as-published", is_flag=True, help="Count as the published evaluation of the mapping did.")
+@click.option("--symbolic", is_flag=True, help="Closed forms in the shape symbols, of a mapping that is given.")
+@click.option("--save-mapping", "save", metavar="FILE", help="Write the mapping that was used, to be edited.")
+def cost_command(
+    options: Options,
+    name: str,
+    path: str | None,
+    after: str | None,
+    as_published: bool,
+    symbolic: bool,
+    save: str | None,
+) -> None:
+    """Print what a cascade costs on a modelled spatial machine: cycles, use of units, traffic, energy.
+
+    All shape symbols need a size. With a mapping the cascade is taken as written, one reduction a statement; without
+    one it goes through the pipeline, and what the schedule groups shares a region. --after chooses otherwise.
+
+    \b
+    Examples:
+      cascadec cost examples/attention.cascade --machine fusemax -s B=1 -s H=8 -s M=4096 -s N=4096 -s E=64 -s F=64
+      cascadec cost examples/softmax.cascade --machine tpu-v4-like -s B=64 -s N=4096 --save-mapping softmax.toml
+    """
+    gpus = importlib.import_module("cascade.backends.triton.machine")
+    if name.lower() in gpus.MACHINES:
+        if path or as_published or save or after or symbolic:
+            message = f"{name} is a GPU: the planner of kernels maps the cascade"
+            raise click.UsageError(message, click.get_current_context())
+        cost_of_kernels(options, gpus.machine(name))
+        return
+    systolic = {part: importlib.import_module(f"cascade.backends.systolic.{part}") for part in SYSTOLIC}
+    machine = systolic["machine"].machine(name)
+    until = parse_pass(after, PASSES).name if after else (Canonicalize.name if path else None)
+    cascaded = systolic["work"].take_apart(pipeline.run_pipeline(load_typed(options), until).final)
+    if path is not None:
+        mapping = systolic["mapping"].mapping(path)
+    elif symbolic:
+        raise click.UsageError("--symbolic needs a --mapping", click.get_current_context())
+    else:
+        mapping = systolic["search"].search(cascaded, machine, options.sizes, told if sys.stderr.isatty() else None)
+    if save is not None:
+        write_whole(Path(save), systolic["mapping"].render_mapping(mapping))
+    evaluator = systolic["cost"].Evaluator(cascaded, machine, mapping)
+    if symbolic:
+        forms = importlib.import_module("cascade.backends.systolic.symbolic")  # lazily: it needs SymPy
+        closed = {"cascade": cascaded.cascade.name, "machine": name, **forms.forms_json(forms.closed_forms(evaluator))}
+        emit(closed, lambda: show_forms(closed), options.json)
+        return
+    found = evaluator.cost(options.sizes, as_published)
+    report = systolic["report"]
+    payload = {"cascade": cascaded.cascade.name, "sizes": options.sizes, **report.cost_json(found, machine)}
+    emit(payload, lambda: show_cost(report.summary(found, machine), report.einsum_rows(found)), options.json)
+
+
+SYSTOLIC = ("machine", "mapping", "work", "search", "cost", "report")  # what a cost needs of its backend, loaded lazily
+
+
+class SizesType(click.ParamType[tuple[str, tuple[int, ...]]]):
+    """`NAME=NUMBER,NUMBER`, sizes of a shape symbol."""
+
+    name = "NAME=NUMBER,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        name, _, listed = value.partition("=")
+        one = SizeType()
+        return name, tuple(one.convert(f"{name}={number}", param, ctx)[1] for number in listed.split(","))
+
+
+@commands.command("sweep")
+@click.argument("file", metavar="FILE")
+@click.option("-s", "--size", "sizes", type=SizesType(), multiple=True, help="Sizes of a shape symbol, M=1024,4096.")
+@DTYPE
+@JSON
+@click.option("--machine", "machines", metavar="NAME|FILE", multiple=True, required=True, help="One of the machines.")
+@click.option("--mapping", "mappings", metavar="FILE", multiple=True, help="One of the mappings; else it is searched.")
+@click.option("--jobs", type=click.IntRange(1, 1024), default=1, show_default=True, help="Processes that share it.")
+@click.option("--scheduler", metavar="ADDRESS", help="A Dask cluster that runs it instead.")
+@click.option("-o", "--output", metavar="FILE", help="Where the rows go: CSV, or Parquet where the name ends so.")
+@click.option("--plot", metavar="FILE", help="Write figures as one HTML page.")
+def sweep_command(
+    file: str,
+    sizes: tuple[tuple[str, tuple[int, ...]], ...],
+    dtype: str | None,
+    as_json: bool,
+    machines: tuple[str, ...],
+    mappings: tuple[str, ...],
+    jobs: int,
+    scheduler: str | None,
+    output: str | None,
+    plot: str | None,
+) -> None:
+    """Print what a cascade costs over sizes, machines and mappings: a row for every combination, as CSV.
+
+    \b
+    Examples:
+      cascadec sweep examples/softmax.cascade --machine tpu-v4-like --machine fusemax -s M=64 -s N=1024,4096,16384
+      cascadec sweep examples/softmax.cascade --machine fusemax -s M=1,2,4 -s N=512 -o rows.csv --plot rows.html
+    """
+    sweeper = importlib.import_module("cascade.backends.systolic.sweep")
+    listed = dict(sizes)
+    first = {name: values[0] for name, values in listed.items()}
+    cascade = load_typed(Options(file, first, DType(dtype) if dtype else None, as_json))
+    final = pipeline.run_pipeline(cascade, Canonicalize.name if mappings else None).final
+    rows = sweeper.sweep(final, sweeper.points(machines, mappings, listed), jobs, scheduler)
+    if output is not None and output.endswith(".parquet"):
+        write_whole(Path(output), sweeper.parquet_bytes(rows))
+    elif output is not None:
+        write_whole(Path(output), sweeper.csv_text(rows))
+    if plot is not None:
+        plotter = importlib.import_module("cascade.backends.systolic.plot")
+        write_whole(Path(plot), plotter.page(cascade.name, rows, list(listed)))
+    shown = {"cascade": cascade.name, "output": output, "plot": plot, "rows": rows}
+    if (output is None and plot is None) or as_json:
+        emit(shown, lambda: click.echo(sweeper.csv_text(rows), nl=False), as_json)
+
+
+def cost_of_kernels(options: Options, machine: Any) -> None:
+    """What the planner's own model says of the kernels of the program on a GPU."""
+    forecaster = importlib.import_module("cascade.backends.triton.forecast")
+    trial = importlib.import_module("cascade.trial")  # lazily: it needs torch
+    cascade = load(options)
+    types = trial.param_types(cascade, options.dtype or DType.BF16)
+    kernels, outside = forecaster.forecast(pipeline.run_pipeline(cascade).final, options.sizes, types, machine)
+    payload = {
+        "cascade": cascade.name,
+        "sizes": options.sizes,
+        **forecaster.forecast_json(kernels, outside, machine),
+    }
+    emit(payload, lambda: show_forecast(payload), options.json)
+
+
+def show_forecast(payload: dict[str, Any]) -> None:
+    """The time and the traffic, and a row for every kernel."""
+    click.echo(f"{payload['machine']}: {payload['latency_s'] * 1e6:.1f} us, {payload['traffic_bytes']:.4g} bytes moved")
+    for phase in payload["phases"]:
+        click.echo(f"{phase['kernel']}: {phase['text']}")
+    if payload["outside"]:
+        click.echo(f"in no kernel, and not predicted: {', '.join(payload['outside'])}")
+
+
+def load_typed(options: Options) -> Cascade:
+    """The cascade that the command line names, untyped parameters with the type it states."""
+    return specialise(load(options), {}, options.dtype)
+
+
+def told(region: str, tried: int) -> None:
+    """How far a search has come, on standard error."""
+    click.echo(f"region {region}: {tried} ways to run it tried", err=True)
+
+
+def show_forms(closed: dict[str, Any]) -> None:
+    """The closed forms: of every Einsum, and of what every region moves and holds."""
+    table(
+        ("einsum", "unit", "cycles"), [(name, one["unit"], one["cycles"]) for name, one in closed["per_einsum"].items()]
+    )
+    for region in closed["regions"]:
+        click.echo(f"{region['name']}: {region['cycles']} cycles; {region['on_chip_bytes']} bytes on chip")
+        table(("moved", "bytes"), list(region["moved"].items()))
+
+
+def show_cost(lines: list[str], rows: list[tuple[str, ...]]) -> None:
+    """The summary, and a row for every Einsum."""
+    click.echo("\n".join(lines))
+    table(("einsum", "unit", "points", "cycles", "of the time"), rows)
+
+
 def list_passes(as_json: bool) -> None:
     """The passes of the compiler, a row for each."""
     rows = [

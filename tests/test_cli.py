@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import click
 import pytest
@@ -242,6 +244,141 @@ def test_passes_of_a_partitioned_rank(capfd: pytest.CaptureFixture[str], file: s
 
 
 # --- Python programs -------------------------------------------------------------------------------------------------
+
+
+COST = ("cost", str(ROOT / "examples/softmax.cascade"), "-s", "M=64", "-s", "N=4096")
+
+
+def test_cost(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_command([*COST, "--machine", "tpu-v4-like"]) == 0
+    out = capfd.readouterr().out
+    assert out.startswith("tpu-v4-like: ") and "bound by " in out and "the ridge at" in out
+    assert "einsum" in out and "vpu" in out
+
+
+def test_cost_json(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_command([*COST, "--machine", "tpu-v4-like", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    keys = (
+        "machine",
+        "latency_s",
+        "cycles",
+        "utilisation",
+        "traffic_bytes",
+        "energy_pj",
+        "area_um2",
+        "per_einsum",
+        "phases",
+    )
+    assert set(keys) <= set(found)
+    assert found["machine"] == "tpu-v4-like" and found["energy_pj"] is None
+    assert found["traffic_bytes"] >= 2 * 2 * 64 * 4096
+
+
+def test_cost_writes_a_mapping_that_it_reads(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = str(tmp_path / "mapping.toml")
+    assert run_command([*COST, "--machine", "fusemax", "--save-mapping", path, "--json"]) == 0
+    first = capfd.readouterr().out
+    assert run_command([*COST, "--machine", "fusemax", "--mapping", path, "--after", "fuse", "--json"]) == 0
+    assert capfd.readouterr().out == first
+
+
+def test_cost_in_closed_form(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    mapping = tmp_path / "mapping.toml"
+    names = ["Y_max", "Y_sum", "Y"]
+    mapping.write_text("".join(f'[[regions]]\n[[regions.stages]]\neinsums = ["{name}"]\n' for name in names))
+    command = [*COST[:2], "--machine", "fusemax", "--mapping", str(mapping), "--symbolic"]
+    assert run_command(command) == 0
+    assert "Y_max   2d    M*N/65536" in capfd.readouterr().out
+    assert run_command([*command, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["regions"][0]["traffic_bytes"] == "2*M*N + 2*M"
+    assert run_command([*COST, "--machine", "fusemax", "--symbolic"]) == 2
+
+
+def test_cost_on_a_gpu_is_what_the_planner_says(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_command([*COST, "--machine", "h200", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["machine"] == "h200" and found["latency_s"] > 0 and found["outside"] == []
+    assert run_command([*COST, "--machine", "h200", "--as-published"]) == 2
+    assert "the planner of kernels maps the cascade" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "says"),
+    [
+        (["--machine", "fusemaxx"], 2, "did you mean 'fusemax'"),
+        (["--machine", "missing.toml"], 2, "cannot read missing.toml"),
+        (["--machine", "fusemax", "--mapping", "missing.toml"], 2, "cannot read missing.toml"),
+        (["--machine", "eyeriss-like", "-s", "M=100000000000"], 0, ""),
+    ],
+)
+def test_cost_of_what_is_wrong(capfd: pytest.CaptureFixture[str], more: list[str], code: int, says: str) -> None:
+    assert run_command([*COST, *more]) == code
+    assert says in capfd.readouterr().err
+
+
+def test_cost_names_what_does_not_fit(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    machine = tmp_path / "small.toml"
+    machine.write_text('extends = "fusemax"\n[buffer]\nbytes = 3\n')
+    assert run_command([*COST, "--machine", str(machine)]) == 1
+    assert "error[C540]: no mapping fits" in capfd.readouterr().err
+
+
+SWEEP = ("sweep", str(ROOT / "examples/softmax.cascade"), "--machine", "fusemax", "-s", "M=64,128")
+
+
+def test_sweep_prints_a_row_for_every_combination(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_command([*SWEEP, "--machine", "tpu-v4-like", "-s", "N=512,1024"]) == 0
+    header, *rows = capfd.readouterr().out.splitlines()
+    assert header.startswith("machine,mapping,M,N,latency_s,cycles,utilisation_2d,utilisation_1d")
+    assert [row.split(",")[:4:2] for row in rows[:2]] == [["fusemax", "64"], ["fusemax", "64"]]
+    assert len(rows) == 8 and rows[4].startswith("tpu-v4-like,,64,512")
+
+
+def test_sweep_in_processes_gives_the_same_rows(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    mapping, path = tmp_path / "mapping.toml", tmp_path / "rows.csv"
+    names = ["Y_max", "Y_sum", "Y"]
+    mapping.write_text("".join(f'[[regions]]\n[[regions.stages]]\neinsums = ["{name}"]\n' for name in names))
+    sizes = "N=" + ",".join(str(size) for size in range(1, 101))
+    command = [*SWEEP, "--mapping", str(mapping), "-s", sizes]
+    assert run_command([*command, "--jobs", "2", "-o", str(path)]) == 0
+    assert capfd.readouterr().out == ""
+    assert run_command(command) == 0
+    assert capfd.readouterr().out == path.read_text() and len(path.read_text().splitlines()) == 201
+
+
+def test_sweep_tells_where_nothing_fits(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    machine = tmp_path / "small.toml"
+    machine.write_text('extends = "fusemax"\n[buffer]\nbytes = 3\n')
+    assert run_command([*SWEEP, "--machine", str(machine), "-s", "N=16", "--json"]) == 0
+    rows = json.loads(capfd.readouterr().out)["rows"]
+    assert [("error" in row, row["machine"]) for row in rows] == [(False, "fusemax")] * 2 + [(True, str(machine))] * 2
+    assert rows[2]["error"].startswith("no mapping fits")
+
+
+def test_sweep_draws_figures(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "rows.html"
+    more = ["--machine", "tpu-v4-like", "-s", "N=512,1024,4096", "--plot", str(path)]
+    assert run_command([*SWEEP, *more]) == 0
+    assert capfd.readouterr().out == ""
+    text = path.read_text()
+    assert text.count("<svg") == text.count("<h2") == 8  # four units, time, speed-up, roofline, front
+    assert "M = 64" in text and "roof of fusemax" in text and "nan" not in text
+    assert "Speed-up over the first by N" in text and "fusemax: 512, 1x" in text
+    for drawing in re.findall("<svg.*?</svg>", text):
+        ElementTree.fromstring(drawing)
+
+
+def test_sweep_names_a_package_that_is_missing(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for package, more in (
+        ("pyarrow", ["-o", str(tmp_path / "rows.parquet")]),
+        ("distributed", ["--scheduler", "here"]),
+    ):
+        monkeypatch.setitem(sys.modules, package, None)
+        assert run_command([*SWEEP, "-s", "N=16", *more]) == 2
+        assert f"needs {package}, which is not installed" in capfd.readouterr().err
 
 
 def test_python_file(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

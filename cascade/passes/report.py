@@ -24,10 +24,11 @@ from typing import Any
 
 from cascade.inference import infer_shapes
 from cascade.ir import Cascade, DType
+from cascade.passes.amounts import Amount
 from cascade.passes.lifts import Blocked, Lifted, Lifting
 from cascade.passes.pass_count import Passes, all_passes, extents_text, footprint, partitions
 from cascade.passes.fuse import Fuse
-from cascade.passes.traffic import Amount, traffic
+from cascade.passes.traffic import traffic
 
 WIDTH = 110
 """Columns of the text."""

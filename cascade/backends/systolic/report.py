@@ -1,0 +1,105 @@
+"""A cost as one JSON object with stable keys, and as tables that a person reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cascade.backends.systolic.cost import Cost
+from cascade.backends.systolic.machine import Machine
+
+
+def cost_json(cost: Cost, machine: Machine) -> dict[str, Any]:
+    """The cost with the keys of `cascadec cost --json`; None, null in JSON, for what is not known."""
+    einsums = {
+        name: {
+            "unit": found.unit,
+            "points": found.points,
+            "cycles": found.cycles,
+            "share": found.cycles / cost.cycles if cost.cycles else 0.0,
+            "energy_pj": found.energy,
+        }
+        for name, found in cost.einsums.items()
+    }
+    phases = [
+        {"region": region.name, "units": dict(phase.units), "drain": phase.drain, "cycles": phase.cycles}
+        for region in cost.regions
+        for phase in region.phases
+    ]
+    return {
+        "machine": cost.machine,
+        "latency_s": cost.seconds,
+        "cycles": cost.cycles,
+        "utilisation": cost.utilisation,
+        "traffic_bytes": cost.traffic,
+        "energy_pj": cost.energy_pj,
+        "area_um2": machine.area(),
+        "per_einsum": einsums,
+        "phases": phases,
+        "regions": [
+            {
+                "name": region.name,
+                "seconds": region.seconds,
+                "cycles": region.cycles,
+                "memory_s": region.memory_s,
+                "bound": region.bound,
+                "on_chip_bytes": region.movement.held,
+                "traffic_bytes": region.movement.bytes,
+            }
+            for region in cost.regions
+        ],
+        "energy_by": dict(cost.energy),
+        "assumed": list(cost.assumed),
+    }
+
+
+def summary(cost: Cost, machine: Machine) -> list[str]:
+    """What a person wants to know first, a line each: time, what bounds it, use of units, traffic, energy."""
+    bounds = sorted(cost.regions, key=lambda region: -region.seconds)
+    used = ", ".join(f"{unit} {share:.1%}" for unit, share in cost.utilisation.items())
+    lines = [
+        f"{machine.name}: {seconds_text(cost.seconds)}, {cost.cycles:.4g} cycles, units used {used}",
+        f"bound by {bounds[0].bound}" if bounds else "nothing to do",
+        f"traffic {bytes_text(cost.traffic)}; {_roofline(cost, machine)}",
+    ]
+    if cost.energy_pj is not None:
+        shares = ", ".join(f"{name} {part / cost.energy_pj:.1%}" for name, part in cost.energy.items() if part)
+        lines.append(f"energy {cost.energy_pj / 1e12:.4g} J: {shares}")
+    if cost.assumed:
+        lines.append(f"filters taken to hold everywhere in {', '.join(cost.assumed)}")
+    return lines
+
+
+def _roofline(cost: Cost, machine: Machine) -> str:
+    """Where the cascade lies under the roof of the machine: operations a byte, and where its ridge is."""
+    points = sum(found.cycles * machine.units[found.unit].lanes for found in cost.einsums.values())
+    peak = sum(unit.lanes for unit in machine.units.values()) * machine.clock_hz
+    ridge = peak / sum(memory.bandwidth for memory in machine.memories.values())
+    if not cost.traffic:
+        return "nothing moves"
+    reach = points / cost.traffic
+    side = "right of" if reach >= ridge else "left of"
+    return f"{reach:.4g} lane cycles a byte, {side} the ridge at {ridge:.4g}"
+
+
+def einsum_rows(cost: Cost) -> list[tuple[str, ...]]:
+    """A row for every Einsum: its name, unit, points, cycles, the share of all time."""
+    return [
+        (name, found.unit, f"{found.points}", f"{found.cycles}", f"{found.cycles / (cost.cycles or 1.0):.1%}")
+        for name, found in cost.einsums.items()
+    ]
+
+
+def seconds_text(seconds: float) -> str:
+    """Seconds in the unit in which they read best."""
+    for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "us")):
+        if seconds * factor >= 1.0:
+            return f"{seconds * factor:.4g} {unit}"
+    return f"{seconds * 1e9:.4g} ns"
+
+
+def bytes_text(count: float) -> str:
+    """Bytes in the unit in which they read best."""
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if count >= 1024**power:
+            return f"{count / 1024**power:.4g} {unit}"
+    return f"{count:.4g} B"

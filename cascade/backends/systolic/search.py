@@ -1,0 +1,246 @@
+"""Mappings for a cascade that comes without one: the groups of its schedule as regions, loops found by trying.
+
+What the schedule groups runs in one region, everything else alone. Ranks that move every tensor of a region are gone
+through one coordinate at a time: nothing is shared between them. What is left to choose are loops over the other ranks
+that all Einsums of a region, or of a stage, have: which, in which order, of which size. All orders of up to three loops
+are tried, the outer ones as large as fits or a power of two, so for small regions the choice is the best there is of
+this form: least time, then least traffic, then least on chip.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from cascade.backends.systolic.cost import Evaluator
+from cascade.backends.systolic.machine import Machine
+from cascade.backends.systolic.mapping import Loop, Region, Stage
+from cascade.backends.systolic.mapping import Mapping as Map
+from cascade.backends.systolic.nest import ceil_div
+from cascade.backends.systolic.work import Cascaded, operations
+from cascade.errors import CascadeError, CommandError, Diagnostic, UnsupportedError
+from cascade.passes.traffic import scheduled_groups
+
+MOST_LOOPS = 3
+MOST_TIMES = 32  # iterations of a loop that are tried beside the largest divisor
+SIZES = (16, 256)
+"""Sizes that are tried beside the largest that fits."""
+
+Progress = Callable[[str, int], None]
+
+
+def search(
+    cascaded: Cascaded,
+    machine: Machine,
+    sizes: Mapping[str, int],
+    progress: Progress | None = None,
+    start: Map | None = None,
+) -> Map:
+    """The best mapping of the forms that are tried, for the sizes of all shape symbols; raises C540 where none fits.
+
+    `progress` is told the region and how many loops were tried for it. With a mapping to `start` from, its regions,
+    stages and phases stay, and its loops are among those that are tried.
+    """
+    mapping = Map(tuple(_regions(cascaded))) if start is None else start
+    number = 0
+    while number < len(mapping.regions):
+        region = mapping.regions[number]
+        try:
+            found = [_best(Evaluator(cascaded, machine, mapping), number, sizes)]
+        except UnsupportedError:
+            if len(region.einsums) == 1 or region.phases:
+                raise
+            parts = tuple(Region(name, (Stage((name,)),)) for name in region.einsums)  # too large together
+            mapping = replace(mapping, regions=(*mapping.regions[:number], *parts, *mapping.regions[number + 1 :]))
+            continue
+        for bound in _bindings(cascaded, machine, mapping, region):
+            with contextlib.suppress(UnsupportedError):
+                found.append(_best(Evaluator(cascaded, machine, bound), number, sizes))
+        if progress is not None:
+            progress(region.name, sum(best.tried for best in found))
+        mapping = min(found, key=lambda best: best.rank).mapping
+        number += 1
+    return mapping
+
+
+def _bindings(cascaded: Cascaded, machine: Machine, mapping: Map, region: Region) -> Iterator[Map]:
+    """Where units reach memory on paths of their own: the mapping with all of a region on each unit that can do it.
+
+    Which is best depends on operations a byte: few of them want the unit with most bandwidth, many the one with lanes.
+    """
+    if len(machine.memories) < 2 or region.phases:
+        return
+    others = tuple(pair for pair in mapping.units if pair[0] not in region.einsums)
+    for unit in machine.units.values():
+        if all(operations(cascaded.works[name].steps, unit) is not None for name in region.einsums):
+            yield replace(mapping, units=(*others, *((name, unit.name) for name in region.einsums)))
+
+
+Rank = tuple[float, int, int]  # seconds, bytes of memory, bytes on chip: the less the better
+
+
+@dataclass(frozen=True, slots=True)
+class _Best:
+    """The mapping with the best loops of one region, what the region costs, how many loops were tried."""
+
+    mapping: Map
+    rank: Rank
+    tried: int
+
+
+def _best(evaluator: Evaluator, number: int, sizes: Mapping[str, int]) -> _Best:
+    """The best loops of one region."""
+    region = evaluator.mapping.regions[number]
+    best: tuple[Rank, Region] | None = None
+    tried = 0
+    lacking: UnsupportedError | None = None
+    bare = replace(region, keep=(), capacity=None)
+    for candidate in (region, *_candidates(evaluator.cascaded, bare, evaluator.extents(sizes))):
+        tried += 1
+        try:
+            rank = _rank(evaluator, number, candidate, sizes)
+        except CommandError:  # these loops cannot hold these Einsums
+            continue
+        except UnsupportedError as error:
+            lacking = lacking or error
+            continue
+        if best is None or rank < best[0]:
+            best = rank, candidate
+    if best is None:
+        raise lacking or _nothing(region)
+    for candidate in _uneven(best[1], evaluator, sizes):
+        tried += 1
+        try:
+            rank = _rank(evaluator, number, candidate, sizes)
+        except CascadeError:
+            continue
+        if rank < best[0]:
+            best = rank, candidate
+    return _Best(_with(evaluator.mapping, number, best[1]), best[0], tried)
+
+
+def _with(mapping: Map, number: int, region: Region) -> Map:
+    """A mapping with another region in the place of one."""
+    return replace(mapping, regions=(*mapping.regions[:number], region, *mapping.regions[number + 1 :]))
+
+
+def _rank(evaluator: Evaluator, number: int, region: Region, sizes: Mapping[str, int]) -> Rank:
+    """What a region costs in place of the one of that number."""
+    cost = evaluator.region_cost(evaluator.plan(_with(evaluator.mapping, number, region), number), sizes)
+    return cost.seconds, cost.movement.bytes, cost.movement.held
+
+
+def _uneven(region: Region, evaluator: Evaluator, sizes: Mapping[str, int]) -> Iterator[Region]:
+    """The region with each loop that is as large as fits in few iterations of about the same length instead.
+
+    What fits is a divisor; the fewest iterations that fit may be fewer where the last one is shorter.
+    """
+    extents = evaluator.extents(sizes)
+    for at, old in enumerate(region.loops):
+        if old.size is None:
+            inner = [loop.size or 1 for stage in region.stages for loop in stage.loops if loop.rank == old.rank]
+            least = max(inner, default=1)
+            for times in range(2, MOST_TIMES + 1):
+                size = ceil_div(ceil_div(extents[old.rank], least), times) * least
+                yield replace(region, loops=(*region.loops[:at], replace(old, size=size), *region.loops[at + 1 :]))
+
+
+def _nothing(region: Region) -> UnsupportedError:
+    message = f"no mapping fits: no loops of region {region.name!r} can run"
+    return UnsupportedError(Diagnostic("C540", message, help="give a mapping file"))
+
+
+def _regions(cascaded: Cascaded) -> Iterator[Region]:
+    """A region for every group of the schedule and every other Einsum, behind what it reads."""
+    groups = scheduled_groups(cascaded.cascade)
+    home: dict[str, tuple[str, ...]] = {}
+    for name in cascaded.works:
+        inside = next((group for group in groups if group & _defines(cascaded, name)), frozenset())
+        members = tuple(other for other in cascaded.works if other not in home and inside & _defines(cascaded, other))
+        if name not in home:
+            home.update(dict.fromkeys(members or (name,), members or (name,)))
+    left = list(dict.fromkeys(home.values()))
+    done: set[str] = set()
+    while left:
+        ready = next((group for group in left if _needs(cascaded, group) <= done), left[0])
+        left.remove(ready)
+        done.update(ready)
+        yield Region("+".join(ready[:1] if len(ready) == 1 else (ready[0], ready[-1])), tuple(_stages(cascaded, ready)))
+
+
+def _defines(cascaded: Cascaded, name: str) -> frozenset[str]:
+    return frozenset(access.tensor for access in cascaded.works[name].writes)
+
+
+def _needs(cascaded: Cascaded, group: tuple[str, ...]) -> set[str]:
+    """The Einsums outside of a group whose tensors it reads."""
+    read = {access.tensor for name in group for access in cascaded.works[name].reads}
+    return {cascaded.maker[name] for name in read if name in cascaded.maker} - set(group)
+
+
+def _stages(cascaded: Cascaded, group: tuple[str, ...]) -> Iterator[Stage]:
+    """The Einsums of a group by the pass in which they run, of the rank that is passed over most."""
+    passes = max(cascaded.passes.values(), key=lambda found: len({found[name] for name in group if name in found}))
+    numbers = {passes[name] for name in group if name in passes}
+    if len(numbers) < 2:
+        folded = {rank for name in group for rank in cascaded.works[name].reduced}
+        late = [name for name in group if folded and not folded & set(cascaded.works[name].ranks)]
+        while fed := [name for name in late if _feeds(cascaded, name, set(group) - set(late))]:
+            late = [name for name in late if name not in fed]
+        early = tuple(name for name in group if name not in late)
+        yield from (Stage(part) for part in (early, tuple(late)) if part)
+        return
+    current: list[str] = []
+    at = 0
+    for name in group:
+        number = max(at, passes.get(name, at))
+        if current and number != at:
+            yield Stage(tuple(current))
+            current = []
+        current.append(name)
+        at = number
+    yield Stage(tuple(current))
+
+
+def _feeds(cascaded: Cascaded, name: str, others: set[str]) -> bool:
+    """Whether one of some Einsums reads what an Einsum makes."""
+    made = _defines(cascaded, name)
+    return any(access.tensor in made for other in others for access in cascaded.works[other].reads)
+
+
+def _candidates(cascaded: Cascaded, region: Region, extents: Mapping[str, int]) -> Iterator[Region]:
+    """The region with loops in every way that is tried."""
+    works = [cascaded.works[name] for name in region.einsums]
+    common = [rank for rank in works[0].ranks if all(rank in work.ranks for work in works)]
+    every = [access for work in works for access in (*work.reads, *work.writes)]
+    outer = [rank for rank in common if all(rank in access.ranks for access in every) and extents[rank] > 1]
+    if len(outer) == len(common):
+        outer = outer[:-1]
+    points = tuple(Loop(rank, 1, rank) for rank in outer)
+    rest = [rank for rank in common if rank not in outer and extents[rank] > 1]
+    inner = [_own(cascaded, stage, {*common}, extents) for stage in region.stages]
+    for shared in _orders(rest):
+        for own in itertools.product(*inner):
+            stages = tuple(replace(stage, loops=loops) for stage, loops in zip(region.stages, own, strict=True))
+            yield replace(region, loops=(*points, *shared), stages=stages)
+
+
+def _own(cascaded: Cascaded, stage: Stage, shared: set[str], extents: Mapping[str, int]) -> list[tuple[Loop, ...]]:
+    """Loops of a stage's own, over one rank that its Einsums fold away or make together: none, or one of some size."""
+    works = [cascaded.works[name] for name in stage.einsums]
+    ranks = dict.fromkeys(rank for work in works for rank in work.ranks if rank not in shared)
+    full = [rank for rank in ranks if sum(rank in work.ranks for work in works) > 1 or len(works) == 1]
+    found: list[tuple[Loop, ...]] = [()]
+    for rank in full:
+        found += [(Loop(rank, size, rank),) for size in SIZES if size < extents[rank]]
+    return found
+
+
+def _orders(ranks: list[str]) -> Iterator[tuple[Loop, ...]]:
+    """Loops over some of the ranks in every order, the sizes of each: as large as fits, or one of a few."""
+    for count in range(min(MOST_LOOPS, len(ranks)) + 1):
+        for chosen in itertools.permutations(ranks, count):
+            for kinds in itertools.product((None, *SIZES), repeat=count):
+                yield tuple(Loop(rank, size, rank) for rank, size in zip(chosen, kinds, strict=True))

@@ -1,0 +1,93 @@
+"""How long the kernels of a cascade would take on a GPU that is not there: the planner's own choice and model.
+
+    forecast(final, sizes, types, machine("h200"))      a kernel each: its statements, its tiles, what is predicted
+
+Nothing is modelled here. Groups, tiles and estimates are those of a call with contiguous tensors of these sizes; small
+launches beside them, which make tables and bounds or merge shared streams, are not counted. What runs in no kernel is
+named and not predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cascade.backends.triton.count import work
+from cascade.backends.triton.machine import Estimate, Machine, Work
+from cascade.backends.triton.partition import Rest
+from cascade.backends.triton.planner import Planner, Tiling
+from cascade.backends.triton.restate import restated
+from cascade.backends.triton.standalone import contiguous
+from cascade.backends.triton.tune import choose, planned
+from cascade.inference import bind_sizes
+from cascade.ir import Cascade, DType
+from cascade.walk import defines
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """One kernel: the names it defines, its tiles, what it is asked for, what the model says."""
+
+    name: str
+    defines: tuple[str, ...]
+    tiling: Tiling
+    work: Work
+    estimate: Estimate
+
+
+def forecast(
+    final: Cascade, sizes: Mapping[str, int], types: Mapping[str, DType], machine: Machine
+) -> tuple[tuple[Forecast, ...], tuple[str, ...]]:
+    """The kernels of a cascade after the pipeline, in order, and the names of what runs in none."""
+    bound = bind_sizes(final, {}, sizes)
+    cascade = restated(final, bound, types, bound).cascade
+    layouts = {
+        param.name: contiguous(
+            [size if isinstance(size, int) else bound[size] for size in param.shape], types[param.name]
+        )
+        for param in cascade.params
+    }
+    planner = Planner(cascade, bound, layouts, machine.arch >= "sm_90")
+    groups = planner.groups()
+    found: list[Forecast] = []
+    outside: list[str] = []
+    for number, group in enumerate(groups):
+        if isinstance(group, Rest):
+            outside += [name for stmt in group.statements for name in defines(stmt)]
+            continue
+        name = f"{final.name}_{number}"
+        choice = choose(planner, name, group, groups, machine)
+        kernel, extents = planned(planner, name, group, groups, choice.tiling)
+        names = tuple(name for stmt in group.statements for name in defines(stmt))
+        found.append(Forecast(name, names, choice.tiling, work(kernel, extents), choice.estimate))
+    return tuple(found), tuple(outside)
+
+
+def forecast_json(kernels: tuple[Forecast, ...], outside: tuple[str, ...], machine: Machine) -> dict[str, Any]:
+    """The kernels with the keys of `cascadec cost --json`; cycles are those of the GPU's clock."""
+    seconds = sum(kernel.estimate.time_us for kernel in kernels) / 1e6
+    busy: dict[str, float] = {}
+    for kernel in kernels:
+        for unit, time in kernel.estimate.parts:
+            busy[unit] = busy.get(unit, 0.0) + time / 1e6
+    return {
+        "machine": machine.name,
+        "latency_s": seconds,
+        "cycles": seconds * machine.clock_ghz * 1e9,
+        "utilisation": {unit: time / seconds for unit, time in busy.items()},
+        "traffic_bytes": sum(kernel.work.read_bytes + kernel.work.write_bytes for kernel in kernels),
+        "energy_pj": None,
+        "area_um2": None,
+        "per_einsum": {
+            kernel.name: {
+                "unit": kernel.estimate.bound,
+                "einsums": list(kernel.defines),
+                "cycles": kernel.estimate.time_us * machine.clock_ghz * 1e3,
+                "share": kernel.estimate.time_us / 1e6 / seconds,
+            }
+            for kernel in kernels
+        },
+        "phases": [{"kernel": kernel.name, "text": kernel.estimate.text()} for kernel in kernels],
+        "outside": list(outside),
+    }

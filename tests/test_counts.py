@@ -8,8 +8,9 @@ import torch
 from cascade import interp
 from cascade.backends.triton.counts import with_extents
 from cascade.frontend.build import parse_cascade
+from cascade.inference import infer_dtypes
 from cascade.interp import Precision
-from cascade.ir import Cascade
+from cascade.ir import Cascade, DType
 from cascade.pipeline import run_pipeline
 from cascade.verify import verify
 from cascade.walk import defines
@@ -21,6 +22,7 @@ TEXT = """cascade c(Q[H,M,E], K[G,M,E], g[E]) -> Y[M,H,E] {{
     Y[m,h,e] = rmsnorm[e](U[m,h,e], g[e])
 }}"""
 SIZES = {"H": 4, "G": 2, "M": 7, "E": 5}
+TYPES = dict.fromkeys("QKg", DType.BF16)
 
 
 def final(each: int = 2, where: str = "n <= m") -> Cascade:
@@ -35,7 +37,7 @@ def names(cascade: Cascade) -> set[str]:
 
 def test_a_mean_of_what_surely_is_divides_by_an_extent() -> None:
     plain = final()
-    found = with_extents(plain, SIZES)
+    found = with_extents(plain, SIZES, TYPES)
     verify(found)
     assert names(plain) - names(found) == {"Y_count", "Y_x"}
     text = str(found)
@@ -60,9 +62,19 @@ SHAPES = {"Q": "HME", "K": "GME", "g": "E"}
 )
 def test_what_may_lack_something_is_counted(each: int, where: str, extents: dict[str, int]) -> None:
     plain = final(each, where)
-    assert with_extents(plain, extents) == plain
+    assert with_extents(plain, extents, TYPES) == plain
 
 
 def test_a_count_that_is_a_result_stays() -> None:
     plain = run_pipeline(parse_cascade("cascade c(X[M,N]) -> C[M] { C[m] = count[n] X[m,n] }")).final
-    assert with_extents(plain, {"M": 3, "N": 4}) == plain
+    assert with_extents(plain, {"M": 3, "N": 4}, {"X": DType.F32}) == plain
+
+
+def test_a_count_that_makes_a_type_stays() -> None:
+    """A tensor of integers is promoted with what it meets; an extent takes its type."""
+    text = "cascade c(X[M,N]) -> Y[M] { C[m] = count[n] X[m,n]; Y[m] = C[m] / X[m,0] }"
+    plain = run_pipeline(parse_cascade(text)).final
+    for dtype in (DType.BF16, DType.F32):
+        found = with_extents(plain, {"M": 3, "N": 4}, {"X": dtype})
+        before, after = (infer_dtypes(each, {"X": dtype})["Y"] for each in (plain, found))
+        assert before is after

@@ -16,16 +16,16 @@ from collections.abc import Collection, Mapping
 
 from cascade.backends.triton.partition import without
 from cascade.bounds import absent_tensors
-from cascade.inference import infer_shapes
-from cascade.ir import Apply, Cascade, Const, Einsum, Expr, Extent, Fold, Read, Reduce, Size, Stmt
+from cascade.inference import infer_dtypes, infer_shapes
+from cascade.ir import Apply, Cascade, Const, DType, Einsum, Expr, Extent, Fold, Read, Reduce, Size, Stmt
 from cascade.presence import lacks
 from cascade.walk import defines, expressions, map_expressions, map_fold, reads, rewrite, substitute, walk
 
 
-def with_extents(cascade: Cascade, extents: Mapping[str, int]) -> Cascade:
-    """The cascade without such counts; itself where there are none.
+def with_extents(cascade: Cascade, extents: Mapping[str, int], inputs: Mapping[str, DType]) -> Cascade:
+    """The cascade without such counts; itself where there are none, or where a type would become another.
 
-    `extents` are those of the shape symbols that are the same in all calls.
+    `extents` are those of the shape symbols that are the same in all calls, `inputs` the types of the parameters.
     """
     results = {result.name for result in cascade.results}
     counts = [stmt for stmt in cascade.body if isinstance(stmt, Einsum) and _is_count(stmt)]
@@ -41,7 +41,9 @@ def with_extents(cascade: Cascade, extents: Mapping[str, int]) -> Cascade:
         if not lacks(stmt.expr.body, absent, None, cascade, {**ranks, **extents}):
             found[stmt.target.name] = _elements([sizes[rank] for rank in stmt.expr.ranks])
             counted |= {node.tensor for node in walk(stmt.expr.body) if isinstance(node, Read)}
-    return _without_names(_replaced(cascade, found), counted - results)
+    changed = _without_names(_replaced(cascade, found), counted - results)
+    before, after = infer_dtypes(cascade, inputs), infer_dtypes(changed, inputs)
+    return changed if all(before[name] is dtype for name, dtype in after.items()) else cascade
 
 
 def _needed_on_the_way(cascade: Cascade) -> set[str]:

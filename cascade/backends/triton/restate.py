@@ -50,7 +50,7 @@ def restated(
         return {rank: size if isinstance(size, int) else extents[size] for rank, size in ranks.items()}
 
     steps: tuple[tuple[Callable[[Cascade], Cascade], str], ...] = (
-        (lambda found: with_extents(found, certain), COUNTED),
+        (lambda found: with_extents(found, certain, inputs), COUNTED),
         (lambda found: with_picks(found, extents), PICKED),
         (lambda found: with_sums(found, of_ranks(found), inputs), SUMMED),
         (lambda found: with_operands(found, extents, inputs, certain), STORED),

@@ -6,7 +6,7 @@ and how many of its coordinates an iteration takes, outermost first, so a rank i
 no loop takes apart is spread over the lanes of a unit. In TOML:
 
     [[regions]]
-    name = "attention"
+    name = "fused"
     loops = ["b = 1", "h = 1", "rows: m = fit"]     fit: as large as the buffer allows
     keep = { Q = "rows" }                           Q stays on chip inside of the loop called `rows`
     [[regions.stages]]

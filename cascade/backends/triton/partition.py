@@ -98,7 +98,13 @@ def partition(
     computed `instead` of a statement, by the name of what that defines, has a kernel of its own.
     """
     found: list[_Growing] = []
-    nests = {stmt: nest for nest in _nests(cascade, extents) for stmt in nest}
+    apart = {*views, *(instead or {})}
+    nests = {
+        stmt: nest
+        for nest in _nests(cascade, extents)
+        if all(apart.isdisjoint(defines(each)) for each in nest)
+        for stmt in nest
+    }
     for unit in units(cascade.body, ()):
         if unit.cyclic and len(unit.statements) > 1:
             found.append(_Growing.of(unit.statements, "its statements need each other's earlier coordinates"))

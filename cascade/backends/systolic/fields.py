@@ -22,7 +22,7 @@ def load_toml(text: str, where: str) -> dict[str, Any]:
     """The tables of a TOML text; raises C620 with the line that is none."""
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise CommandError(Diagnostic("C620", f"{where} is no TOML file: {error}")) from None
 
 
@@ -30,7 +30,7 @@ def read_text(path: str) -> str:
     """The text of a file; raises C620 where there is none."""
     try:
         return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise CommandError(Diagnostic("C620", f"cannot read {path}: {reason}")) from None
 

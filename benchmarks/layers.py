@@ -12,11 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn import functional as F
 
 from benchmarks import programs
+from benchmarks.experts import by_groups
 from benchmarks.peers import compiled, plain
 from benchmarks.reductions import slice_of
 from benchmarks.workload import Bar, Inputs, Peer, Workload, normal
 
 decoder: Any = importlib.import_module("examples.07_decoder_layer")
+mixture: Any = importlib.import_module("examples.08_mixture_layer")
 EPS = 1e-6
 LAST = 4  # tokens of a whole layer that are checked: with each goes all before it
 GROUP = 128  # columns of 4-bit weights that share a scale
@@ -101,6 +103,7 @@ def table(device: torch.device, options: Any) -> Iterator[Workload]:
     yield distilled(24 if options.tiny else ROWS[0], width, words, device)
     yield prefill(24 if options.tiny else ROWS[0], width, hidden, device)
     yield step(*((3, 40) if options.tiny else (32, 8192)), width, hidden, device)
+    yield mixed(24 if options.tiny else ROWS[0], width, hidden, device)
 
 
 def normed(rows: int, width: int) -> Callable[[torch.Generator], Inputs]:
@@ -185,16 +188,6 @@ def prefill(rows: int, width: int, hidden: int, device: torch.device) -> Workloa
         sizes = (rows, width, heads, shared, wide, hidden)
         return decoder.inputs(*sizes, generator.device, torch.bfloat16, generator)  # type: ignore[no-any-return]
 
-    def expected(given: Inputs) -> Tensor:
-        """The checked tokens in float64, which attend to all before them."""
-        exact = {name: tensor.double() for name, tensor in given.items()}
-        last = [rows * part // LAST for part in range(1, LAST + 1)]
-        upto = ({name: exact[name][:tokens] for name in ("X", "cosine", "sine")} for tokens in last)
-        return torch.stack([decoder.plain(**exact | before)[-1] for before in upto])
-
-    def lasts(out: Tensor, given: Inputs) -> Tensor:
-        return torch.stack([out[rows * part // LAST - 1] for part in range(1, LAST + 1)])
-
     def maths(given: Inputs) -> Tensor:
         return decoder.plain(**given)  # type: ignore[no-any-return]
 
@@ -202,8 +195,53 @@ def prefill(rows: int, width: int, hidden: int, device: torch.device) -> Workloa
     weights = 2 * width * wide * (heads + shared) + 3 * width * hidden
     flops = 2.0 * rows * weights + 4.0 * pairs * heads * wide
     title = f"decoder layer {rows} {width} {hidden}"
-    peers = plain(maths, device)
-    return Workload(title, decoder.TEXT, inputs, expected, lasts, peers, (Bar(1.1, peer="torch.compile"),), flops)
+    peers, bars = plain(maths, device), (Bar(1.1, peer="torch.compile"),)
+    expected, lasts = last_tokens(decoder.plain)
+    return Workload(title, decoder.TEXT, inputs, expected, lasts, peers, bars, flops)
+
+
+def mixed(rows: int, width: int, hidden: int, device: torch.device) -> Workload:
+    """A whole decoder layer with two of eight experts for each token, on the tokens of one sequence."""
+    heads, shared, wide, experts = (8, 2, 16, 4) if rows < ROWS[1] * 2 else (32, 8, 128, 8)
+
+    def inputs(generator: torch.Generator) -> Inputs:
+        sizes = (rows, width, heads, shared, wide, hidden, experts)
+        return mixture.inputs(*sizes, generator.device, torch.bfloat16, generator)  # type: ignore[no-any-return]
+
+    def grouped(given: Inputs) -> Tensor:
+        """The stock layer, its experts by products of groups of rows."""
+        left = {name: t for name, t in given.items() if name not in ("g2", "Wr", "Wg", "Wu", "Wd")}
+        z: Tensor = decoder.attended(**left)
+        rest = {"R": given["Wr"].mT, "G": given["Wg"].mT, "U": given["Wu"].mT, "V": given["Wd"].mT}
+        return z + by_groups({"X": F.rms_norm(z, given["g2"].shape, given["g2"], EPS), **rest}, mixture.CHOSEN)
+
+    def eager(given: Inputs) -> Tensor:
+        return mixture.plain(**given)  # type: ignore[no-any-return]
+
+    pairs = rows * (rows + 1) / 2
+    weights = 2 * width * wide * (heads + shared) + 3 * mixture.CHOSEN * width * hidden
+    flops = 2.0 * rows * weights + 4.0 * pairs * heads * wide
+    peers = {"torch.compile": Peer(compiled(grouped, device)), "eager": Peer(eager)}
+    expected, lasts = last_tokens(mixture.plain)
+    title, bars = f"mixture layer {rows} {width} {hidden}", (Bar(1.1, peer="torch.compile"),)
+    return Workload(title, mixture.TEXT, inputs, expected, lasts, peers, bars, flops)
+
+
+def last_tokens(maths: Callable[..., Tensor]) -> tuple[Callable[[Inputs], Tensor], Callable[[Tensor, Inputs], Tensor]]:
+    """The checked tokens of a layer in float64, which attend to all before them; and those of a result."""
+
+    def ends(rows: int) -> list[int]:
+        return [rows * part // LAST for part in range(1, LAST + 1)]
+
+    def expected(given: Inputs) -> Tensor:
+        exact = {name: tensor.double() for name, tensor in given.items()}
+        upto = ({name: exact[name][:n] for name in ("X", "cosine", "sine")} for n in ends(len(given["X"])))
+        return torch.stack([maths(**exact | before)[-1] for before in upto])
+
+    def lasts(out: Tensor, given: Inputs) -> Tensor:
+        return torch.stack([out[end - 1] for end in ends(len(out))])
+
+    return expected, lasts
 
 
 def step(batch: int, length: int, width: int, hidden: int, device: torch.device) -> Workload:

@@ -42,7 +42,7 @@ def main() -> None:
     started = time.perf_counter()
     ours = importlib.import_module("benchmarks.ours")
     loaded = time.perf_counter()
-    compiled = ours.build(workload.text, options.effort, device.type, workload.in_place)
+    compiled = ours.build(workload.text, options.effort, device.type, workload.options)
     compiled(**inputs)
     wait()
     first = time.perf_counter()

@@ -96,7 +96,11 @@ def table(device: torch.device, options: Any) -> Iterator[Workload]:
         ):
             peers = plain(maths, device) | {"product": Peer(linear, checked=False)}
             title, flops = f"{name} {rows} {width} {width}", 2.0 * rows * width * width
-            yield Workload(title, text, normed(rows, width), exactly(maths, ("X",)), found, peers, bars, flops)
+            for kept, asked in (("", {}), (", kept", {"constant": ("g", "W")})):
+                yield Workload(
+                    title.replace(" linear", f" linear{kept}"), text, normed(rows, width), exactly(maths, ("X",)),
+                    found, peers, bars, flops, options=asked,
+                )  # fmt: skip
         yield from quantised(rows, width, device)
         yield gated(rows, width, hidden, device, (Bar(1.0, peer="torch.compile") if many else Bar(ms=0.09),))
     yield losses(24 if options.tiny else ROWS[0], width, words, device)
@@ -280,4 +284,6 @@ def step(batch: int, length: int, width: int, hidden: int, device: torch.device)
     peers = plain(maths, device) | ({} if device.type == "cpu" else {"cudnn": Peer(by_cudnn)})
     bars = (Bar(1.3, peer="torch.compile"), Bar(1.3, peer="cudnn"))
     title = f"decoder step {batch} {length} {width} {hidden}"
-    return Workload(title, decoder.STEP, inputs, expected, ends, peers, bars, moved=moved, in_place=decoder.IN_PLACE)
+    return Workload(
+        title, decoder.STEP, inputs, expected, ends, peers, bars, moved=moved, options={"in_place": decoder.IN_PLACE}
+    )

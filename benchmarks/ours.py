@@ -8,11 +8,11 @@ from typing import Any
 import cascade
 
 
-def build(text: str, effort: str, device: str, in_place: Mapping[str, str] | None = None) -> Any:
+def build(text: str, effort: str, device: str, options: Mapping[str, Any] | None = None) -> Any:
     """The compiled cascade; a version that knows no efforts will do on a CPU, where nothing is timed in earnest."""
     make: Any = cascade.compile
     try:
-        return make(text, effort=effort, **({"in_place": in_place} if in_place else {}))
+        return make(text, effort=effort, **(options or {}))
     except TypeError:
         if device != "cpu":
             raise

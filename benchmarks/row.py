@@ -95,7 +95,7 @@ def our_calls(
     """The results, and calls of the compiled cascade for each set of inputs; none if it fails or is wrong."""
     try:
         started = time.perf_counter()
-        compiled = build(workload.text, effort, device.type, workload.in_place)
+        compiled = build(workload.text, effort, device.type, workload.options)
         first = compiled(**sets[0])
         synchronise(device)
         result.first_seconds = time.perf_counter() - started

@@ -72,7 +72,7 @@ class Workload:
     bars: tuple[Bar, ...] = ()
     flops: float = 0.0
     moved: float = 0.0
-    in_place: Mapping[str, str] = field(default_factory=dict)  # results that take the memory of inputs
+    options: Mapping[str, Any] = field(default_factory=dict)  # of compiling: results in place, constants
 
 
 def size_of(value: Any) -> int:

@@ -284,6 +284,19 @@ def check_memory(cascade: Cascade, inputs: Mapping[str, Tensor], in_place: Mappi
             raise fail("C343", message, spans[param], f"give {param}.contiguous()")
 
 
+def check_constant(cascade: Cascade, constant: Sequence[str], in_place: Mapping[str, str]) -> None:
+    """Raises `CallError` where what is said to be constant is no parameter, or is written."""
+    params = {param.name: param for param in cascade.params}
+    for name in constant:
+        if name not in params:
+            help_line = suggest(name, tuple(params), "its parameters")
+            raise fail("C344", f"constant: {cascade.name} has no parameter {name!r}", None, help_line)
+        if name in in_place.values():
+            result = next(result for result, param in in_place.items() if param == name)
+            message = f"constant: {name} changes in every call: {result} is written in its place"
+            raise fail("C344", message, params[name].span, "leave it out of one of the two")
+
+
 def fail(code: str, message: str, span: Span | None, help_line: str | None) -> CallError:
     """The error of a call, pointing at the declaration where there is one."""
     return CallError(Diagnostic(code, message, span, help_line))

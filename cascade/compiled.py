@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, overload
 
 from cascade.arguments import (
-    Parameter, bind, check_in_place, check_memory, check_structures, declaration, fits, frozen, is_plain, is_symbolic,
-    leaves, match, outline, plural, split_options, widened,
+    Parameter, bind, check_constant, check_in_place, check_memory, check_structures, declaration, fits, frozen,
+    is_plain, is_symbolic, leaves, match, outline, plural, split_options, widened,
 )  # fmt: skip
 from cascade.errors import CallError, CommandError, Diagnostic, TraceError
 from cascade.frontend.build import parse_cascade
@@ -58,12 +58,14 @@ class Compiled:
         backend: str = "auto",
         effort: str = "none",
         in_place: Mapping[str, str] | None = None,
+        constant: Collection[str] = (),
     ) -> None:
         self.source = source
         self.without = tuple(without)
         self.backend = one_of("backend", backend, BACKENDS)
         self.effort = one_of("effort", effort, EFFORTS)
         self.in_place = dict(in_place or {})
+        self.constant = (constant,) if isinstance(constant, str) else tuple(constant)
         self._launchers: dict[int, Any] = {}  # by trace
         self._plans: dict[Any, Callable[..., tuple[Any, ...]]] = {}  # by kind of call: what it runs, without asking
         self._traces: dict[Any, Trace] = {}
@@ -71,6 +73,7 @@ class Compiled:
         self._by_shape = False  # whether tracing needs the shapes of the tensors
         if isinstance(source, Cascade):
             check_in_place(source, self.in_place)
+            check_constant(source, self.constant, self.in_place)
         else:
             functools.update_wrapper(self, source)
 
@@ -105,6 +108,8 @@ class Compiled:
         if self.in_place:
             check_in_place(trace.source, self.in_place)
             check_memory(trace.source, inputs, self.in_place)
+        if self.constant:
+            check_constant(trace.source, self.constant, self.in_place)
         self._last = trace
         results = self._run_kernels(trace, inputs, sizes)
         if results is not None and not sizes and not options:
@@ -130,9 +135,16 @@ class Compiled:
                 )
             )
         if id(trace) not in self._launchers:
-            self._launchers[id(trace)] = launch.Launcher(trace.final, self.effort, trace.source, self.in_place)
+            self._launchers[id(trace)] = self._launcher(trace, launch)
         found: tuple[Any, ...] | None = self._launchers[id(trace)](inputs, sizes)
         return found
+
+    def _launcher(self, trace: Trace, launch: Any) -> Any:
+        """What launches the kernels of a trace."""
+        if not self.constant:
+            return launch.Launcher(trace.final, self.effort, trace.source, self.in_place)
+        kept = importlib.import_module("cascade.backends.triton.kept")  # lazily, as all that needs Triton
+        return kept.KeepingLauncher(trace.final, self.effort, trace.source, self.in_place, self.constant)
 
     def _remember(
         self, trace: Trace, tensors: tuple[Any, ...], named: Mapping[str, Any], inputs: Mapping[str, Any]
@@ -309,6 +321,7 @@ def compile(
     backend: str = "auto",
     effort: str = "none",
     in_place: Mapping[str, str] | None = None,
+    constant: Collection[str] = (),
 ) -> Callable[[Callable[..., Any]], Compiled]: ...
 
 
@@ -322,6 +335,7 @@ def compile(
     backend: str = "auto",
     effort: str = "none",
     in_place: Mapping[str, str] | None = None,
+    constant: Collection[str] = (),
 ) -> Compiled: ...
 
 
@@ -334,6 +348,7 @@ def compile(
     backend: str = "auto",
     effort: str = "none",
     in_place: Mapping[str, str] | None = None,
+    constant: Collection[str] = (),
 ) -> Compiled | Callable[[Callable[..., Any]], Compiled]:
     """Makes a callable of a Python function (also as a decorator, with or without parentheses) or of a program.
 
@@ -345,20 +360,25 @@ def compile(
     `in_place` says which results take the memory of which parameters, as a cache that grows: `{"C": "K"}` writes C into
     the tensor given for K, and returns that. Where C is K with other values at coordinates that equations tell,
     `C[b,n,e] = select(n == len[b], R[b,e], K[b,n,e])`, only these are written; else C is computed and copied.
+
+    `constant` are parameters whose tensors seldom change, as weights: what can be computed from them alone, a gain
+    times a weight or the sum of its columns, is computed once for each version of them and kept, where that has no
+    more bytes than they have. Changes in place are seen, those made through `tensor.data` are not; a CUDA graph goes on
+    with what was kept when it was captured.
     """
     if source is None:
-        return lambda function: Compiled(function, without, backend, effort, in_place)
+        return lambda function: Compiled(function, without, backend, effort, in_place, constant)
     if isinstance(source, str) and ("{" in source or "\n" in source):
-        return from_text(source, "<text>", name, without, backend, effort, in_place)
+        return from_text(source, "<text>", name, without, backend, effort, in_place, constant)
     if isinstance(source, str | os.PathLike):
         path, found = split_name(os.fspath(source))
-        return from_text(read_program(path), path, name or found, without, backend, effort, in_place)
+        return from_text(read_program(path), path, name or found, without, backend, effort, in_place, constant)
     if isinstance(source, Cascade):
         verify(source)
     elif not callable(source):
         message = f"cannot compile a {type(source).__name__}"
         raise CallError(Diagnostic("C330", message, help="give a Python function, a path, program text or a Cascade"))
-    return Compiled(source, without, backend, effort, in_place)
+    return Compiled(source, without, backend, effort, in_place, constant)
 
 
 def from_text(
@@ -369,11 +389,12 @@ def from_text(
     backend: str = "auto",
     effort: str = "none",
     in_place: Mapping[str, str] | None = None,
+    constant: Collection[str] = (),
 ) -> Compiled:
     """The callable for program text that came from `origin`."""
     cascade = parse_cascade(text, origin, name)
     verify(cascade)
-    return Compiled(cascade, without, backend, effort, in_place)
+    return Compiled(cascade, without, backend, effort, in_place, constant)
 
 
 def read_program(path: str) -> str:

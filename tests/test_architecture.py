@@ -49,6 +49,7 @@ TORCH_HOMES = {
     "frontend.trace",
     "frontend.positional",
     "backends.triton.launch",
+    "backends.triton.kept",
 }
 HOMES = {
     "lark": {"frontend"},

@@ -188,14 +188,14 @@ class Launcher:
         """
         moving = self.moving(extents)
         dtypes = {name: layout.dtype for name, layout in layouts.items()}
-        typed = self.typed(dtypes)
+        cascade = typed(self.cascade, self.source, dtypes)
 
         gapless = {n for n, layout in layouts.items() if tuple(layout.strides) == contiguous(layout.shape)}
 
         def supposing(symbols: Collection[str]) -> tuple[Planner, Joined]:
             supposed = {symbol: self.supposed(symbol, extents[symbol]) for symbol in sorted(symbols)}
             certain = {symbol: extent for symbol, extent in extents.items() if symbol not in supposed}
-            found = restated(typed, {**extents, **supposed}, dtypes, certain, gapless)
+            found = restated(cascade, {**extents, **supposed}, dtypes, certain, gapless)
             joined, updates = found.joined, self.updates(found.cascade)
             sizes = {**joined.extents(extents), **supposed}
             return Planner(
@@ -216,17 +216,6 @@ class Launcher:
         found = {result: update_of(cascade, result, param) for result, param in self.in_place.items()}
         self.copied = {result: update for result, update in found.items() if isinstance(update, str)}
         return {result: update for result, update in found.items() if isinstance(update, Update)}
-
-    def typed(self, inputs: Mapping[str, DType]) -> Cascade:
-        """The cascade with results of the types that they have as written."""
-        if self.source is None:
-            return self.cascade
-        wanted, found = infer_dtypes(self.source, inputs), infer_dtypes(self.cascade, inputs)
-        changed = {r.name: wanted[r.name] for r in self.cascade.results if wanted[r.name] is not found[r.name]}
-        if not changed:
-            return self.cascade
-        results = (dataclasses.replace(r, dtype=changed.get(r.name, r.dtype)) for r in self.cascade.results)
-        return dataclasses.replace(self.cascade, results=tuple(results))
 
     def moving(self, extents: Mapping[str, int]) -> frozenset[str]:
         """The shape symbols that change from call to call: kernels then hold for all their values."""
@@ -323,6 +312,18 @@ class Launcher:
             settings().cache_dir / "tuned", (triton.__version__, __version__), refused=self.refused.get(label, ()),
         )  # fmt: skip
         return self.choices[label].tiling
+
+
+def typed(cascade: Cascade, source: Cascade | None, inputs: Mapping[str, DType]) -> Cascade:
+    """The cascade with results of the types that they have in the `source`, as it was written."""
+    if source is None:
+        return cascade
+    wanted, found = infer_dtypes(source, inputs), infer_dtypes(cascade, inputs)
+    changed = {r.name: wanted[r.name] for r in cascade.results if wanted[r.name] is not found[r.name]}
+    if not changed:
+        return cascade
+    results = (dataclasses.replace(r, dtype=changed.get(r.name, r.dtype)) for r in cascade.results)
+    return dataclasses.replace(cascade, results=tuple(results))
 
 
 def kind(inputs: Mapping[str, Tensor], sizes: Mapping[str, int]) -> tuple[object, ...]:

@@ -13,19 +13,24 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from cascade.bounds import absent_tensors
 from cascade.backends.triton.partition import ELEMENT, LAUNCH, OPERATIONS, all_ranks, partition
+from cascade.backends.triton.plan import BYTES
 from cascade.backends.triton.products import factors, matrix_product, product, ranks_of
 from cascade.inference import infer_dtypes, infer_shapes
-from cascade.ir import Apply, Cascade, Cast, Const, DType, Einsum, Expr, Rank, Read, Reduce, Stmt, Target
+from cascade.ir import Apply, Cascade, Cast, Const, DType, Einsum, Expr, Rank, Read, Reduce, Size, Stmt, Target
 from cascade.walk import defines, fresh, names, reads, walk
 
 COMPUTED = 0.8  # of the time of a product: what a computed side costs; bytes widened, 8192 x 4096 x 4096, on an H200
 SHORT = (DType.F16, DType.BF16)
 BYTE = (DType.I8, DType.F8E4M3, DType.F8E5M2)
+
+Terms: TypeAlias = tuple[Expr, ...]
+"""The factors of a side of a product."""
 
 
 def with_operands(
@@ -38,15 +43,36 @@ def with_operands(
     been rounded as it was.
     """
     program = _Program.of(cascade, extents, inputs, certain)
+    sides = (
+        (stmt, *found) for stmt in cascade.body for found in program.computed_sides(stmt)
+        if program.worth_storing(found[1], stmt)
+    )  # fmt: skip
+    return _storing(cascade, program, sides)
+
+
+def with_constant_operands(
+    cascade: Cascade, extents: Mapping[str, int], inputs: Mapping[str, DType], constant: Collection[str]
+) -> Cascade:
+    """The cascade with what `constant` tensors come to, as operands, as statements of their own.
+
+    They are to be made once, so it pays wherever they have no more bytes than what they are made of.
+    """
+    program = _Program.of(cascade, extents, inputs, extents)
+    sides = (
+        (stmt, *found) for stmt in cascade.body for found in program.constant_sides(stmt, constant)
+        if program.is_no_longer(*found[1:])
+    )  # fmt: skip
+    return _storing(cascade, program, sides)
+
+
+def _storing(cascade: Cascade, program: _Program, sides: Iterable[tuple[Stmt, str, Terms, Terms]]) -> Cascade:
+    """The cascade with sides of products as statements, each written once."""
     taken = names(cascade)
     stored: list[_Stored] = []
-    for stmt in cascade.body:
-        for side, terms, other in program.computed_sides(stmt):
-            if program.worth_storing(terms, stmt) and not any(
-                Counter(known.terms) == Counter(terms) for known in stored
-            ):
-                target = Target(fresh(f"{defines(stmt)[0]}_{side}", taken), _ranks(terms))
-                stored.append(_Stored(terms, Einsum(target, program.narrowed(terms, other), span=stmt.span)))
+    for stmt, side, terms, other in sides:
+        if not any(Counter(known.terms) == Counter(terms) for known in stored):
+            target = Target(fresh(f"{defines(stmt)[0]}_{side}", taken), _ranks(terms))
+            stored.append(_Stored(terms, Einsum(target, program.narrowed(terms, other), span=stmt.span)))
     if not stored:
         return cascade
     body: list[Stmt] = []
@@ -89,7 +115,9 @@ class _Program:
     """A cascade with what decides: extents of ranks, types and origins of tensors."""
 
     cascade: Cascade
+    extents: Mapping[str, int]
     sizes: Mapping[str, int]
+    shapes: Mapping[str, tuple[Size, ...]]
     dtypes: Mapping[str, DType]
     made: frozenset[str]
     absent: frozenset[str]
@@ -99,18 +127,20 @@ class _Program:
     def of(
         cls, cascade: Cascade, extents: Mapping[str, int], inputs: Mapping[str, DType], certain: Mapping[str, int]
     ) -> _Program:
-        ranks = infer_shapes(cascade).ranks
+        shapes = infer_shapes(cascade)
         dtypes = infer_dtypes(cascade, inputs)
         return cls(
             cascade,
-            {rank: size if isinstance(size, int) else extents[size] for rank, size in ranks.items()},
+            extents,
+            {rank: size if isinstance(size, int) else extents[size] for rank, size in shapes.ranks.items()},
+            shapes.tensors,
             dtypes,
             frozenset(name for stmt in cascade.body for name in defines(stmt)),
             absent_tensors(cascade, certain) - _maps(cascade),
             not any(dtypes[result.name] in (DType.F32, DType.F64) for result in cascade.results),
         )
 
-    def computed_sides(self, stmt: Stmt) -> Iterator[tuple[str, tuple[Expr, ...], tuple[Expr, ...]]]:
+    def computed_sides(self, stmt: Stmt) -> Iterator[tuple[str, Terms, Terms]]:
         """The sides of a matrix product that are no tensor as it lies in memory, each with the other side.
 
         A factor of the reduced rank alone goes to a side that is computed anyway, else to the one of fewer elements.
@@ -130,6 +160,40 @@ class _Program:
             plain = all(map(self.is_plain, sides[side]))
             if plain and (not lies or self.is_widened(sides[side], sides[other])):
                 yield side, tuple(sides[side]), tuple(sides[other])
+
+    def constant_sides(self, stmt: Stmt, constant: Collection[str]) -> Iterator[tuple[str, Terms, Terms]]:
+        """The sides of a matrix product that come of constants, more of them than one as it lies in memory.
+
+        Constant factors of the reduced rank alone go to such a side.
+        """
+        found = matrix_product(stmt)
+        if found is None or not found.rows or not found.columns:
+            return
+
+        def is_constant(term: Expr) -> bool:
+            tensors = {node.tensor for node in walk(term) if isinstance(node, Read)}
+            return bool(tensors) and tensors <= set(constant) and self.is_plain(term)
+
+        left = tuple(term for term in found.left if ranks_of(term) & found.rows)
+        right = tuple(term for term in found.right if ranks_of(term) & found.columns)
+        shared = tuple(t for t in (*found.left, *found.right) if t not in (*left, *right) and is_constant(t))
+        for side, own, other in (("left", left, right), ("right", right, left)):
+            terms = (*own, *shared)
+            if own and all(map(is_constant, own)) and (len(terms) > 1 or not isinstance(own[0], Read)):
+                yield side, terms, other
+                return
+
+    def is_no_longer(self, terms: Sequence[Expr], other: Sequence[Expr]) -> bool:
+        """Whether what factors come to has no more bytes than the tensors that they read."""
+        read = {node.tensor for term in terms for node in walk(term) if isinstance(node, Read)}
+        before = sum(BYTES[self.dtypes[name]] * self.count_of(name) for name in read)
+        made = self.narrowed(terms, other)
+        kind = made.dtype if isinstance(made, Cast) else DType.F64 if DType.F64 in self.dtypes.values() else DType.F32
+        return BYTES[kind] * self.elements(terms) <= before
+
+    def count_of(self, name: str) -> int:
+        """The elements of a tensor."""
+        return math.prod(size if isinstance(size, int) else self.extents[size] for size in self.shapes[name])
 
     def is_stored(self, terms: Sequence[Expr], other: Sequence[Expr]) -> bool:
         """Whether factors are one tensor that the caller gives, in the type in which it is multiplied."""

@@ -676,10 +676,11 @@ def shared_memory(kernel: Kernel) -> int:
         return buffers * max(1, kernel.options.num_stages - exact) + _computed(kernel, loop.body, operands)
 
     staying = {op.name: tile(op) for op in kernel.ops if isinstance(op, Load) and op.name in operands}
+    staying |= {op.name: _elements(kernel, op.axes) * BYTES[kind] for op, kind in _rounded(kernel)}
     held = 0 if any(isinstance(op, Loop) for op in kernel.ops) else sum(staying.values())
     for place, op in enumerate(kernel.ops):
         if isinstance(op, Loop):
-            before = {each.name for each in kernel.ops[:place] if isinstance(each, Load)}
+            before = {each.name for each in kernel.ops[:place] if isinstance(each, Load | Let)}
             needed = {name for each in every_op(kernel.ops[place:]) for name in uses(each)} & before
             kept = sum(size for name, size in staying.items() if name in needed)
             held = max(held, kept + max(fetched(loop) for loop in every_op((op,)) if isinstance(loop, Loop)))
@@ -688,6 +689,14 @@ def shared_memory(kernel: Kernel) -> int:
     talking = 4 * kernel.options.num_warps * (16 if operands else 1)
     together = held + leaving if kernel.options.resident else max(held, leaving)
     return together + talking + (0 if operands else _exchanged(kernel))
+
+
+def _rounded(kernel: Kernel) -> Iterator[tuple[Let, DType]]:
+    """Operands of loops that are computed before them, with their types: they go to shared memory once."""
+    inside = [op for loop in kernel.ops if isinstance(loop, Loop) for op in every_op(loop.body)]
+    operands = {side for op in inside if isinstance(op, Dot) and not op.exact for side in (op.left, op.right)}
+    made = (op for op in kernel.ops if isinstance(op, Let) and op.name in operands)
+    return ((op, op.dtype) for op in made if op.dtype is not None)
 
 
 def _computed(kernel: Kernel, body: Sequence[Op], operands: set[str]) -> int:
@@ -722,14 +731,15 @@ def _with_common(moves: Sequence[Load | Store]) -> Iterator[tuple[Load | Store, 
 def live_registers(kernel: Kernel) -> int:
     """The registers of a thread, guessed: the most that the tiles take that are live at one time.
 
-    With products: loaded operands lie in shared memory; what a loop uses of what was before is live all through it; an
-    elementwise operation takes the registers of an operand that nobody needs afterwards, unless its type changes; what
-    is only stored is computed as it is narrowed.
+    With products: operands that are loaded, or ready before a loop, lie in shared memory; what a loop uses of what was
+    before is live all through it; an elementwise operation takes the registers of an operand that nobody needs
+    afterwards, unless its type changes; what is only stored is computed as it is narrowed.
     Without: values are widened as they are loaded, and elementwise operations between two reductions run element by
     element, so that only what crosses a reduction, and what is loaded, is there as a whole.
     """
     operands = {side for op in every_op(kernel.ops) if isinstance(op, Dot) for side in (op.left, op.right)}
     skipped = {op.name for op in every_op(kernel.ops) if isinstance(op, Load) and op.name in operands}
+    skipped |= {op.name for op, _ in _rounded(kernel)}
     spans, folds = _lifetimes(kernel.ops)
     if not operands:
         loads = {op.name for op in every_op(kernel.ops) if isinstance(op, (Load, Start))}

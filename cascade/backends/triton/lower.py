@@ -1286,12 +1286,23 @@ class _Lowering:
         if isinstance(expr, Local) and self.variables[expr.name][1] is narrow:
             found = expr
         else:
-            name = expr.name if isinstance(expr, Local) else f"{stmt.target.name}_{which}"
-            variable = self.variable(f"{name}_{narrow.value}", self.shape(expr), narrow)
-            self.ops.append(Let(variable, self.shape(expr), expr, narrow))
-            found = Local(variable)
+            found = self.narrowed(expr, f"{stmt.target.name}_{which}", narrow)
         self.zeroed[found.name] = wide
         return found, merged(value.live, own)
+
+    def narrowed(self, expr: Expr, name: str, narrow: DType) -> Local:
+        """A computed operand in the type of its product: before the loops, where none of them changes it."""
+        blocks = [*self.outer, self.ops]
+        at = self.ops
+        if isinstance(expr, Local):
+            name = expr.name
+            at = next((ops for ops in blocks if any(isinstance(o, Let | Load) and o.name == name for o in ops)), at)
+            done = (op for op in at if isinstance(op, Let) and op.expr == expr and op.dtype is narrow)
+            if (there := next(done, None)) is not None:
+                return Local(there.name)
+        variable = self.variable(f"{name}_{narrow.value}", self.shape(expr), narrow)
+        at.append(Let(variable, self.shape(expr), expr, narrow))
+        return Local(variable)
 
     def zero(self, stmt: Stmt, operand: Local, tests: tuple[Expr, ...]) -> Local:
         """An operand that is 0 where a test fails."""

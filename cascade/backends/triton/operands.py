@@ -42,7 +42,7 @@ def with_operands(
     parameters. Other sums of the same terms read the stored operand as well: what is to cancel against the product has
     been rounded as it was.
     """
-    program = _Program.of(cascade, extents, inputs, certain)
+    program = Program.of(cascade, extents, inputs, certain)
     sides = (
         (stmt, *found) for stmt in cascade.body for found in program.computed_sides(stmt)
         if program.worth_storing(found[1], stmt)
@@ -57,7 +57,7 @@ def with_constant_operands(
 
     They are to be made once, so it pays wherever they have no more bytes than what they are made of.
     """
-    program = _Program.of(cascade, extents, inputs, extents)
+    program = Program.of(cascade, extents, inputs, extents)
     sides = (
         (stmt, *found) for stmt in cascade.body for found in program.constant_sides(stmt, constant)
         if program.is_no_longer(*found[1:])
@@ -65,13 +65,13 @@ def with_constant_operands(
     return _storing(cascade, program, sides)
 
 
-def _storing(cascade: Cascade, program: _Program, sides: Iterable[tuple[Stmt, str, Terms, Terms]]) -> Cascade:
+def _storing(cascade: Cascade, program: Program, sides: Iterable[tuple[Stmt, str, Terms, Terms]]) -> Cascade:
     """The cascade with sides of products as statements, each written once."""
     taken = names(cascade)
     stored: list[_Stored] = []
     for stmt, side, terms, other in sides:
         if not any(Counter(known.terms) == Counter(terms) for known in stored):
-            target = Target(fresh(f"{defines(stmt)[0]}_{side}", taken), _ranks(terms))
+            target = Target(fresh(f"{defines(stmt)[0]}_{side}", taken), ranks_in(terms))
             stored.append(_Stored(terms, Einsum(target, program.narrowed(terms, other), span=stmt.span)))
     if not stored:
         return cascade
@@ -111,7 +111,7 @@ class _Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class _Program:
+class Program:
     """A cascade with what decides: extents of ranks, types and origins of tensors."""
 
     cascade: Cascade
@@ -126,7 +126,7 @@ class _Program:
     @classmethod
     def of(
         cls, cascade: Cascade, extents: Mapping[str, int], inputs: Mapping[str, DType], certain: Mapping[str, int]
-    ) -> _Program:
+    ) -> Program:
         shapes = infer_shapes(cascade)
         dtypes = infer_dtypes(cascade, inputs)
         return cls(
@@ -223,7 +223,7 @@ class _Program:
 
     def elements(self, terms: Sequence[Expr]) -> int:
         """The elements of what factors come to."""
-        return math.prod(self.sizes[rank] for rank in _ranks(terms))
+        return math.prod(self.sizes[rank] for rank in ranks_in(terms))
 
     def worth_storing(self, terms: Sequence[Expr], stmt: Stmt) -> bool:
         """Whether a product loses more by computing an operand than it takes to write and read it.
@@ -253,7 +253,7 @@ class _Program:
         return Cast(kind, found) if kind in SHORT else found
 
 
-def _ranks(terms: Sequence[Expr]) -> tuple[str, ...]:
+def ranks_in(terms: Sequence[Expr]) -> tuple[str, ...]:
     """The ranks of factors, in the order of the read that has most of them: so the operand lies as that tensor does."""
     longest = max(
         (node for term in terms for node in walk(term) if isinstance(node, Read)),

@@ -23,7 +23,7 @@ from cascade.backends.triton.rows import Rows
 from cascade.inference import infer_shapes
 from cascade.ir import Call, Cascade, Directive, Einsum, Fold, Fuse, GroupBy, Rank, Read, Reduce, Stmt, TopK
 from cascade.order import members, units
-from cascade.walk import defines, expressions, free_ranks, reads, targets, walk
+from cascade.walk import defines, expressions, free_ranks, reads, targets, tensors_read, walk
 
 VIEW = "the same memory in another shape"
 NO_TILE = "its ranks fit no tile, with one of them streamed"
@@ -31,6 +31,7 @@ ROW_LIMIT = 32768  # elements of a row that a program may hold at once
 STEPS_LIMIT = 8192  # the same where they are stepped through: a scan has them several times
 PRODUCT_LIMIT = 1024  # extent of a rank that a tile of a matrix product may have whole
 MANY = 128  # programs that keep a GPU busy
+GROUP_SIDE = 64  # rows of a product from which on four warps share it, and take operands from shared memory
 SHORT = 128  # a reduced rank of a matrix product up to this extent needs no loop
 WHOLE_SIDE = 0.3  # of the time of a product: what it costs that a side of it lies whole in a tile, not in many
 OPERATIONS = 230  # that tensor cores do while a byte moves to or from memory
@@ -118,7 +119,46 @@ def partition(
                 found.append(dataclasses.replace(_Growing.of((other,), refused(other)), closed=True))
             else:
                 found = _placed(stmt, found, cascade, extents)
-    return tuple(_finished(item, cascade, extents) for item in found)
+    return tuple(_finished(item, cascade, extents) for item in _led(found, cascade, extents))
+
+
+def _led(found: list[_Growing], cascade: Cascade, extents: Mapping[str, int]) -> list[_Growing]:
+    """The groups, each with what it alone reads of groups before it if every program computes that once."""
+    results = {result.name for result in cascade.results}
+    for group in found[::-1]:
+        readers = [other for other in found if other is not group and not group.made.isdisjoint(other.needed)]
+        if len(readers) != 1 or not results.isdisjoint(group.made) or group.reason or group.closed:
+            continue
+        (then,) = readers
+        if not then.reason and not then.closed and leads(group.statements, then.statements, cascade, extents):
+            merged = _Growing.of((*group.statements, *then.statements), None)
+            found = [merged if each is then else each for each in found if each is not group]
+    return found
+
+
+def leads(first: Sequence[Stmt], then: Sequence[Stmt], cascade: Cascade, extents: Mapping[str, int]) -> bool:
+    """Whether statements can stand before the stream of a kernel with products, which computes each element once.
+
+    It lies over programs as it did: only what they read is another tensor, and one kernel is less. Products of many
+    rows wait for each other where an operand is computed before them.
+    """
+    if any(map(matrix_product, first)) or not all(isinstance(stmt, Einsum) and not stmt.inits for stmt in first):
+        return False
+    made = {name for stmt in first for name in defines(stmt)}
+    products = [found for stmt in then if (found := matrix_product(stmt)) is not None]
+    sides = [side for found in products for side in ((found.left, found.rows), (found.right, found.columns))]
+    fed = [ranks for terms, ranks in sides if not made.isdisjoint(tensors_read(terms))]
+    many = any(_coordinates(list(ranks), extents) >= GROUP_SIDE for ranks in fed)
+    if not products or many or any(_row_order(stmt, cascade) for stmt in (*first, *then)):
+        return False
+    before, together = arrange(then, cascade, extents), arrange([*first, *then], cascade, extents)
+    if before is None or together is None or before.stream is None or together.stream != before.stream:
+        return False
+    shared = set(together.shared)
+    alike = shared == set(before.shared) and together.inner == before.inner
+    ranks = [set(all_ranks(stmt)) for stmt in first]
+    once = all(shared <= set(targets(stmt)[0].ranks) for stmt in first)
+    return alike and once and all(own <= shared | set(together.whole) for own in ranks)
 
 
 def _nests(cascade: Cascade, extents: Mapping[str, int]) -> Iterator[tuple[Stmt, ...]]:
@@ -405,7 +445,8 @@ def _with_products(
 ) -> Arrangement | None:
     """With matrix products: the rank of a fold, or the longest reduced rank, is streamed; the others must be short.
 
-    Where they are not, what a single product sums over: its results may be short enough to be reduced as a whole.
+    Where they are not, that of another fold; or what a single product sums over: its results may be short enough to be
+    reduced as a whole.
     """
     reduced = [rank for stmt in statements for rank in reduced_ranks(stmt)]
     products = [found.over for stmt in statements if (found := matrix_product(stmt)) is not None]
@@ -417,8 +458,8 @@ def _with_products(
         key=lambda rank: (rank in folded, rank == last, extents[rank]),
         reverse=True,
     )
-    alone = [rank for rank in candidates[1:] if {rank} == set(products)]
-    for stream in (*(candidates[:1] or (None,)), *alone):
+    others_too = [rank for rank in candidates[1:] if rank in folded or {rank} == set(products)]
+    for stream in (*(candidates[:1] or (None,)), *others_too):
         arrangement = _streamed(stream, shared, others, statements, cascade, extents)
         if arrangement is not None:
             return arrangement

@@ -133,7 +133,8 @@ def _two_sides(over: str, inside: Sequence[Expr], rest: tuple[Expr, ...], stmt: 
     """The factors sorted by which of the target's ranks they have; the side of the target's first rank is left."""
     kept = stmt.target.ranks
     own = {index: {rank for rank in kept if rank in ranks_of(term)} for index, term in enumerate(inside)}
-    common = set.intersection(*own.values())
+    shaped = [ranks for ranks in own.values() if ranks]  # a factor of the reduced rank alone says nothing of the rest
+    common = set.intersection(*(shaped if len(shaped) > 1 else own.values()))
     exclusive = [own[index] - common for index in range(len(inside))]
     first = next((index for rank in kept for index, ranks in enumerate(exclusive) if rank in ranks), None)
     if first is None:

@@ -9,6 +9,8 @@ from cascade.backends.triton.counts import with_extents
 from cascade.backends.triton.joined import Joined, with_joined
 from cascade.backends.triton.operands import with_operands
 from cascade.backends.triton.picks import with_picks
+from cascade.backends.triton.prologues import with_prologues
+from cascade.backends.triton.scaled import with_scaled_operands
 from cascade.backends.triton.scales import with_scales
 from cascade.backends.triton.sums import with_sums
 from cascade.inference import infer_shapes
@@ -17,6 +19,7 @@ from cascade.walk import defines
 
 PICKED = "an element a row, computed anew: less than to store the whole tensor"
 STORED = "an operand made once: a product that computes it for every tile of its result would take longer"
+STREAMED = "scales of rows and columns are in operands made once: every tile along the stream would be scaled"
 SUMMED = "one sum: what the sums that it was made of are multiplied with is known before"
 COUNTED = "with the extents in the place of counts: none of what they count is absent"
 JOINED = "ranks that lie side by side in all that the kernel touches are one"
@@ -53,15 +56,18 @@ def restated(
         (lambda found: with_extents(found, certain, inputs), COUNTED),
         (lambda found: with_picks(found, extents), PICKED),
         (lambda found: with_sums(found, of_ranks(found), inputs), SUMMED),
+        (lambda found: with_scaled_operands(found, extents, inputs, certain), STREAMED),
         (lambda found: with_operands(found, extents, inputs, certain), STORED),
         (lambda found: with_scales(found, of_ranks(found)), SCALED),
     )
     why: dict[str, str] = {}
+    cascade = with_prologues(cascade, of_ranks(cascade))
     for step, reason in steps:
         known, before = {name for stmt in cascade.body for name in defines(stmt)}, sums(cascade)
         cascade = step(cascade)
         made = {name for stmt in cascade.body for name in defines(stmt)} - known | sums(cascade) - before
         why |= dict.fromkeys(sorted(made), reason)
+    cascade = with_prologues(cascade, of_ranks(cascade))
     joined = Joined(cascade) if contiguous is None else with_joined(cascade, extents, contiguous)
     known = {name for stmt in cascade.body for name in defines(stmt)}
     why |= dict.fromkeys((n for s in joined.cascade.body for n in defines(s) if n not in known), JOINED)

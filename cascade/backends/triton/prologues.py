@@ -24,9 +24,17 @@ def with_prologues(cascade: Cascade, extents: Mapping[str, int]) -> Cascade:
     `extents` are those of ranks.
     """
     current = cascade
-    while (found := next(_prologues(current, extents), None)) is not None:
+    while _has_other_names(current) and (found := next(_prologues(current, extents), None)) is not None:
         current = found
     return current
+
+
+def _has_other_names(cascade: Cascade) -> bool:
+    """Whether something is read at other rank variables than it was made with: else there is nothing to rename."""
+    ranks = {stmt.target.name: stmt.target.ranks for stmt in cascade.body if isinstance(stmt, Einsum)}
+    nodes = (node for stmt in cascade.body for expr in expressions(stmt) for node in walk(expr))
+    found = (node for node in nodes if isinstance(node, Read) and node.tensor in ranks)
+    return any(node.index != tuple(map(Rank, ranks[node.tensor])) for node in found)
 
 
 def _prologues(cascade: Cascade, extents: Mapping[str, int]) -> Iterator[Cascade]:

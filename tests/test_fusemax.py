@@ -14,7 +14,7 @@ import pytest
 from cascade.backends.systolic.cost import Cost
 from cascade.backends.systolic.symbolic import closed_forms, symbol
 from examples.fusemax_reproduction.configurations import (
-    CASCADES, CONFIGS, Dataflow, Model, attention, layers, mapping_of, prepared, search_dataflow, search_mapping, sizes_of,
+    CASCADES, CONFIGS, Dataflow, Model, attention, layers, machine_of, mapping_of, prepared, search_dataflow, search_mapping, sizes_of,
 )  # fmt: skip
 from examples.fusemax_reproduction.page import page
 
@@ -82,6 +82,22 @@ def test_what_was_published_otherwise_changes_energy_only() -> None:
         one, other = (attention(config, model("BERT", "16K"), chosen, ENERGIES, quirks) for quirks in (0, 1))
         assert (one.seconds, one.traffic, one.utilisation) == (other.seconds, other.traffic, other.utilisation)
         assert one.energy_pj is not None and other.energy_pj is not None and one.energy_pj > other.energy_pj
+
+
+@HERE
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_energies_of_the_machines_are_about_those_of_the_table(config: str) -> None:
+    """Operations, registers and memory are those of the same public artifact; an estimate stands for the buffer."""
+    ours, theirs = machine_of(config), machine_of(config, ENERGIES)
+    for name, unit in ours.units.items():
+        assert unit.registers is not None and theirs.units[name].registers == unit.registers
+        assert dict(unit.operations) == pytest.approx(dict(theirs.units[name].operations))
+    assert ours.memories == theirs.memories
+    for action in ("read", "write"):
+        assert getattr(ours.buffer, action) == pytest.approx(getattr(theirs.buffer, action), rel=0.3)
+    chosen = flow("BERT", "16K") if config == "flat" else None
+    found = [attention(config, model("BERT", "16K"), chosen, table).energy_pj for table in (None, ENERGIES)]
+    assert found[0] == pytest.approx(found[1], rel=0.05)
 
 
 HEADLINES = {("flat", "attention"): 6.7, ("unfused", "attention"): 10, ("flat", "all"): 5.3, ("unfused", "all"): 7.6}
@@ -166,7 +182,7 @@ def test_the_command_prints_json(tmp_path: Path) -> None:
 def test_the_page_is_written_without_the_published_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("examples.fusemax_reproduction.page.LENGTHS", {"1K": 1 << 10})
     text = page()
-    assert "Speed-up of attention over unfused" in text and "published" in text and text.count("<svg") == 9
+    assert "Speed-up of attention over unfused" in text and "published" in text and text.count("<svg") == 11
 
 
 def test_a_search_finds_a_dataflow_where_none_is_given() -> None:

@@ -496,4 +496,7 @@ def test_a_wrong_machine_is_one_error(text: str, code: str, message: str) -> Non
 
 @pytest.mark.parametrize("name", shipped())
 def test_a_shipped_machine_says_where_it_is_from(name: str) -> None:
-    assert machine(name).name == name and machine(name).source
+    found = machine(name)
+    assert found.name == name and found.source and found.energies
+    assert found.buffer.read and found.buffer.write and all(memory.energy for memory in found.memories.values())
+    assert all(op.energy is not None for unit in found.units.values() for op in unit.operations.values())

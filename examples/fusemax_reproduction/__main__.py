@@ -3,9 +3,9 @@
     python -m examples.fusemax_reproduction --config fusemax --length 65536 --json
     python -m examples.fusemax_reproduction --page fusemax.html
 
-Without sizes the model is BERT at batch 64. `--energies` names a table of energies, else `energies.csv` in this folder;
-where there is none, energy is unknown. `--published` names a folder with the published rows, which the page then shows
-beside ours.
+Without sizes the model is BERT at batch 64. `--energies` names a table of energies, `energies.csv` in this folder where
+there is one, that takes the place of those of the machines. `--published` names a folder with the published rows, which
+the page then shows beside ours.
 """
 
 from __future__ import annotations

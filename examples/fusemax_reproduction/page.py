@@ -59,9 +59,9 @@ def page(energies: Path | None = None, published: Path | None = None, as_publish
                 at = (config, name, length)
                 parts[at] = attention(config, model, flow, energies, as_published)
                 whole[at] = one_after_another((parts[at], layers(config, model, energies, as_published)))
-    found = figures(parts, whole, rows(published), energies is not None)
+    found = figures(parts, whole, rows(published))
     body = "\n".join(draw(figure) for figure in found)
-    means = "".join(f"<li>{html.escape(line)}</li>" for line in headlines(parts, whole, energies is not None))
+    means = "".join(f"<li>{html.escape(line)}</li>" for line in headlines(parts, whole))
     return HEAD + f"<ul>{means}</ul>\n{legend()}\n{body}\n</body></html>\n"
 
 
@@ -69,9 +69,8 @@ def figures(
     parts: Mapping[Point, Cost],
     whole: Mapping[Point, Cost],
     published: Mapping[Point, Mapping[str, float]],
-    known: bool,
 ) -> list[Figure]:
-    """All figures; those of energy where it is known."""
+    """All figures."""
 
     def column(name: str) -> dict[Point, float]:
         return {at: row[name] for at, row in published.items()}
@@ -80,12 +79,10 @@ def figures(
         Figure("Use of the 2D array in attention", used(parts, "2d"), column("util_2d"), share),
         Figure("Use of the 1D array in attention", used(parts, "1d"), column("util_1d"), share),
         Figure("Speed-up of attention over unfused", speed(seconds(parts)), speed(column("latency")), times),
+        Figure("Energy of attention, unfused is 1", ratio(energy(parts)), ratio(column("energy")), share),
         Figure("Speed-up of whole layers over unfused", speed(seconds(whole)), {}, times),
+        Figure("Energy of whole layers, unfused is 1", ratio(energy(whole)), {}, share),
     ]
-    if known:
-        energy, layer = ({at: cost.energy_pj or 0.0 for at, cost in costs.items()} for costs in (parts, whole))
-        found.insert(3, Figure("Energy of attention, unfused is 1", ratio(energy), ratio(column("energy")), share))
-        found.append(Figure("Energy of whole layers, unfused is 1", ratio(layer), {}, share))
     for einsum in ("QK", "LM", "SLN", "SLD", "SLNV"):
         busy = {
             at: cost.einsums[einsum].cycles / cost.cycles
@@ -105,6 +102,11 @@ def seconds(costs: Mapping[Point, Cost]) -> dict[Point, float]:
     return {at: cost.seconds for at, cost in costs.items()}
 
 
+def energy(costs: Mapping[Point, Cost]) -> dict[Point, float]:
+    """pJ; every machine of the paper says what its actions take."""
+    return {at: known for at, cost in costs.items() if (known := cost.energy_pj) is not None}
+
+
 def speed(found: Mapping[Point, float]) -> dict[Point, float]:
     return {at: found["unfused", at[1], at[2]] / value for at, value in found.items()}
 
@@ -121,17 +123,16 @@ def times(value: float) -> str:
     return f"{value:.2f}x"
 
 
-def headlines(parts: Mapping[Point, Cost], whole: Mapping[Point, Cost], known: bool) -> list[str]:
+def headlines(parts: Mapping[Point, Cost], whole: Mapping[Point, Cost]) -> list[str]:
     """FuseMax against its baselines: arithmetic means over models and lengths, geometric ones behind them."""
     lines = []
     for what, costs in (("attention", parts), ("end to end", whole)):
         for config in ("flat", "unfused"):
             gains = [costs[config, *at[1:]].seconds / cost.seconds for at, cost in costs.items() if at[0] == "fusemax"]
             line = f"{what}: {mean(gains):.2f}x over {LABELS[config]} (geometric mean {geometric(gains):.2f}x)"
-            if known:
-                pairs = [(cost, costs[config, *at[1:]]) for at, cost in costs.items() if at[0] == "fusemax"]
-                saved = [(ours.energy_pj or 0.0) / (theirs.energy_pj or 1.0) for ours, theirs in pairs]
-                line += f", at {mean(saved):.1%} of its energy ({geometric(saved):.1%})"
+            taken = energy(costs)
+            saved = [taken[at] / taken[config, *at[1:]] for at in taken if at[0] == "fusemax"]
+            line += f", at {mean(saved):.1%} of its energy ({geometric(saved):.1%})"
             lines.append(line)
     return lines
 

@@ -48,6 +48,7 @@ def cost_json(cost: Cost, machine: Machine) -> dict[str, Any]:
             for region in cost.regions
         ],
         "energy_by": dict(cost.energy),
+        "energies_from": machine.energies,
         "assumed": list(cost.assumed),
     }
 
@@ -64,6 +65,8 @@ def summary(cost: Cost, machine: Machine) -> list[str]:
     if cost.energy_pj is not None:
         shares = ", ".join(f"{name} {part / cost.energy_pj:.1%}" for name, part in cost.energy.items() if part)
         lines.append(f"energy {cost.energy_pj / 1e12:.4g} J: {shares}")
+    if (area := machine.area()) is not None:
+        lines.append(f"area {area / 1e6:.4g} mm2")
     if cost.assumed:
         lines.append(f"filters taken to hold everywhere in {', '.join(cost.assumed)}")
     return lines

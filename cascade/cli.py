@@ -23,7 +23,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -31,6 +31,7 @@ from typing import Any, TypeAlias
 import click
 from rich.console import Console
 from rich.highlighter import RegexHighlighter
+from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 from rich.theme import Theme
@@ -539,10 +540,14 @@ def show_kernels(payload: dict[str, Any]) -> None:
     table(("kernel", "grid", "tile", "registers", "spills", "shared", "blocks/SM", "wgmma", "mma", "remarks"), rows)
 
 
+SEARCHES = click.Choice(("fastest", "pareto"))
+
+
 @commands.command("cost")
 @about_program
 @click.option("--machine", "name", metavar="NAME|FILE", required=True, help="A machine that is known, or a TOML file.")
 @click.option("--mapping", "path", metavar="FILE", help="The mapping, a TOML file; without it one is searched.")
+@click.option("--search", type=SEARCHES, help="Search one mapping, or all unbeaten ones; from --mapping.")
 @click.option("--after", metavar="PASS", help="Cost the cascade after this pass of the pipeline.")
 @click.option("--as-published", is_flag=True, help="Count as the published evaluation of the mapping did.")
 @click.option("--symbolic", is_flag=True, help="Closed forms in the shape symbols, of a mapping that is given.")
@@ -551,6 +556,7 @@ def cost_command(
     options: Options,
     name: str,
     path: str | None,
+    search: str | None,
     after: str | None,
     as_published: bool,
     symbolic: bool,
@@ -564,11 +570,11 @@ def cost_command(
     \b
     Examples:
       cascadec cost examples/attention.cascade --machine fusemax -s B=1 -s H=8 -s M=4096 -s N=4096 -s E=64 -s F=64
-      cascadec cost examples/softmax.cascade --machine tpu-v4-like -s B=64 -s N=4096 --save-mapping softmax.toml
+      cascadec cost examples/softmax.cascade --machine fusemax -s M=64 -s N=4096 --search pareto
     """
     gpus = importlib.import_module("cascade.backends.triton.machine")
     if name.lower() in gpus.MACHINES:
-        if path or as_published or save or after or symbolic:
+        if path or as_published or save or after or symbolic or search:
             message = f"{name} is a GPU: the planner of kernels maps the cascade"
             raise click.UsageError(message, click.get_current_context())
         cost_of_kernels(options, gpus.machine(name))
@@ -577,12 +583,15 @@ def cost_command(
     machine = systolic["machine"].machine(name)
     until = parse_pass(after, PASSES).name if after else (Canonicalize.name if path else None)
     cascaded = systolic["work"].take_apart(pipeline.run_pipeline(load_typed(options), until).final)
-    if path is not None:
-        mapping = systolic["mapping"].mapping(path)
-    elif symbolic:
+    mapping = None if path is None else systolic["mapping"].mapping(path)
+    if mapping is None and symbolic:
         raise click.UsageError("--symbolic needs a --mapping", click.get_current_context())
-    else:
-        mapping = systolic["search"].search(cascaded, machine, options.sizes, told if sys.stderr.isatty() else None)
+    if search == "pareto":
+        cost_of_front(options, cascaded, machine, mapping, save)
+        return
+    if mapping is None or search is not None:
+        with progress() as told:
+            mapping = systolic["search"].search(cascaded, machine, options.sizes, told, mapping)
     if save is not None:
         write_whole(Path(save), systolic["mapping"].render_mapping(mapping))
     evaluator = systolic["cost"].Evaluator(cascaded, machine, mapping)
@@ -598,6 +607,42 @@ def cost_command(
 
 
 SYSTOLIC = ("machine", "mapping", "work", "search", "cost", "report")  # what a cost needs of its backend, loaded lazily
+
+
+def cost_of_front(options: Options, cascaded: Any, machine: Any, start: Any, save: str | None) -> None:
+    """The mappings that no other one beats in time, energy and bytes on chip; the fastest is what is saved."""
+    report = importlib.import_module("cascade.backends.systolic.report")
+    with progress() as told:
+        pareto = importlib.import_module("cascade.backends.systolic.pareto")
+        found = pareto.front(cascaded, machine, options.sizes, told, start)
+    payload = {"cascade": cascaded.cascade.name, "machine": machine.name, "sizes": options.sizes}
+    payload |= report.front_json(found)
+    if save is not None:
+        write_whole(Path(save), payload["front"][0]["mapping"])
+    titles = ("time", "energy", "on chip", "traffic", "loops")
+
+    def draw() -> None:
+        click.echo(f"{machine.name}: {report.front_summary(found)}")
+        table(titles, report.front_rows(found))
+
+    emit(payload, draw, options.json)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None] | None]:
+    """How far a search has come, as a bar on standard error; None where that is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    with Progress(console=console(stderr=True), transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def told(region: str, tried: int, forms: int) -> None:
+            if region not in tasks:
+                tasks[region] = bars.add_task(region)
+            bars.update(tasks[region], completed=tried, total=forms)
+
+        yield told
 
 
 class SizesType(click.ParamType[tuple[str, tuple[int, ...]]]):
@@ -620,6 +665,7 @@ class SizesType(click.ParamType[tuple[str, tuple[int, ...]]]):
 @JSON
 @click.option("--machine", "machines", metavar="NAME|FILE", multiple=True, required=True, help="One of the machines.")
 @click.option("--mapping", "mappings", metavar="FILE", multiple=True, help="One of the mappings; else it is searched.")
+@click.option("--search", type=SEARCHES, help="Search one mapping for each point, or all unbeaten ones.")
 @click.option("--jobs", type=click.IntRange(1, 1024), default=1, show_default=True, help="Processes that share it.")
 @click.option("--scheduler", metavar="ADDRESS", help="A Dask cluster that runs it instead.")
 @click.option("-o", "--output", metavar="FILE", help="Where the rows go: CSV, or Parquet where the name ends so.")
@@ -631,6 +677,7 @@ def sweep_command(
     as_json: bool,
     machines: tuple[str, ...],
     mappings: tuple[str, ...],
+    search: str | None,
     jobs: int,
     scheduler: str | None,
     output: str | None,
@@ -648,7 +695,8 @@ def sweep_command(
     first = {name: values[0] for name, values in listed.items()}
     cascade = load_typed(Options(file, first, DType(dtype) if dtype else None, as_json))
     final = pipeline.run_pipeline(cascade, Canonicalize.name if mappings else None).final
-    rows = sweeper.sweep(final, sweeper.points(machines, mappings, listed), jobs, scheduler)
+    points = sweeper.points(machines, mappings, listed, search == "pareto")
+    rows = sweeper.sweep(final, points, jobs, scheduler)
     if output is not None and output.endswith(".parquet"):
         write_whole(Path(output), sweeper.parquet_bytes(rows))
     elif output is not None:
@@ -688,11 +736,6 @@ def show_forecast(payload: dict[str, Any]) -> None:
 def load_typed(options: Options) -> Cascade:
     """The cascade that the command line names, untyped parameters with the type it states."""
     return specialise(load(options), {}, options.dtype)
-
-
-def told(region: str, tried: int) -> None:
-    """How far a search has come, on standard error."""
-    click.echo(f"region {region}: {tried} ways to run it tried", err=True)
 
 
 def show_forms(closed: dict[str, Any]) -> None:

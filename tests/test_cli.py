@@ -276,6 +276,39 @@ def test_cost_json(capfd: pytest.CaptureFixture[str]) -> None:
     assert found["traffic_bytes"] >= 2 * 2 * 64 * 4096
 
 
+def test_cost_of_a_front(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "fastest.toml"
+    command = [*COST, "--machine", "fusemax", "--search", "pareto"]
+    assert run_command([*command, "--save-mapping", str(path)]) == 0
+    shown = capfd.readouterr()
+    assert "mappings that no other beats" in shown.out and "all forms tried" in shown.out and not shown.err
+    assert run_command([*command, "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["exhaustive"] and found["tried"] == found["forms"]
+    assert found["front"][0]["mapping"] == path.read_text()
+    times = [choice["latency_s"] for choice in found["front"]]
+    assert times == sorted(times)
+    started = [
+        *COST,
+        "--machine",
+        "fusemax",
+        "--mapping",
+        str(path),
+        "--after",
+        "fuse",
+        "--search",
+        "fastest",
+        "--json",
+    ]
+    assert run_command(started) == 0
+    assert json.loads(capfd.readouterr().out)["latency_s"] == times[0]
+    swept = ["sweep", *COST[1:], "--machine", "fusemax", "--search", "pareto", "--json"]
+    assert run_command(swept) == 0
+    rows = json.loads(capfd.readouterr().out)["rows"]
+    assert [row["choice"] for row in rows] == list(range(len(times)))
+    assert [row["on_chip_bytes"] for row in rows] == [choice["on_chip_bytes"] for choice in found["front"]]
+
+
 def test_cost_writes_a_mapping_that_it_reads(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = str(tmp_path / "mapping.toml")
     assert run_command([*COST, "--machine", "fusemax", "--save-mapping", path, "--json"]) == 0

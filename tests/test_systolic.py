@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import operator
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cascade.backends.systolic.cost import Evaluator, evaluator, placements
-from cascade.backends.systolic.machine import Machine, machine, parse_machine, shipped
+from cascade.backends.systolic.machine import Machine, from_tables, machine, parse_machine, shipped
 from cascade.backends.systolic.mapping import (
     Loop,
     Mapping,
@@ -20,8 +23,10 @@ from cascade.backends.systolic.mapping import (
     parse_mapping,
     render_mapping,
 )
-from cascade.backends.systolic.search import search
-from cascade.backends.systolic.work import take_apart
+from cascade.backends.systolic.pareto import forms_of, front
+from cascade.backends.systolic.report import front_summary
+from cascade.backends.systolic.search import regions, search, taken_apart
+from cascade.backends.systolic.work import Cascaded, take_apart
 from cascade.arguments import shape_symbols
 from cascade.compiled import from_text
 from cascade.errors import CascadeError, CommandError, UnsupportedError
@@ -384,10 +389,71 @@ def test_a_search_finds_a_mapping_for_what_is_lifted(name: str) -> None:
     program = read_case(ROOT / f"tests/cases/lift/{name}.case").program
     cascade = run_pipeline(from_text(program, name, None).cascade).final
     sizes = dict.fromkeys(shape_symbols(cascade), 64)
-    told: list[tuple[str, int]] = []
+    told: list[tuple[str, int, int]] = []
     found = search(take_apart(cascade), machine("tpu-v4-like"), sizes, lambda *what: told.append(what))
-    assert [region.name for region in found.regions] == [region for region, _ in told]
+    assert [region.name for region in found.regions] == [region for region, tried, forms in told if tried == forms]
     assert parse_mapping(render_mapping(found)) == found
+
+
+SMALL = {"buffer": {"bytes": 90}}
+SILENT = {"units": {"2d": {"operations": {"mac": {"cycles": 1}}}}}
+ROWS = "cascade rows(X[M,N]) -> Y[M,N] { Y[m,n] = softmax[n] X[m,n] }"
+FRONTS = {
+    "grouped": (ROWS, {"M": 1, "N": 32}, {}),
+    "too large together": (ROWS, {"M": 8, "N": 32}, SMALL),
+    "no energies": (SOFT, {"M": 8, "N": 8, "K": 4}, SILENT),
+}
+
+
+def brute_front(cascaded: Cascaded, on: Machine, sizes: dict[str, int]) -> set[tuple[float, float, int]]:
+    """Every form of every region in every combination, costed as a whole; what none of the others beats."""
+    start = Mapping(tuple(regions(cascaded)))
+    ways: list[list[tuple[Region, ...]]] = []
+    extents = Evaluator(cascaded, on, start).extents(sizes)
+    for number, region in enumerate(start.regions):
+        alone = taken_apart(start, number).regions[number : number + len(region.einsums)]
+        together = [(form,) for form in forms_of(cascaded, region, extents)[0]]
+        apart = itertools.product(*(forms_of(cascaded, one, extents)[0] for one in alone))
+        ways.append([*together, *(apart if len(alone) > 1 else ())])
+    keys = set()
+    for chosen in itertools.product(*ways):
+        with contextlib.suppress(CascadeError):
+            cost = Evaluator(cascaded, on, Mapping(tuple(itertools.chain(*chosen)))).cost(sizes)
+            held = max(region.movement.held for region in cost.regions)
+            keys.add((cost.seconds, cost.traffic if cost.energy_pj is None else cost.energy_pj, held))
+    return {one for one in keys if not any(other != one and all(map(operator.le, other, one)) for other in keys)}
+
+
+@pytest.mark.parametrize("name", FRONTS)
+def test_a_front_is_that_of_all_candidates(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, sizes, fields = FRONTS[name]
+    chosen = from_tables({"extends": "fusemax", **fields})
+    monkeypatch.setattr("cascade.backends.systolic.pareto.STEPS", (4,))
+    monkeypatch.setattr("cascade.backends.systolic.pareto.FINEST", 5)
+    cascade = run_pipeline(from_text(text, name, None).cascade).final
+    cascaded = take_apart(cascade)
+    found = front(cascaded, chosen, sizes)
+    assert found.exhaustive and found.base == 16
+    brute = sorted(brute_front(cascaded, chosen, sizes))
+    ours = [choice.key for choice in found.choices]
+    assert len({(f"{s:.9e}", f"{e:.9e}", held) for s, e, held in ours}) == len(ours)
+    for one, other in zip(sorted(ours), brute, strict=True):
+        assert one == pytest.approx(other, rel=1e-12)
+    for choice, chosen_map in zip(found.choices, found.mappings, strict=True):
+        cost = Evaluator(cascaded, chosen, parse_mapping(render_mapping(chosen_map))).cost(sizes)
+        assert (cost.seconds, cost.traffic) == pytest.approx((choice.seconds, choice.traffic))
+
+
+def test_a_front_says_what_it_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cascade.backends.systolic.pareto.MOST_FORMS", 5)
+    cascaded, sizes = take_apart(prepared(GEMM)), {"M": 1024, "N": 1024, "K": 1024}
+    found = front(cascaded, machine("fusemax"), sizes)
+    assert not found.exhaustive and found.tried == 6 and f"6 of {found.forms} forms tried" in front_summary(found)
+    best = search(cascaded, machine("fusemax"), sizes)
+    cost = Evaluator(cascaded, machine("fusemax"), best).cost(sizes)
+    monkeypatch.undo()
+    whole = front(cascaded, machine("fusemax"), sizes)
+    assert whole.exhaustive and whole.choices[0].seconds <= cost.seconds
 
 
 BESIDE = """name = "beside"

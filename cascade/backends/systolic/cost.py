@@ -158,6 +158,13 @@ class Evaluator:
         bound, extents = self._sizes(sizes)
         return self._evaluated(plan, extents, LivePoints(self.cascaded.shapes, bound), Published())[0]
 
+    def region_energy(self, plan: RegionPlan, sizes: Mapping[str, int]) -> tuple[RegionCost, float | None]:
+        """The cost of one region, and its pJ; None where the machine does not say."""
+        bound, extents = self._sizes(sizes)
+        region, loads = self._evaluated(plan, extents, LivePoints(self.cascaded.shapes, bound), Published())
+        einsums = {name: self._einsum(load, Published()) for name, load in loads.items()}
+        return region, _sum(list(self._energy(loads, einsums, [region], Published()).values()))
+
     def latency(self, name: str) -> int:
         """Cycles that one point of an Einsum takes on a lane of its unit."""
         return _cycles(self.counts[name], self.unit[name])

@@ -1,4 +1,4 @@
-"""A cost as one JSON object with stable keys, and as tables that a person reads."""
+"""A cost, or a front of mappings, as one JSON object with stable keys, and as tables that a person reads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 from cascade.backends.systolic.cost import Cost
 from cascade.backends.systolic.machine import Machine
+from cascade.backends.systolic.mapping import Region, render_mapping
+from cascade.backends.systolic.pareto import Front
 
 
 def cost_json(cost: Cost, machine: Machine) -> dict[str, Any]:
@@ -51,6 +53,47 @@ def cost_json(cost: Cost, machine: Machine) -> dict[str, Any]:
         "energies_from": machine.energies,
         "assumed": list(cost.assumed),
     }
+
+
+def front_json(found: Front) -> dict[str, Any]:
+    """The front as JSON: what each mapping costs and its text, and what was tried for it."""
+    choices = [
+        {
+            "latency_s": choice.seconds,
+            "energy_pj": choice.energy,
+            "traffic_bytes": choice.traffic,
+            "on_chip_bytes": choice.held,
+            "mapping": render_mapping(mapping),
+        }
+        for choice, mapping in zip(found.choices, found.mappings, strict=True)
+    ]
+    return {"front": choices, "tried": found.tried, "forms": found.forms, "exhaustive": found.exhaustive}
+
+
+def front_summary(found: Front) -> str:
+    """What was tried, and what is left of it."""
+    many = "all" if found.exhaustive else f"{found.tried} of {found.forms}"
+    what = f"{many} forms tried, {found.tried} with sizes that are powers of {found.base} or fit"
+    return f"{len(found.choices)} mappings that no other beats in time, energy and bytes on chip; {what}"
+
+
+def front_rows(found: Front) -> list[tuple[str, ...]]:
+    """A row for every mapping of a front: time, energy, bytes on chip, traffic, the loops of its regions."""
+    return [
+        (
+            seconds_text(choice.seconds),
+            "unknown" if choice.energy is None else f"{choice.energy / 1e12:.4g} J",
+            bytes_text(choice.held),
+            bytes_text(choice.traffic),
+            "; ".join(f"{region.name}: {_loops_text(region)}" for region in choice.regions),
+        )
+        for choice in found.choices
+    ]
+
+
+def _loops_text(region: Region) -> str:
+    own = [" | ".join(map(str, stage.loops)) for stage in region.stages if stage.loops]
+    return ", ".join((*map(str, region.loops), *(f"({loops})" for loops in own))) or "no loops"
 
 
 def summary(cost: Cost, machine: Machine) -> list[str]:

@@ -546,12 +546,12 @@ SEARCHES = click.Choice(("fastest", "pareto"))
 @commands.command("cost")
 @about_program
 @click.option("--machine", "name", metavar="NAME|FILE", required=True, help="A machine that is known, or a TOML file.")
-@click.option("--mapping", "path", metavar="FILE", help="The mapping, a TOML file; without it one is searched.")
+@click.option("--mapping", "path", metavar="FILE", help="A TOML file; else the schedule's, else one is searched.")
 @click.option("--search", type=SEARCHES, help="Search one mapping, or all unbeaten ones; from --mapping.")
 @click.option("--after", metavar="PASS", help="Cost the cascade after this pass of the pipeline.")
 @click.option("--as-published", is_flag=True, help="Count as the published evaluation of the mapping did.")
 @click.option("--symbolic", is_flag=True, help="Closed forms in the shape symbols, of a mapping that is given.")
-@click.option("--save-mapping", "save", metavar="FILE", help="Write the mapping that was used, to be edited.")
+@click.option("--save-mapping", "save", metavar="FILE", help="Write the mapping that was used: TOML, or FILE.cascade.")
 def cost_command(
     options: Options,
     name: str,
@@ -564,8 +564,9 @@ def cost_command(
 ) -> None:
     """Print what a cascade costs on a modelled spatial machine: cycles, use of units, traffic, energy.
 
-    All shape symbols need a size. With a mapping the cascade is taken as written, one reduction a statement; without
-    one it goes through the pipeline, and what the schedule groups shares a region. --after chooses otherwise.
+    All shape symbols need a size. The mapping is a file, or the regions of the schedule; with one the cascade is taken
+    as written, one reduction a statement. Without one it goes through the pipeline, what the schedule groups shares a
+    region, and a mapping is searched. --after chooses otherwise.
 
     \b
     Examples:
@@ -581,11 +582,15 @@ def cost_command(
         return
     systolic = {part: importlib.import_module(f"cascade.backends.systolic.{part}") for part in SYSTOLIC}
     machine = systolic["machine"].machine(name)
-    until = parse_pass(after, PASSES).name if after else (Canonicalize.name if path else None)
-    cascaded = systolic["work"].take_apart(pipeline.run_pipeline(load_typed(options), until).final)
-    mapping = None if path is None else systolic["mapping"].mapping(path)
+    written = load_typed(options)
+    mapping = systolic["mapping"].scheduled(written)
+    given = path is not None or mapping is not None
+    until = parse_pass(after, PASSES).name if after else (Canonicalize.name if given else None)
+    cascaded = systolic["work"].take_apart(pipeline.run_pipeline(written, until).final)
+    if path is not None:
+        mapping = systolic["mapping"].mapping(path)
     if mapping is None and symbolic:
-        raise click.UsageError("--symbolic needs a --mapping", click.get_current_context())
+        raise click.UsageError("--symbolic needs a --mapping, or regions in the schedule", click.get_current_context())
     if search == "pareto":
         cost_of_front(options, cascaded, machine, mapping, save)
         return
@@ -593,7 +598,7 @@ def cost_command(
         with progress() as told:
             mapping = systolic["search"].search(cascaded, machine, options.sizes, told, mapping)
     if save is not None:
-        write_whole(Path(save), systolic["mapping"].render_mapping(mapping))
+        write_whole(Path(save), mapping_text(save, cascaded.cascade, mapping))
     evaluator = systolic["cost"].Evaluator(cascaded, machine, mapping)
     if symbolic:
         forms = importlib.import_module("cascade.backends.systolic.symbolic")  # lazily: it needs SymPy
@@ -618,7 +623,7 @@ def cost_of_front(options: Options, cascaded: Any, machine: Any, start: Any, sav
     payload = {"cascade": cascaded.cascade.name, "machine": machine.name, "sizes": options.sizes}
     payload |= report.front_json(found)
     if save is not None:
-        write_whole(Path(save), payload["front"][0]["mapping"])
+        write_whole(Path(save), mapping_text(save, cascaded.cascade, found.mappings[0]))
     titles = ("time", "energy", "on chip", "traffic", "loops")
 
     def draw() -> None:
@@ -626,6 +631,13 @@ def cost_of_front(options: Options, cascaded: Any, machine: Any, start: Any, sav
         table(titles, report.front_rows(found))
 
     emit(payload, draw, options.json)
+
+
+def mapping_text(path: str, cascade: Cascade, mapping: Any) -> str:
+    """A mapping as TOML; as the schedule of its cascade where the name of the file ends so."""
+    writer = importlib.import_module("cascade.backends.systolic.mapping")
+    as_schedule = path.endswith(".cascade")
+    return render(writer.with_mapping(cascade, mapping)) if as_schedule else str(writer.render_mapping(mapping))
 
 
 @contextlib.contextmanager
@@ -694,7 +706,8 @@ def sweep_command(
     listed = dict(sizes)
     first = {name: values[0] for name, values in listed.items()}
     cascade = load_typed(Options(file, first, DType(dtype) if dtype else None, as_json))
-    final = pipeline.run_pipeline(cascade, Canonicalize.name if mappings else None).final
+    given = mappings or sweeper.scheduled(cascade) is not None
+    final = pipeline.run_pipeline(cascade, Canonicalize.name if given else None).final
     points = sweeper.points(machines, mappings, listed, search == "pareto")
     rows = sweeper.sweep(final, points, jobs, scheduler)
     if output is not None and output.endswith(".parquet"):

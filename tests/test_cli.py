@@ -317,6 +317,23 @@ def test_cost_writes_a_mapping_that_it_reads(capfd: pytest.CaptureFixture[str], 
     assert capfd.readouterr().out == first
 
 
+def test_cost_takes_the_mapping_of_the_schedule(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = ROOT / "examples/fusemax_reproduction"
+    path, sizes = str(tmp_path / "written.cascade"), (f"-s{size}" for size in ("B=2", "H=2", "M1=8", "M0=256"))
+    options = [*sizes, "-sP=2048", "-sE=64", "-sF=64", "--machine", "fusemax", "--json"]
+    program = f"{folder / 'cascades.cascade'}:one_pass"
+    command = ["cost", program, *options, "--mapping", str(folder / "fusemax.toml"), "--save-mapping", path]
+    assert run_command(command) == 0
+    first = capfd.readouterr().out
+    assert "region attention over b = 1, h = 1, rows: p = fit {" in Path(path).read_text()
+    assert run_command(["cost", path, *options]) == 0
+    assert capfd.readouterr().out == first
+    assert run_command(["sweep", path, *options]) == 0
+    assert json.loads(capfd.readouterr().out)["rows"][0]["cycles"] == json.loads(first)["cycles"]
+    assert run_command(["cost", path, *options, "--search", "fastest"]) == 0
+    assert json.loads(capfd.readouterr().out)["latency_s"] <= json.loads(first)["latency_s"]
+
+
 def test_cost_in_closed_form(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     mapping = tmp_path / "mapping.toml"
     names = ["Y_max", "Y_sum", "Y"]

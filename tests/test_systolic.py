@@ -13,26 +13,20 @@ import pytest
 
 from cascade.backends.systolic.cost import Evaluator, evaluator, placements
 from cascade.backends.systolic.machine import Machine, from_tables, machine, parse_machine, shipped
-from cascade.backends.systolic.mapping import (
-    Loop,
-    Mapping,
-    Phase,
-    Placement,
-    Region,
-    Stage,
-    parse_mapping,
-    render_mapping,
-)
+from cascade.backends.systolic.mapping import Mapping, Placement, parse_mapping, render_mapping, scheduled, with_mapping
 from cascade.backends.systolic.pareto import forms_of, front
 from cascade.backends.systolic.report import front_summary
 from cascade.backends.systolic.search import regions, search, taken_apart
 from cascade.backends.systolic.work import Cascaded, take_apart
 from cascade.arguments import shape_symbols
 from cascade.compiled import from_text
+from cascade.frontend.build import parse_cascade
 from cascade.errors import CascadeError, CommandError, UnsupportedError
 from cascade.inference import infer_shapes
-from cascade.ir import Cascade
+from cascade.ir import Cascade, Loop, Phase, Region, Stage
 from cascade.pipeline import run_pipeline
+from cascade.text import render
+from cascade.trial import difference
 from cascade.walk import defines
 from tests.check import read_case
 from tests.generate import RANKS, random_cascade, symbol
@@ -92,7 +86,7 @@ def random_loops(rng: random.Random, ranks: tuple[str, ...], prefix: str) -> tup
 
 
 def random_keep(rng: random.Random, cascade: Cascade, region: Region) -> tuple[tuple[str, str], ...]:
-    inside = {name for stmt in cascade.body if defines(stmt)[0] in region.einsums for name in defines(stmt)}
+    inside = {name for stmt in cascade.body if defines(stmt)[0] in region.statements for name in defines(stmt)}
     labels = [loop.label for loop in region.loops] or ["all"]
     read = [p.name for p in cascade.params] + sorted(inside)
     chosen = [name for name in read if rng.random() < 0.35]
@@ -162,6 +156,25 @@ def test_mappings_read_back() -> None:
 # --- goldens ---------------------------------------------------------------------------------------------------------
 
 GEMM = "cascade gemm(A[M,K], B[K,N]) -> C[M,N] {\n C[m,n] = sum[k] A[m,k] * B[k,n]\n}"
+
+
+def test_a_mapping_in_a_schedule_is_the_same_and_changes_no_meaning() -> None:
+    count = 0
+    for seed in range(120):
+        found = triple(seed)
+        if found is None:
+            continue
+        cascade, _, mapping, _ = found
+        written = with_mapping(cascade, mapping)
+        read = parse_cascade(render(written))
+        assert read == written and with_mapping(written, mapping) == written, seed
+        mine = scheduled(read)
+        assert mine is not None and mine.regions == mapping.regions and dict(mine.units) == dict(mapping.units), seed
+        assert mine.place == mapping.place, seed
+        if count < 12:
+            assert not difference(cascade, read, seed), seed
+        count += 1
+    assert count > 40
 
 
 def prepared(text: str) -> Cascade:
@@ -411,7 +424,7 @@ def brute_front(cascaded: Cascaded, on: Machine, sizes: dict[str, int]) -> set[t
     ways: list[list[tuple[Region, ...]]] = []
     extents = Evaluator(cascaded, on, start).extents(sizes)
     for number, region in enumerate(start.regions):
-        alone = taken_apart(start, number).regions[number : number + len(region.einsums)]
+        alone = taken_apart(start, number).regions[number : number + len(region.statements)]
         together = [(form,) for form in forms_of(cascaded, region, extents)[0]]
         apart = itertools.product(*(forms_of(cascaded, one, extents)[0] for one in alone))
         ways.append([*together, *(apart if len(alone) > 1 else ())])

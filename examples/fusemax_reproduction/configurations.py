@@ -12,12 +12,12 @@ from cascade import pipeline
 from cascade.backends.systolic.cost import Cost, Evaluator, evaluator
 from cascade.backends.systolic.machine import Machine, from_tables
 from cascade.backends.systolic.mapping import Mapping as Map
-from cascade.backends.systolic.mapping import Published, Region, Stage, loop, mapping
+from cascade.backends.systolic.mapping import Published, loop, mapping
 from cascade.backends.systolic.search import search
 from cascade.backends.systolic.work import take_apart
 from cascade.compiled import from_text
 from cascade.errors import UnsupportedError
-from cascade.ir import Cascade
+from cascade.ir import Cascade, Region, Stage
 from examples.fusemax_reproduction.energies import read_energies
 
 HERE = Path(__file__).parent

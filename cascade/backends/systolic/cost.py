@@ -295,7 +295,7 @@ class Evaluator:
         """The phases of the mapping; one with everything in it where it names none."""
         named = [name for phase in plan.region.phases for _, names in phase.work for name in names]
         merges = tuple(f"{merge.state}'" for merge in self._merges(plan))
-        rest = tuple(name for name in (*plan.region.einsums, *merges) if name not in named)
+        rest = tuple(name for name in (*plan.region.statements, *merges) if name not in named)
         listed = [(names, phase.drain) for phase in plan.region.phases for names in [_names(phase.work)]]
         for names, drain in (*listed, *([(rest, None)] if rest else [])):
             units: Counter[str] = Counter()
@@ -454,7 +454,7 @@ def _cannot(name: str, steps: tuple[Step, ...], machine: Machine, wanted: str | 
 def _check_names(cascaded: Cascaded, machine: Machine, mapping: Map) -> None:
     """The mapping runs every Einsum once, on units that there are, and names no other."""
     known = list(cascaded.works)
-    run = [name for region in mapping.regions for name in region.einsums]
+    run = [name for region in mapping.regions for name in region.statements]
     bound = [name for region in mapping.regions for phase in region.phases for name in _names(phase.work)]
     units = [unit for region in mapping.regions for phase in region.phases for unit, _ in phase.work]
     units += [phase.drain for region in mapping.regions for phase in region.phases if phase.drain is not None]

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from cascade.backends.systolic.machine import Unit
-from cascade.backends.systolic.mapping import ALL, DRAM, REGISTERS, TILE, Loop, Published, Region
+from cascade.backends.systolic.mapping import ALL, DRAM, REGISTERS, TILE, Published
 from cascade.backends.systolic.mapping import Mapping as Map
 from cascade.backends.systolic.nest import Nest, ceil_div
 from cascade.backends.systolic.work import Access, Cascaded, Work
 from cascade.errors import CommandError, Diagnostic, UnsupportedError
+from cascade.ir import Loop, Region
+from cascade.text import render_loop
 from cascade.wording import suggest
 
 Direction: TypeAlias = Literal["read", "written"]
@@ -99,7 +101,7 @@ class RegionPlan:
             self._keep(tensor, found, quirks)
         for tensor in (*self.outside, *self.made):
             self._feed(tensor, found, quirks)
-        for name in self.region.einsums:
+        for name in self.region.statements:
             self._accumulate(self.cascaded.works[name], found)
         return found
 
@@ -116,7 +118,7 @@ class RegionPlan:
                 size = fit[loop.label] if loop.size is None else loop.size
                 if size < outer[loop.rank]:
                     if outer[loop.rank] % size and outer[loop.rank] != extents[loop.rank]:
-                        message = f"{loop} does not divide the {outer[loop.rank]} of the loop around it"
+                        message = f"{render_loop(loop)} does not divide the {outer[loop.rank]} of the loop around it"
                         raise _misfit(message, "an inner tile is a divisor of the outer one")
                     outer[loop.rank] = size
                     loops.append((loop.rank, size))
@@ -170,7 +172,7 @@ class RegionPlan:
 
     def _check(self, stage: int, nest: Nest) -> None:
         """Every Einsum moves with all loops around it, and none runs before a pass that it needs is over."""
-        for name in self.region.stages[stage].einsums:
+        for name in self.region.stages[stage].statements:
             work = self.cascaded.works[name]
             depth = nest.cut(work.ranks)
             other = next((rank for rank, _ in nest.loops[:depth] if rank not in work.ranks), None)
@@ -179,7 +181,7 @@ class RegionPlan:
                 raise _misfit(message, "put it into another stage, or the loop further in")
         for at, (rank, _) in enumerate(nest.loops):
             numbers = self.cascaded.passes[rank]
-            inside = self.region.einsums if at < self._shared(nest) else self.region.stages[stage].einsums
+            inside = self.region.statements if at < self._shared(nest) else self.region.stages[stage].statements
             passes = {numbers[name]: name for name in inside if name in numbers}
             if len(passes) > 1:
                 (_, first), (_, then), *_ = sorted(passes.items())
@@ -376,7 +378,7 @@ def plan_region(
 ) -> RegionPlan:
     """The region of that number: what comes from outside, what is made, what leaves."""
     region = mapping.regions[number]
-    stage_of = {name: at for at, stage in enumerate(region.stages) for name in stage.einsums}
+    stage_of = {name: at for at, stage in enumerate(region.stages) for name in stage.statements}
     keep = dict(region.keep)
     readers: dict[str, list[Reader]] = {}
     for name, stage in stage_of.items():
@@ -385,7 +387,7 @@ def plan_region(
     later = {
         access.tensor
         for other in mapping.regions[number + 1 :]
-        for name in other.einsums
+        for name in other.statements
         for access in cascaded.works[name].reads
     }
     later.update(result.name for result in cascaded.cascade.results)
@@ -432,7 +434,7 @@ def _check_region(
         if name not in readers and name not in here:
             hint = suggest(name, (*readers, *here), "its tensors are")
             raise _misfit(f"region {region.name!r} has no tensor {name}", hint)
-    stage_of = {name: at for at, stage in enumerate(region.stages) for name in stage.einsums}
+    stage_of = {name: at for at, stage in enumerate(region.stages) for name in stage.statements}
     for name, found in readers.items():
         made = stage_of.get(cascaded.maker.get(name, ""))
         for reader in found:

@@ -18,12 +18,12 @@ from dataclasses import dataclass, replace
 from cascade.backends.systolic.cost import Evaluator
 from cascade.backends.systolic.machine import Machine
 from cascade.backends.systolic.mapping import Mapping as Map
-from cascade.backends.systolic.mapping import Region
 from cascade.backends.systolic.search import (
     Progress, bindings, candidates, lacking, regions, taken_apart, with_region,
 )  # fmt: skip
 from cascade.backends.systolic.work import Cascaded
 from cascade.errors import CommandError, UnsupportedError
+from cascade.ir import Region
 
 MOST_FORMS = 4000
 STEPS = (1, 2, 4, 8)  # between the powers of two that are tried
@@ -109,11 +109,11 @@ def front(
     counts = _Counts()
     for number, region in enumerate(mapping.regions):
         here = _region_front(cascaded, machine, mapping, number, sizes, progress, counts)
-        if len(region.einsums) > 1 and start is None:
+        if len(region.statements) > 1 and start is None:
             apart = taken_apart(mapping, number)
             fronts = (
                 _region_front(cascaded, machine, apart, number + at, sizes, progress, counts)
-                for at in range(len(region.einsums))
+                for at in range(len(region.statements))
             )
             here = unbeaten((*here, *_combined(fronts)))
         if not here:
@@ -155,7 +155,7 @@ def _region_front(
     for bound in (mapping, *bindings(cascaded, machine, mapping, region)):
         evaluator = Evaluator(cascaded, machine, bound)
         forms, every, base = forms_of(cascaded, region, evaluator.extents(sizes))
-        units = tuple(pair for pair in bound.units if pair[0] in region.einsums)
+        units = tuple(pair for pair in bound.units if pair[0] in region.statements)
         counts.tried += len(forms)
         counts.forms += every
         counts.base = max(counts.base, base)

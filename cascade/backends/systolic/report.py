@@ -6,8 +6,10 @@ from typing import Any
 
 from cascade.backends.systolic.cost import Cost
 from cascade.backends.systolic.machine import Machine
-from cascade.backends.systolic.mapping import Region, render_mapping
+from cascade.backends.systolic.mapping import render_mapping
 from cascade.backends.systolic.pareto import Front
+from cascade.ir import Region
+from cascade.text import render_loop
 
 
 def cost_json(cost: Cost, machine: Machine) -> dict[str, Any]:
@@ -92,8 +94,8 @@ def front_rows(found: Front) -> list[tuple[str, ...]]:
 
 
 def _loops_text(region: Region) -> str:
-    own = [" | ".join(map(str, stage.loops)) for stage in region.stages if stage.loops]
-    return ", ".join((*map(str, region.loops), *(f"({loops})" for loops in own))) or "no loops"
+    own = [" | ".join(map(render_loop, stage.loops)) for stage in region.stages if stage.loops]
+    return ", ".join((*map(render_loop, region.loops), *(f"({loops})" for loops in own))) or "no loops"
 
 
 def summary(cost: Cost, machine: Machine) -> list[str]:

@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 
 from cascade.backends.systolic.cost import Evaluator
 from cascade.backends.systolic.machine import Machine
-from cascade.backends.systolic.mapping import Loop, Region, Stage
 from cascade.backends.systolic.mapping import Mapping as Map
 from cascade.backends.systolic.nest import ceil_div
 from cascade.backends.systolic.work import Cascaded, operations
 from cascade.errors import CascadeError, CommandError, Diagnostic, UnsupportedError
+from cascade.ir import Loop, Region, Stage
 from cascade.passes.traffic import scheduled_groups
 
 MOST_LOOPS = 3
@@ -50,7 +50,7 @@ def search(
         try:
             found = [_best(Evaluator(cascaded, machine, mapping), number, sizes, progress)]
         except UnsupportedError:
-            if len(region.einsums) == 1 or region.phases:
+            if len(region.statements) == 1 or region.phases:
                 raise
             mapping = taken_apart(mapping, number)  # too large together
             continue
@@ -64,7 +64,7 @@ def search(
 
 def taken_apart(mapping: Map, number: int) -> Map:
     """A mapping with a region for each Einsum of the one of that number."""
-    parts = tuple(Region(name, (Stage((name,)),)) for name in mapping.regions[number].einsums)
+    parts = tuple(Region(name, (Stage((name,)),)) for name in mapping.regions[number].statements)
     return replace(mapping, regions=(*mapping.regions[:number], *parts, *mapping.regions[number + 1 :]))
 
 
@@ -75,10 +75,10 @@ def bindings(cascaded: Cascaded, machine: Machine, mapping: Map, region: Region)
     """
     if len(machine.memories) < 2 or region.phases:
         return
-    others = tuple(pair for pair in mapping.units if pair[0] not in region.einsums)
+    others = tuple(pair for pair in mapping.units if pair[0] not in region.statements)
     for unit in machine.units.values():
-        if all(operations(cascaded.works[name].steps, unit) is not None for name in region.einsums):
-            yield replace(mapping, units=(*others, *((name, unit.name) for name in region.einsums)))
+        if all(operations(cascaded.works[name].steps, unit) is not None for name in region.statements):
+            yield replace(mapping, units=(*others, *((name, unit.name) for name in region.statements)))
 
 
 Rank = tuple[float, int, int]  # seconds, bytes of memory, bytes on chip: the less the better
@@ -222,7 +222,7 @@ def candidates(
     cascaded: Cascaded, region: Region, extents: Mapping[str, int], tiles: tuple[int, ...] = SIZES
 ) -> Iterator[Region]:
     """The region with loops in every way that is tried: the sizes of `tiles`, and as large as fits."""
-    works = [cascaded.works[name] for name in region.einsums]
+    works = [cascaded.works[name] for name in region.statements]
     common = [rank for rank in works[0].ranks if all(rank in work.ranks for work in works)]
     every = [access for work in works for access in (*work.reads, *work.writes)]
     outer = [rank for rank in common if all(rank in access.ranks for access in every) and extents[rank] > 1]
@@ -241,7 +241,7 @@ def _own(
     cascaded: Cascaded, stage: Stage, shared: set[str], extents: Mapping[str, int], tiles: tuple[int, ...]
 ) -> list[tuple[Loop, ...]]:
     """Loops of a stage's own, over one rank that its Einsums fold away or make together: none, or one of some size."""
-    works = [cascaded.works[name] for name in stage.einsums]
+    works = [cascaded.works[name] for name in stage.statements]
     ranks = dict.fromkeys(rank for work in works for rank in work.ranks if rank not in shared)
     full = [rank for rank in ranks if sum(rank in work.ranks for work in works) > 1 or len(works) == 1]
     found: list[tuple[Loop, ...]] = [()]

@@ -18,7 +18,8 @@ from typing import Any, TypeAlias
 
 from cascade.backends.systolic.cost import Cost, Evaluator
 from cascade.backends.systolic.machine import Machine, machine
-from cascade.backends.systolic.mapping import mapping
+from cascade.backends.systolic.mapping import Mapping as Map
+from cascade.backends.systolic.mapping import mapping, scheduled
 from cascade.backends.systolic.pareto import front
 from cascade.backends.systolic.search import search
 from cascade.backends.systolic.work import Cascaded, take_apart
@@ -31,8 +32,8 @@ CHUNK = 64  # points that a worker takes at a time
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One evaluation: a machine, a mapping file (None: searched), the sizes of all symbols; `front` for all mappings
-    that no other beats."""
+    """One evaluation: a machine, a mapping file (None: that of the schedule, else one is searched), the sizes of all
+    symbols; `front` for all mappings that no other beats."""
 
     machine: str
     mapping: str | None
@@ -82,18 +83,23 @@ def _rows_of(cascade: Cascade, point: Point) -> list[Row]:
 
 
 def _evaluators(cascade: Cascade, point: Point) -> list[Evaluator]:
-    if point.mapping is not None and not point.front:
-        return [_prepared(cascade, point.machine, point.mapping)]
+    start = scheduled(cascade) if point.mapping is None else _mapping(point.mapping)
+    if start is not None and not point.front:
+        return [_prepared(cascade, point.machine, start)]
     cascaded, chosen, sizes = _apart(cascade), _machine(point.machine), dict(point.sizes)
     if point.front:
-        start = None if point.mapping is None else mapping(point.mapping)
         return [Evaluator(cascaded, chosen, each) for each in front(cascaded, chosen, sizes, start=start).mappings]
     return [Evaluator(cascaded, chosen, search(cascaded, chosen, sizes))]
 
 
 @functools.lru_cache(64)
-def _prepared(cascade: Cascade, name: str, path: str) -> Evaluator:
-    return Evaluator(_apart(cascade), _machine(name), mapping(path))
+def _prepared(cascade: Cascade, name: str, given: Map) -> Evaluator:
+    return Evaluator(_apart(cascade), _machine(name), given)
+
+
+@functools.lru_cache(64)
+def _mapping(path: str) -> Map:
+    return mapping(path)
 
 
 @functools.lru_cache(64)

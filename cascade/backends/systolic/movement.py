@@ -57,6 +57,7 @@ class Movement:
     nests: tuple[Nest, ...]
     held: int
     spilled: float
+    depths: Mapping[str, int | None]  # of made tensors: how many loops stand around where each is held
     moved: dict[tuple[str, Direction], int] = field(default_factory=dict)
     by_memory: dict[str, int] = field(default_factory=dict)
     buffer_reads: int = 0
@@ -85,6 +86,7 @@ class RegionPlan:
     keep: Mapping[str, str]
     written: Mapping[str, Written]
     stage_loops: tuple[tuple[Loop, ...], ...]  # of each stage, the shared ones first
+    fed: Mapping[str, tuple[Reader, ...]]  # of each tensor, the readers whose units have not just made it themselves
 
     def movement(self, extents: Mapping[str, int], sizes: Mapping[str, int], quirks: Published) -> Movement:
         """What the region moves for these extents; raises C540 where it does not fit, C622 where it cannot run so."""
@@ -92,7 +94,8 @@ class RegionPlan:
         for stage, nest in enumerate(nests):
             self._check(stage, nest)
         held = self.need(nests)
-        found = Movement(nests, held, self._spilled(nests, held))
+        depths = {tensor: self.made_depth(tensor, nests) for tensor in self.made}
+        found = Movement(nests, held, self._spilled(nests, held), depths)
         for tensor in self.outside:
             self._load(tensor, found, quirks)
         for tensor in self.leaves:
@@ -323,7 +326,7 @@ class RegionPlan:
         """Writes of a made tensor into the buffer; a spilled share goes to memory, and back for every later stage."""
         made = self.written[tensor]
         nest = found.nests[made.first]
-        if self.made_depth(tensor, found.nests) is None:
+        if found.depths[tensor] is None:
             return
         if tensor not in quirks.unbuffered and not self._adds(tensor, found.nests):
             found.buffer_writes += nest.moved(made.access, self._executed(made.work, nest)) * self.widths[tensor]
@@ -335,28 +338,16 @@ class RegionPlan:
 
     def _feed(self, tensor: str, found: Movement, quirks: Published) -> None:
         """Reads of the buffer by units: a tile for every iteration, nothing of what a unit has just made itself."""
-        if tensor in quirks.unbuffered or (tensor in self.made and self.made_depth(tensor, found.nests) is None):
+        if tensor in quirks.unbuffered or found.depths.get(tensor, 0) is None:
             return
         counts = [
             found.nests[reader.stage].moved(reader.access, self._executed(reader.work, found.nests[reader.stage]))
-            for reader in self.readers[tensor]
-            if not self._at_hand(tensor, reader)
+            for reader in self.fed[tensor]
         ]
         elements = max(counts, default=0) if tensor in quirks.read_once else sum(counts)
         if tensor in quirks.read_again:
             elements += max(counts, default=0)
         found.buffer_reads += elements * self.widths[tensor]
-
-    def _at_hand(self, tensor: str, reader: Reader) -> bool:
-        """Whether the reader's unit has made these elements in the same iteration."""
-        maker = self.cascaded.maker.get(tensor)
-        if (
-            maker is None
-            or self.stage_of.get(maker) != reader.stage
-            or self.units[maker] is not self.units[reader.work.name]
-        ):
-            return False
-        return not any(place.shifted for place in reader.access.places)
 
     def _accumulate(self, work: Work, found: Movement) -> None:
         """Where iterations add to a result, the buffer has it: read but for the first time, and written, every time."""
@@ -400,8 +391,17 @@ def plan_region(
     written = {name: _written(cascaded, name, stage_of, readers.get(name, [])) for name in here}
     loops = tuple((*region.loops, *stage.loops) for stage in region.stages)
     every = {name: tuple(found) for name, found in readers.items()}
+
+    def at_hand(tensor: str, reader: Reader) -> bool:
+        """Whether the reader's unit has made these elements in the same iteration."""
+        maker = cascaded.maker.get(tensor)
+        if maker is None or stage_of.get(maker) != reader.stage or units[maker] is not units[reader.work.name]:
+            return False
+        return not any(place.shifted for place in reader.access.places)
+
+    fed = {name: tuple(reader for reader in found if not at_hand(name, reader)) for name, found in every.items()}
     return RegionPlan(
-        cascaded, region, widths, units, capacity, stage_of, every, outside, made, leaves, keep, written, loops
+        cascaded, region, widths, units, capacity, stage_of, every, outside, made, leaves, keep, written, loops, fed
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from cascade.backends.systolic.cost import Cost, Evaluator, evaluator
 from cascade.backends.systolic.machine import Machine, from_tables
 from cascade.backends.systolic.mapping import Mapping as Map
 from cascade.backends.systolic.mapping import Published, loop, mapping
+from cascade.backends.systolic.movement import RegionPlan
 from cascade.backends.systolic.search import search
 from cascade.backends.systolic.work import take_apart
 from cascade.compiled import from_text
@@ -23,6 +25,8 @@ from examples.fusemax_reproduction.energies import read_energies
 HERE = Path(__file__).parent
 CONFIGS = ("unfused", "flat", "cascade", "architecture", "fusemax")
 TILE = 256  # coordinates along a side of the arrays
+TENSORS = ("Q", "K", "QK", "A", "V", "AV")  # of which FLAT chooses what is on chip
+STATIONARITIES = ("output", "weight", "input")
 
 CASCADES = {
     "unfused": "three_pass", "flat": "three_pass", "cascade": "one_pass", "architecture": "one_pass",
@@ -59,10 +63,15 @@ class Dataflow:
     @staticmethod
     def of(row: Mapping[str, Any]) -> Dataflow:
         """The dataflow of a row or JSON object with the names of FLAT's tables: `Q_loc`, `QK_stationarity`, `P1`."""
-        names = ("Q", "K", "QK", "A", "V", "AV")
-        on_chip = frozenset(name for name in names if row[f"{name}_loc"] == "onchip")
+        on_chip = frozenset(name for name in TENSORS if row[f"{name}_loc"] == "onchip")
         stationarity = (str(row["QK_stationarity"]), str(row["AV_stationarity"]))
         return Dataflow(str(row["fusion_granularity"]), int(float(row["P1"])), on_chip, stationarity)
+
+    def row(self) -> dict[str, str]:
+        """The JSON object that `of` reads."""
+        places = {f"{name}_loc": "onchip" if name in self.on_chip else "offchip" for name in TENSORS}
+        stays = {"QK_stationarity": self.stationarity[0], "AV_stationarity": self.stationarity[1]}
+        return {"fusion_granularity": self.granularity, "P1": str(self.rows), **places, **stays}
 
 
 @functools.cache
@@ -230,27 +239,102 @@ def flat_mapping(flow: Dataflow) -> Map:
     return Map((region,), published=Published(unbuffered=tuple(unbuffered), one_lane=True))
 
 
-def dataflows(model: Model) -> list[Dataflow]:
-    """The dataflows that FLAT chooses among."""
-    chosen = []
-    for granularity, rows in (("head", TILE), *(("row", TILE * times) for times in (1, 2, 4))):
-        for on_chip in ((), ("Q",), ("QK", "A"), ("Q", "QK", "A")):
-            chosen += [
-                Dataflow(granularity, rows, frozenset(on_chip), (stays, stays)) for stays in ("output", "weight")
-            ]
-    return [flow for flow in chosen if flow.granularity == "head" or flow.rows <= model.length]
+def dataflows(length: int) -> Iterator[Dataflow]:
+    """All dataflows that FLAT chooses among: granularity and rows, where six tensors are, what stays in the array."""
+    for granularity, rows in granularities(length):
+        for count in range(len(TENSORS) + 1):
+            for on_chip in itertools.combinations(TENSORS, count):
+                for stays in itertools.product(STATIONARITIES, repeat=2):
+                    yield Dataflow(granularity, rows, frozenset(on_chip), stays)
+
+
+def granularities(length: int) -> list[tuple[str, int]]:
+    """A head at a time, or some of its rows."""
+    return [("head", TILE), *(("row", TILE * times) for times in (1, 2, 4) if TILE * times <= length)]
+
+
+@functools.cache
+def best_dataflow(e: int, f: int, length: int) -> Dataflow:
+    """The dataflow that takes least time, then least traffic, of those that fit.
+
+    Batches and heads are gone through one by one, so they change nothing. For every granularity and place of the
+    scores, the best setting of the first product is found, then of the second: only what both have on chip joins them.
+    The search ends where nothing could be better: computing bounds the time, and every tensor moves once.
+    """
+    model = Model(1, 1, e, f, e, e, length)
+    least = 2 * (length * (2 * e + 2 * f))  # bytes of Q, K, V and AV
+    scores = [frozenset(found) for found in (("QK", "A"), ("A",), ("QK",), ())]
+    best: tuple[tuple[float, int, bool], Dataflow] | None = None
+    for (granularity, rows), on_chip in itertools.product(granularities(length), scores):
+        here: tuple[tuple[float, int, bool], Dataflow] | None = None
+        flow = Dataflow(granularity, rows, on_chip, ("output", "output"))
+        for number, tensors in enumerate((("Q", "K"), ("V", "AV"))):
+            tried = [*settings(flow, number, tensors)] if number == 0 or here else []
+            found = [(rank, each) for each in tried if (rank := cost_of(each, model)) is not None]
+            here = min(found, key=lambda pair: pair[0], default=here)
+            flow = here[1] if here else flow
+        if here is not None and (best is None or here[0] < best[0]):
+            best = here
+            if here[0][1:] == (least, False):
+                break
+    assert best is not None, "rows of scores off chip fit everywhere"
+    return best[1]
+
+
+def settings(flow: Dataflow, number: int, tensors: tuple[str, ...]) -> Iterator[Dataflow]:
+    """A dataflow with every stationarity of one product, and its own tensors on chip or not."""
+    for stays in STATIONARITIES:
+        chosen = (stays, flow.stationarity[1]) if number == 0 else (flow.stationarity[0], stays)
+        for count in range(len(tensors) + 1):
+            for more in itertools.combinations(tensors, count):
+                yield replace(flow, on_chip=flow.on_chip | set(more), stationarity=chosen)
+
+
+@functools.cache
+def flat_plan(flow: Dataflow) -> tuple[Evaluator, RegionPlan]:
+    """The attention under a dataflow, planned: what binds Einsums to units is the same for all of them."""
+    first = prepared("flat", flat_mapping(Dataflow("head", TILE, frozenset(), ("output", "output"))))
+    return first, first.plan(flat_mapping(flow), 0)
+
+
+def cost_of(flow: Dataflow, model: Model) -> tuple[float, int, bool] | None:
+    """Seconds and bytes of memory of the attention under a dataflow, and whether memory bounds it; None where it does
+    not fit."""
+    found, plan = flat_plan(flow)
+    try:
+        region = found.region_cost(plan, sizes_of("three_pass", model))
+    except UnsupportedError:
+        return None
+    return region.seconds, region.movement.bytes, region.bound == "memory"
 
 
 def search_dataflow(model: Model) -> Dataflow:
-    """The dataflow that takes least time, then least traffic, of those that fit."""
-    best: tuple[float, int] | None = None
-    found: Dataflow | None = None
-    for flow in dataflows(model):
-        try:
-            cost = prepared("flat", flat_mapping(flow)).cost(sizes_of("three_pass", model))
-        except UnsupportedError:
-            continue
-        if best is None or (cost.seconds, cost.traffic) < best:
-            best, found = (cost.seconds, cost.traffic), flow
-    assert found is not None, "rows of scores off chip fit everywhere"
+    """The best dataflow of FLAT for a model."""
+    return best_dataflow(model.e, model.f, model.length)
+
+
+# --- what was published otherwise ------------------------------------------------------------------------------------
+
+WORDS = {
+    "one_lane": "registers are charged for one lane of an array, not for all that work",
+    "free": "no energy is charged for {}",
+    "unbuffered": "the buffer is not charged for {}",
+    "read_once": "what several Einsums read of {} is charged once",
+    "read_again": "a whole {} is charged one more read than anything makes of it",
+}
+
+
+def differences(config: str, model: Model, dataflow: Dataflow | None = None) -> list[tuple[str, float]]:
+    """What the published evaluation of a configuration counts in another way, and what each does to energy alone."""
+    mapped = mapping_of(config, model, dataflow)
+    sizes = sizes_of(CASCADES[config], model)
+    corrected = prepared(config, mapped).cost(sizes).energy_pj or 0.0
+    found = []
+    for name, words in WORDS.items():
+        value = getattr(mapped.published, name)
+        if value:
+            alone = replace(mapped, published=replace(Published(), **{name: value}))
+            energy = prepared(config, alone).cost(sizes, as_published=True).energy_pj or 0.0
+            what = words if value is True else words.format(", ".join(value))
+            found.append((what, energy / corrected - 1.0))
     return found

@@ -670,6 +670,9 @@ class SizesType(click.ParamType[tuple[str, tuple[int, ...]]]):
         return name, tuple(one.convert(f"{name}={number}", param, ctx)[1] for number in listed.split(","))
 
 
+FIGURES = ("utilisation", "time", "speedup", "energy", "roofline", "pareto")
+
+
 @commands.command("sweep")
 @click.argument("file", metavar="FILE")
 @click.option("-s", "--size", "sizes", type=SizesType(), multiple=True, help="Sizes of a shape symbol, M=1024,4096.")
@@ -681,7 +684,8 @@ class SizesType(click.ParamType[tuple[str, tuple[int, ...]]]):
 @click.option("--jobs", type=click.IntRange(1, 1024), default=1, show_default=True, help="Processes that share it.")
 @click.option("--scheduler", metavar="ADDRESS", help="A Dask cluster that runs it instead.")
 @click.option("-o", "--output", metavar="FILE", help="Where the rows go: CSV, or Parquet where the name ends so.")
-@click.option("--plot", metavar="FILE", help="Write figures as one HTML page.")
+@click.option("--plot", metavar="FILE", help="Write figures: an HTML page, or FILE.png, .pdf or .svg by matplotlib.")
+@click.option("--figure", "kinds", type=click.Choice(FIGURES), multiple=True, help="One of the figures; else all.")
 def sweep_command(
     file: str,
     sizes: tuple[tuple[str, tuple[int, ...]], ...],
@@ -694,13 +698,14 @@ def sweep_command(
     scheduler: str | None,
     output: str | None,
     plot: str | None,
+    kinds: tuple[str, ...],
 ) -> None:
     """Print what a cascade costs over sizes, machines and mappings: a row for every combination, as CSV.
 
     \b
     Examples:
       cascadec sweep examples/softmax.cascade --machine tpu-v4-like --machine fusemax -s M=64 -s N=1024,4096,16384
-      cascadec sweep examples/softmax.cascade --machine fusemax -s M=1,2,4 -s N=512 -o rows.csv --plot rows.html
+      cascadec sweep examples/softmax.cascade --machine fusemax -s M=1,2,4 -s N=512 --plot front.png --figure pareto
     """
     sweeper = importlib.import_module("cascade.backends.systolic.sweep")
     listed = dict(sizes)
@@ -715,11 +720,23 @@ def sweep_command(
     elif output is not None:
         write_whole(Path(output), sweeper.csv_text(rows))
     if plot is not None:
-        plotter = importlib.import_module("cascade.backends.systolic.plot")
-        write_whole(Path(plot), plotter.page(cascade.name, rows, list(listed)))
+        write_figures(plot, cascade.name, rows, list(listed), kinds or FIGURES)
     shown = {"cascade": cascade.name, "output": output, "plot": plot, "rows": rows}
     if (output is None and plot is None) or as_json:
         emit(shown, lambda: click.echo(sweeper.csv_text(rows), nl=False), as_json)
+
+
+def write_figures(path: str, title: str, rows: list[Any], symbols: list[str], kinds: tuple[str, ...]) -> None:
+    """The figures of a sweep, as what the name of the file ends in."""
+    plotter = importlib.import_module("cascade.backends.systolic.plot")
+    form = Path(path).suffix.removeprefix(".")
+    drawer = importlib.import_module("cascade.backends.systolic.picture")
+    if form in drawer.FORMATS:
+        fixed = plotter.fixed_sizes(rows, symbols)
+        found = plotter.figures(rows, symbols, kinds)
+        write_whole(Path(path), drawer.picture(f"{title}: {fixed}" if fixed else title, found, form))
+    else:
+        write_whole(Path(path), plotter.page(title, rows, symbols, kinds))
 
 
 def cost_of_kernels(options: Options, machine: Any) -> None:

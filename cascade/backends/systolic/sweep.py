@@ -151,5 +151,5 @@ def _optional(package: str, what: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError:
-        hint = f"pip install {package}, or write CSV without a cluster"
+        hint = f"pip install {package}"
         raise CommandError(Diagnostic("C623", f"{what} needs {package}, which is not installed", help=hint)) from None

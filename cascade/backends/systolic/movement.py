@@ -69,6 +69,21 @@ class Movement:
         return sum(self.by_memory.values())
 
 
+Structure: TypeAlias = tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]
+"""The loops of every stage without their sizes: what depths depend on."""
+Spot: TypeAlias = tuple[int, Access, int, str | None]
+"""Where a tile is: the stage, the access, how many loops are around it, the rank of which it has one coordinate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """What is on chip: of each loaded tensor the bytes of an element and where its readers hold it, of each made one
+    the first and the last stage that need it, the bytes of an element, and where it is held."""
+
+    rooms: tuple[tuple[int, tuple[Spot, ...]], ...]
+    lives: tuple[tuple[int, int, int, Spot], ...]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RegionPlan:
     """A region of a mapping, planned: see `plan_region`."""
@@ -87,12 +102,17 @@ class RegionPlan:
     written: Mapping[str, Written]
     stage_loops: tuple[tuple[Loop, ...], ...]  # of each stage, the shared ones first
     fed: Mapping[str, tuple[Reader, ...]]  # of each tensor, the readers whose units have not just made it themselves
+    tiles: dict[Structure, Tiles] = field(default_factory=dict)  # of the structures that were asked for
+    checked: set[Structure] = field(default_factory=set)
 
     def movement(self, extents: Mapping[str, int], sizes: Mapping[str, int], quirks: Published) -> Movement:
         """What the region moves for these extents; raises C540 where it does not fit, C622 where it cannot run so."""
         nests = self._fitted(extents, sizes)
-        for stage, nest in enumerate(nests):
-            self._check(stage, nest)
+        structure = tuple([nest.structure for nest in nests])
+        if structure not in self.checked:
+            for stage, nest in enumerate(nests):
+                self._check(stage, nest)
+            self.checked.add(structure)
         held = self.need(nests)
         depths = {tensor: self.made_depth(tensor, nests) for tensor in self.made}
         found = Movement(nests, held, self._spilled(nests, held), depths)
@@ -195,22 +215,46 @@ class RegionPlan:
 
     def need(self, nests: tuple[Nest, ...]) -> int:
         """The bytes on chip at the fullest: what is loaded has its own room, what is made shares it in time."""
+        structure = tuple([nest.structure for nest in nests])
+        tiles = self.tiles.get(structure)
+        if tiles is None:
+            tiles = self.tiles[structure] = self._tiles(nests)
+        room = 0
+        for width, spots in tiles.rooms:
+            room += width * max([nests[spot[0]].footprint(*spot[1:]) for spot in spots])
+        lives = []
+        for first, last, width, spot in tiles.lives:
+            if size := width * nests[spot[0]].footprint(*spot[1:]):
+                lives.append((first, last, size))
+        return room + max([_at_once(stage, lives) for stage in range(len(nests))])
+
+    def _tiles(self, nests: tuple[Nest, ...]) -> Tiles:
+        """What is on chip under loops like these, whatever their sizes."""
         times = 2 if self.region.double else 1
-        room = sum(times * self._room(tensor, nests) for tensor in self.outside)
+        rooms = [(times * self.widths[tensor], self._spots(tensor, nests)) for tensor in self.outside]
         for tensor in self.leaves:
             if tensor not in self.made and self._adds(tensor, nests):
-                room += times * self._stored_footprint(tensor, nests)
-        sizes = [(self.written[name], self._made_footprint(name, nests)) for name in self.made]
-        lives = [(made.first, made.last, size) for made, size in sizes if size]
-        return room + max(_at_once(stage, lives) for stage in range(len(nests)))
+                made = self.written[tensor]
+                spot = (made.first, made.access, self.stored_depth(tensor, nests), made.work.iterative)
+                rooms.append((times * self.widths[tensor], (spot,)))
+        lives = []
+        for tensor in self.made:
+            depth = self.made_depth(tensor, nests)
+            if depth is not None:
+                made = self.written[tensor]
+                spot = (made.first, made.access, depth, made.work.iterative)
+                lives.append((made.first, made.last, self.widths[tensor], spot))
+        return Tiles(tuple(rooms), tuple(lives))
+
+    def _spots(self, tensor: str, nests: tuple[Nest, ...]) -> tuple[Spot, ...]:
+        """Where the readers of a loaded tensor hold its tiles."""
+        readers = self.readers[tensor]
+        return tuple((each.stage, each.access, self.held_in(tensor, each, nests), None) for each in readers)
 
     def _room(self, tensor: str, nests: tuple[Nest, ...]) -> int:
         """The bytes of the tile of a loaded tensor, where it is largest."""
-        sizes = [
-            nests[reader.stage].footprint(reader.access, self.held_in(tensor, reader, nests))
-            for reader in self.readers[tensor]
-        ]
-        return max(sizes) * self.widths[tensor]
+        spots = self._spots(tensor, nests)
+        return max(nests[spot[0]].footprint(*spot[1:]) for spot in spots) * self.widths[tensor]
 
     def made_depth(self, tensor: str, nests: tuple[Nest, ...]) -> int | None:
         """How many loops stand around where a made tensor is held; None where that is in registers."""
@@ -293,11 +337,6 @@ class RegionPlan:
         level = self.keep.get(tensor)
         depth = None if level in (None, DRAM) else self._depth(level, made.first, nest)
         return nest.prefix(made.access.ranks) if depth is None else depth
-
-    def _stored_footprint(self, tensor: str, nests: tuple[Nest, ...]) -> int:
-        made = self.written[tensor]
-        depth = self.stored_depth(tensor, nests)
-        return nests[made.first].footprint(made.access, depth, made.work.iterative) * self.widths[tensor]
 
     def _store(self, tensor: str, found: Movement) -> None:
         """Stores of a tensor that leaves; where it is held for less than its sum, partial results come back."""

@@ -39,6 +39,11 @@ class Nest:
     after: tuple[int, ...] = ()
     _inside: dict[int, dict[str, int]] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def structure(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """The loops without their sizes: two nests with the same have the same depths."""
+        return tuple([rank for rank, _ in self.loops]), self.after
+
     def cut(self, ranks: Collection[str], depth: int | None = None) -> int:
         """How many loops, of the first `depth`, stand around what these ranks move."""
         at = len(self.loops) if depth is None else depth

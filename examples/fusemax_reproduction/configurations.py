@@ -259,14 +259,16 @@ def best_dataflow(e: int, f: int, length: int) -> Dataflow:
 
     Batches and heads are gone through one by one, so they change nothing. For every granularity and place of the
     scores, the best setting of the first product is found, then of the second: only what both have on chip joins them.
-    The search ends where nothing could be better: computing bounds the time, and every tensor moves once.
+    What cannot be better is left out: where scores are off chip they are written and read, beside every tensor once.
     """
     model = Model(1, 1, e, f, e, e, length)
     least = 2 * (length * (2 * e + 2 * f))  # bytes of Q, K, V and AV
     scores = [frozenset(found) for found in (("QK", "A"), ("A",), ("QK",), ())]
-    best: tuple[tuple[float, int, bool], Dataflow] | None = None
-    for (granularity, rows), on_chip in itertools.product(granularities(length), scores):
-        here: tuple[tuple[float, int, bool], Dataflow] | None = None
+    best: tuple[tuple[float, int], Dataflow] | None = None
+    for on_chip, (granularity, rows) in itertools.product(scores, granularities(length)):
+        if best is not None and best[0][1] <= least + 4 * length * length * (2 - len(on_chip)):
+            continue
+        here: tuple[tuple[float, int], Dataflow] | None = None
         flow = Dataflow(granularity, rows, on_chip, ("output", "output"))
         for number, tensors in enumerate((("Q", "K"), ("V", "AV"))):
             tried = [*settings(flow, number, tensors)] if number == 0 or here else []
@@ -275,8 +277,6 @@ def best_dataflow(e: int, f: int, length: int) -> Dataflow:
             flow = here[1] if here else flow
         if here is not None and (best is None or here[0] < best[0]):
             best = here
-            if here[0][1:] == (least, False):
-                break
     assert best is not None, "rows of scores off chip fit everywhere"
     return best[1]
 
@@ -297,15 +297,14 @@ def flat_plan(flow: Dataflow) -> tuple[Evaluator, RegionPlan]:
     return first, first.plan(flat_mapping(flow), 0)
 
 
-def cost_of(flow: Dataflow, model: Model) -> tuple[float, int, bool] | None:
-    """Seconds and bytes of memory of the attention under a dataflow, and whether memory bounds it; None where it does
-    not fit."""
+def cost_of(flow: Dataflow, model: Model) -> tuple[float, int] | None:
+    """Seconds and bytes of memory of the attention under a dataflow; None where it does not fit."""
     found, plan = flat_plan(flow)
     try:
         region = found.region_cost(plan, sizes_of("three_pass", model))
     except UnsupportedError:
         return None
-    return region.seconds, region.movement.bytes, region.bound == "memory"
+    return region.seconds, region.movement.bytes
 
 
 def search_dataflow(model: Model) -> Dataflow:

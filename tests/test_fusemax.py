@@ -14,7 +14,7 @@ import pytest
 from cascade.backends.systolic.cost import Cost
 from cascade.backends.systolic.symbolic import closed_forms, symbol
 from examples.fusemax_reproduction.configurations import (
-    CASCADES, CONFIGS, Dataflow, Model, attention, cost_of, dataflows, differences, layers, machine_of, mapping_of, prepared, search_dataflow, search_mapping, sizes_of,
+    CASCADES, CONFIGS, Chip, Dataflow, Model, attention, cost_of, dataflows, differences, layers, machine_of, mapping_of, prepared, search_dataflow, search_mapping, sizes_of,
 )  # fmt: skip
 from examples.fusemax_reproduction.page import page
 
@@ -131,6 +131,22 @@ def test_the_model_is_no_formula_for_these_sizes() -> None:
     found = attention("fusemax", small)
     tiles = (4096 // 256) ** 2
     assert found.cycles == pytest.approx(tiles * (65 + 64 / 16 + 1 + 8 + 64), rel=1e-12)
+
+
+@pytest.mark.parametrize("array", [16, 32, 64, 128, 256, 512])
+def test_arrays_of_other_sizes(array: int) -> None:
+    """A tile of array * array points: the phases of the paper's pipeline, each as long as its busier array."""
+    point, chip = Model(1, 1, 64, 64, 64, 256, 4096), Chip(array, 1 << 20)
+    found = attention("fusemax", point, chip=chip)
+    rows = 4096 // array
+    phases = (
+        max(64 + 1, 1 + 64 + 64 / rows),  # QK, LM; RD, RNV, and AV once for all tiles of its rows
+        1,  # RM
+        max(7 + 1, 7 + 1),  # SLN, SLD; PRM, SPD
+        max(64, 64),  # SLNV; SPNV
+    )
+    assert found.cycles == pytest.approx(rows**2 * sum(phases), rel=1e-12)
+    assert found.traffic == 2 * 4096 * 64 * (1 + 2 + 2 + 1)  # Q and AV once; K and V for either half of the rows
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -19,7 +19,8 @@ from cascade.backends.systolic.cost import one_after_another
 from cascade.backends.systolic.report import cost_json, summary
 from cascade.files import write_whole
 from examples.fusemax_reproduction.configurations import (
-    CONFIGS, HERE, Dataflow, Model, attention, differences, layers, machine_of, search_dataflow, search_mapping,
+    CHIP, CONFIGS, HERE, Chip, Dataflow, Model, attention, differences, layers, machine_of, search_dataflow,
+    search_mapping,
 )  # fmt: skip
 from examples.fusemax_reproduction.page import page
 
@@ -33,6 +34,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--config", choices=CONFIGS)
     for name, size in (("batch", 64), ("heads", 12), ("e", 64), ("f", 64), ("d", 768), ("ffn", 3072), ("length", 1024)):
         parser.add_argument(f"--{name}", type=positive, default=size)
+    parser.add_argument("--array", type=positive, default=CHIP.array, help="lanes along a side of the arrays")
+    parser.add_argument("--buffer", type=positive, help="bytes of the buffer, else those of the configuration")
     parser.add_argument("--as-published", action="store_true", help="count energy as the published evaluation does")
     parser.add_argument("--dataflow", type=Path, help="FLAT's dataflow, a JSON object; else one is searched")
     parser.add_argument("--search", action="store_true", help="search the mapping instead of taking the published one")
@@ -66,9 +69,10 @@ def figures(options: argparse.Namespace) -> dict[str, Any]:
     if config == "flat":
         flow = flow or search_dataflow(model)
     mapped = search_mapping(config, model) if options.search else None
-    one = attention(config, model, flow, energies, options.as_published, mapped)
-    both = one_after_another((one, layers(config, model, energies, options.as_published)))
-    machine = machine_of(config, energies)
+    chip = Chip(options.array, options.buffer)
+    one = attention(config, model, flow, energies, options.as_published, mapped, chip)
+    both = one_after_another((one, layers(config, model, energies, options.as_published, chip)))
+    machine = machine_of(config, energies, chip)
     return {
         "config": config,
         "as_published": options.as_published,

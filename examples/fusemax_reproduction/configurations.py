@@ -19,7 +19,7 @@ from cascade.backends.systolic.search import search
 from cascade.backends.systolic.work import take_apart
 from cascade.compiled import from_text
 from cascade.errors import UnsupportedError
-from cascade.ir import Cascade, Region, Stage
+from cascade.ir import Cascade, Loop, Region, Stage
 from examples.fusemax_reproduction.energies import read_energies
 
 HERE = Path(__file__).parent
@@ -49,6 +49,17 @@ class Model:
     d: int
     ffn: int
     length: int
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Lanes along a side of the arrays, and bytes of the buffer where it is not that of the configuration."""
+
+    array: int = TILE
+    buffer: int | None = None
+
+
+CHIP = Chip()
 
 
 @dataclass(frozen=True)
@@ -82,9 +93,13 @@ def canonical(name: str) -> Cascade:
 
 
 @functools.cache
-def machine_of(config: str, energies: Path | None = None) -> Machine:
+def machine_of(config: str, energies: Path | None = None, chip: Chip = CHIP) -> Machine:
     """The machine of a configuration; `energies` names a table of what actions take."""
     fields = read_energies(energies, MACHINES[config]) if energies else {}
+    side = {"columns": chip.array}
+    fields = merged(fields, {"units": {"2d": {"rows": chip.array, **side}, "1d": side}})
+    if chip.buffer is not None:
+        fields = merged(fields, {"buffer": {"bytes": chip.buffer}})
     return from_tables({"extends": MACHINES[config], **merged(fields, CHANGES.get(config, {}))}, config)
 
 
@@ -95,6 +110,22 @@ def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
         old = found.get(key)
         found[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return found
+
+
+def resized(found: Map, chip: Chip) -> Map:
+    """A mapping with tiles for arrays of another size."""
+
+    def loops(old: tuple[Loop, ...]) -> tuple[Loop, ...]:
+        return tuple(replace(one, size=chip.array) if one.size == TILE else one for one in old)
+
+    regions = (
+        replace(
+            region, loops=loops(region.loops),
+            stages=tuple(replace(stage, loops=loops(stage.loops)) for stage in region.stages),
+        )
+        for region in found.regions
+    )  # fmt: skip
+    return found if chip.array == TILE else replace(found, regions=tuple(regions))
 
 
 def mapping_of(config: str, model: Model, dataflow: Dataflow | None = None) -> Map:
@@ -119,12 +150,12 @@ def read_again(found: Map, tensors: tuple[str, ...]) -> Map:
     return replace(found, published=replace(found.published, read_again=tensors))
 
 
-def sizes_of(cascade: str, model: Model) -> dict[str, int]:
+def sizes_of(cascade: str, model: Model, chip: Chip = CHIP) -> dict[str, int]:
     """The shape symbols of a cascade for a model."""
     both = {"B": model.batch, "H": model.heads, "P": model.length, "E": model.e, "F": model.f}
     match cascade:
         case "one_pass":
-            return {**both, "M1": -(-model.length // TILE), "M0": min(TILE, model.length)}
+            return {**both, "M1": -(-model.length // chip.array), "M0": min(chip.array, model.length)}
         case "three_pass":
             return {**both, "M": model.length}
         case _:
@@ -133,9 +164,9 @@ def sizes_of(cascade: str, model: Model) -> dict[str, int]:
 
 
 @functools.cache
-def prepared(config: str, mapped: Map, energies: Path | None = None) -> Evaluator:
+def prepared(config: str, mapped: Map, energies: Path | None = None, chip: Chip = CHIP) -> Evaluator:
     """The attention of a configuration, ready to be evaluated."""
-    return evaluator(canonical(CASCADES[config]), machine_of(config, energies), mapped)
+    return evaluator(canonical(CASCADES[config]), machine_of(config, energies, chip), resized(mapped, chip))
 
 
 def attention(
@@ -145,10 +176,11 @@ def attention(
     energies: Path | None = None,
     as_published: bool = False,
     mapped: Map | None = None,
+    chip: Chip = CHIP,
 ) -> Cost:
     """The cost of the attention of a model, under the published mapping or the one that is given."""
-    found = prepared(config, mapped or mapping_of(config, model, dataflow), energies)
-    return found.cost(sizes_of(CASCADES[config], model), as_published)
+    found = prepared(config, mapped or mapping_of(config, model, dataflow), energies, chip)
+    return found.cost(sizes_of(CASCADES[config], model, chip), as_published)
 
 
 def search_mapping(config: str, model: Model) -> Map:
@@ -159,9 +191,9 @@ def search_mapping(config: str, model: Model) -> Map:
 
 
 @functools.cache
-def around(config: str, energies: Path | None = None) -> Evaluator:
+def around(config: str, energies: Path | None = None, chip: Chip = CHIP) -> Evaluator:
     """The linear layers of a configuration, ready to be evaluated."""
-    return evaluator(canonical("linear"), machine_of(config, energies), published("linear"))
+    return evaluator(canonical("linear"), machine_of(config, energies, chip), resized(published("linear"), chip))
 
 
 @functools.cache
@@ -170,9 +202,11 @@ def published(name: str) -> Map:
     return mapping(str(HERE / f"{name}.toml"))
 
 
-def layers(config: str, model: Model, energies: Path | None = None, as_published: bool = False) -> Cost:
+def layers(
+    config: str, model: Model, energies: Path | None = None, as_published: bool = False, chip: Chip = CHIP
+) -> Cost:
     """The cost of the linear layers around it."""
-    return around(config, energies).cost(sizes_of("linear", model), as_published)
+    return around(config, energies, chip).cost(sizes_of("linear", model), as_published)
 
 
 # --- mappings that depend on the model -------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ import pytest
 from cascade.backends.systolic.cost import Evaluator, evaluator, placements
 from cascade.backends.systolic.machine import Machine, from_tables, machine, parse_machine, shipped
 from cascade.backends.systolic.mapping import Mapping, Placement, parse_mapping, render_mapping, scheduled, with_mapping
-from cascade.backends.systolic.pareto import forms_of, front
-from cascade.backends.systolic.report import front_summary
+from cascade.backends.systolic.pareto import Choice, forms_of, front, unbeaten
+from cascade.backends.systolic.report import front_rows, front_summary
 from cascade.backends.systolic.search import regions, search, taken_apart
 from cascade.backends.systolic.work import Cascaded, take_apart
 from cascade.arguments import shape_symbols
@@ -437,6 +437,17 @@ def brute_front(cascaded: Cascaded, on: Machine, sizes: dict[str, int]) -> set[t
     return {one for one in keys if not any(other != one and all(map(operator.le, other, one)) for other in keys)}
 
 
+def test_what_is_unbeaten_is_what_no_other_beats() -> None:
+    rng = random.Random(1)
+    for _ in range(300):
+        numbers = [(rng.randint(1, 5), rng.randint(1, 5), rng.randint(1, 5)) for _ in range(rng.randint(1, 30))]
+        found = unbeaten(Choice(float(time), float(energy), 0, held, ()) for time, energy, held in numbers)
+        keys = {(float(time), float(energy), held) for time, energy, held in numbers}
+        assert [choice.key for choice in found] == sorted(
+            one for one in keys if not any(other != one and all(map(operator.le, other, one)) for other in keys)
+        )
+
+
 @pytest.mark.parametrize("name", FRONTS)
 def test_a_front_is_that_of_all_candidates(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text, sizes, fields = FRONTS[name]
@@ -466,6 +477,11 @@ def test_a_front_says_what_it_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     cost = Evaluator(cascaded, machine("fusemax"), best).cost(sizes)
     monkeypatch.undo()
     whole = front(cascaded, machine("fusemax"), sizes)
+    shown = front_rows(whole)  # a long front: the least of each, and some between
+    assert 40 <= len(shown) <= 43 < len(whole.choices)
+    assert f"{len(shown)} of them shown" in front_summary(whole)
+    least = min(choice.key[1] for choice in whole.choices)
+    assert f"{least / 1e12:.4g} J" in {row[1] for row in shown}
     assert whole.exhaustive and whole.choices[0].seconds <= cost.seconds
 
 

@@ -11,6 +11,7 @@ Where a machine does not say what energy is, bytes of memory stand in its place.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -84,12 +85,24 @@ class _Counts:
 
 
 def unbeaten(found: Iterable[Choice]) -> list[Choice]:
-    """The choices that no other one beats or equals, fastest first."""
+    """The choices that no other one beats or equals, fastest first.
+
+    Of those so far, `energies` rise and `held` falls: the last one with no more energy has the least on chip.
+    """
     kept: list[Choice] = []
+    energies: list[float] = []
+    held: list[int] = []
     for choice in sorted(found, key=lambda choice: choice.key):
-        _, energy, held = choice.key
-        if all(other.key[1] > energy or other.key[2] > held for other in kept):
-            kept.append(choice)
+        _, energy, size = choice.key
+        at = bisect.bisect_right(energies, energy)
+        if at and held[at - 1] <= size:
+            continue
+        kept.append(choice)
+        at = bisect.bisect_left(energies, energy)
+        end = at
+        while end < len(held) and held[end] >= size:
+            end += 1
+        energies[at:end], held[at:end] = [energy], [size]
     return kept
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from cascade.backends.systolic.cost import Cost
 from cascade.backends.systolic.machine import Machine
 from cascade.backends.systolic.mapping import render_mapping
-from cascade.backends.systolic.pareto import Front
+from cascade.backends.systolic.pareto import Choice, Front
 from cascade.ir import Region
 from cascade.text import render_loop
+
+MOST_ROWS = 40  # of the table of a front
 
 
 def cost_json(cost: Cost, machine: Machine) -> dict[str, Any]:
@@ -76,11 +79,17 @@ def front_summary(found: Front) -> str:
     """What was tried, and what is left of it."""
     many = "all" if found.exhaustive else f"{found.tried} of {found.forms}"
     what = f"{many} forms tried, {found.tried} with sizes that are powers of {found.base} or fit"
-    return f"{len(found.choices)} mappings that no other beats in time, energy and bytes on chip; {what}"
+    shown = len(_shown(found.choices))
+    some = "" if shown == len(found.choices) else f", {shown} of them shown here, all with --json"
+    return f"{len(found.choices)} mappings that no other beats in time, energy and bytes on chip{some}; {what}"
 
 
 def front_rows(found: Front) -> list[tuple[str, ...]]:
-    """A row for every mapping of a front: time, energy, bytes on chip, traffic, the loops of its regions."""
+    """Rows for mappings of a front: time, energy, bytes on chip, traffic, the loops of its regions.
+
+    Of a long one those are left out that lie between others: the least of each, and some evenly between.
+    """
+    shown = sorted(_shown(found.choices))
     return [
         (
             seconds_text(choice.seconds),
@@ -89,8 +98,17 @@ def front_rows(found: Front) -> list[tuple[str, ...]]:
             bytes_text(choice.traffic),
             "; ".join(f"{region.name}: {_loops_text(region)}" for region in choice.regions),
         )
-        for choice in found.choices
+        for choice in (found.choices[at] for at in shown)
     ]
+
+
+def _shown(choices: Sequence[Choice]) -> set[int]:
+    """The places of the choices that a table has."""
+    places = range(len(choices))
+    if len(choices) <= MOST_ROWS:
+        return set(places)
+    least = {min(places, key=lambda at: choices[at].key[which]) for which in range(3)}
+    return least | {round(number * (len(choices) - 1) / (MOST_ROWS - 1)) for number in range(MOST_ROWS)}
 
 
 def _loops_text(region: Region) -> str:

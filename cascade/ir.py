@@ -386,6 +386,11 @@ class Place(Node):
     columns: str
     stream: str
 
+    @property
+    def statements(self) -> tuple[str, ...]:
+        """The one statement, as other directives have theirs."""
+        return (self.statement,)
+
 
 Directive: TypeAlias = Mesh | Shard | Split | Fuse | Fold | GroupBy | Tile | Stream | Wait | Region | Bind | Place
 

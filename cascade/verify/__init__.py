@@ -13,21 +13,8 @@ from itertools import chain, islice
 
 from cascade.errors import Diagnostic, VerifyError
 from cascade.ir import (
-    Call,
-    Cascade,
-    Definition,
-    Bind,
-    Einsum,
-    Fold,
-    Function,
-    Fuse,
-    GroupBy,
-    Reduce,
-    Region,
-    Stream,
-    Use,
-    Wait,
-)
+    Bind, Call, Cascade, Definition, Einsum, Fold, Function, Fuse, GroupBy, Place, Reduce, Region, Stream, Use, Wait,
+)  # fmt: skip
 from cascade.scopes import Signatures
 from cascade.verify.cycles import check_cycles
 from cascade.verify.folds import check_folds
@@ -176,7 +163,7 @@ def _dead(cascade: Cascade) -> Iterator[Diagnostic]:
     owner = {name: number for number, stmt in enumerate(cascade.body) for name in defines(stmt)}
     todo = [result.name for result in cascade.results]
     for directive in cascade.schedule:
-        if isinstance(directive, (Fuse, GroupBy, Region, Bind)):
+        if isinstance(directive, (Fuse, GroupBy, Region, Bind, Place)):
             todo += directive.statements
         elif isinstance(directive, Fold):
             todo += (*directive.update, *directive.finalize)

@@ -19,7 +19,7 @@ from cascade.scopes import Facts
 from cascade.verify.cycles import offset
 from cascade.verify.program import Program, cyclic, strongly_connected
 from cascade.verify.statements import ranks_in_sight
-from cascade.walk import defines, fold_parts, targets, walk
+from cascade.walk import defines, fold_parts, reads, targets, walk
 from cascade.wording import pinpoint, quote, suggest
 
 
@@ -301,10 +301,16 @@ def check_regions(program: Program) -> Iterator[Diagnostic]:
     regions = [directive for directive in program.cascade.schedule if isinstance(directive, Region)]
     for region in regions:
         yield from _labels(region)
-        inside = {program.owner.get(name, -1) for name in region.statements}
+        inside = {program.owner[name] for name in region.statements if name in program.owner}
+        stmts = [program.facts[number].stmt for number in sorted(inside)]
+        touched = dict.fromkeys(name for stmt in stmts for name in (*defines(stmt), *reads(stmt)))
+        for name in (*(name for name, _ in region.keep), *region.spill):
+            if name in program.arity and name not in touched:
+                message = f"nothing in region {quote(region.name)} touches {quote(name)}"
+                yield Diagnostic("C254", message, region.span, suggest(name, touched, "its tensors are"))
         for phase in region.phases:
             for name in (name for _, names in phase.work for name in names):
-                if program.owner.get(name, -2) not in inside:
+                if program.owner.get(name) not in inside:
                     message = f"a phase of {quote(region.name)} runs {quote(name)}, which none of its stages does"
                     hint = suggest(name, region.statements, "its statements are")
                     yield Diagnostic("C254", message, pinpoint(phase.span, name), hint)

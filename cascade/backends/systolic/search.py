@@ -146,7 +146,7 @@ def _uneven(region: Region, evaluator: Evaluator, sizes: Mapping[str, int]) -> I
 
 
 def lacking(evaluator: Evaluator, number: int, sizes: Mapping[str, int]) -> UnsupportedError:
-    """Why no form of a region runs: the bytes that its smallest form lacks, where it is the buffer."""
+    """Why no form of a region runs: the bytes that the first one lacks, where it is the buffer."""
     region = evaluator.mapping.regions[number]
     bare = replace(region, keep=(), capacity=None)
     for candidate in (region, *candidates(evaluator.cascaded, bare, evaluator.extents(sizes))):

@@ -23,7 +23,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -31,6 +31,7 @@ from typing import Any, TypeAlias
 import click
 from rich.console import Console
 from rich.highlighter import RegexHighlighter
+from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 from rich.theme import Theme
@@ -539,18 +540,23 @@ def show_kernels(payload: dict[str, Any]) -> None:
     table(("kernel", "grid", "tile", "registers", "spills", "shared", "blocks/SM", "wgmma", "mma", "remarks"), rows)
 
 
+SEARCHES = click.Choice(("fastest", "pareto"))
+
+
 @commands.command("cost")
 @about_program
 @click.option("--machine", "name", metavar="NAME|FILE", required=True, help="A machine that is known, or a TOML file.")
-@click.option("--mapping", "path", metavar="FILE", help="The mapping, a TOML file; without it one is searched.")
+@click.option("--mapping", "path", metavar="FILE", help="A TOML file; else the schedule's, else one is searched.")
+@click.option("--search", type=SEARCHES, help="Search one mapping, or all unbeaten ones; from --mapping.")
 @click.option("--after", metavar="PASS", help="Cost the cascade after this pass of the pipeline.")
 @click.option("--as-published", is_flag=True, help="Count as the published evaluation of the mapping did.")
 @click.option("--symbolic", is_flag=True, help="Closed forms in the shape symbols, of a mapping that is given.")
-@click.option("--save-mapping", "save", metavar="FILE", help="Write the mapping that was used, to be edited.")
+@click.option("--save-mapping", "save", metavar="FILE", help="Write the mapping that was used: TOML, or FILE.cascade.")
 def cost_command(
     options: Options,
     name: str,
     path: str | None,
+    search: str | None,
     after: str | None,
     as_published: bool,
     symbolic: bool,
@@ -558,33 +564,41 @@ def cost_command(
 ) -> None:
     """Print what a cascade costs on a modelled spatial machine: cycles, use of units, traffic, energy.
 
-    All shape symbols need a size. With a mapping the cascade is taken as written, one reduction a statement; without
-    one it goes through the pipeline, and what the schedule groups shares a region. --after chooses otherwise.
+    All shape symbols need a size. The mapping is a file, or the regions of the schedule; with one the cascade is taken
+    as written, one reduction a statement. Without one it goes through the pipeline, what the schedule groups shares a
+    region, and a mapping is searched. --after chooses otherwise.
 
     \b
     Examples:
       cascadec cost examples/attention.cascade --machine fusemax -s B=1 -s H=8 -s M=4096 -s N=4096 -s E=64 -s F=64
-      cascadec cost examples/softmax.cascade --machine tpu-v4-like -s B=64 -s N=4096 --save-mapping softmax.toml
+      cascadec cost examples/softmax.cascade --machine fusemax -s M=64 -s N=4096 --search pareto
     """
     gpus = importlib.import_module("cascade.backends.triton.machine")
     if name.lower() in gpus.MACHINES:
-        if path or as_published or save or after or symbolic:
+        if path or as_published or save or after or symbolic or search:
             message = f"{name} is a GPU: the planner of kernels maps the cascade"
             raise click.UsageError(message, click.get_current_context())
         cost_of_kernels(options, gpus.machine(name))
         return
     systolic = {part: importlib.import_module(f"cascade.backends.systolic.{part}") for part in SYSTOLIC}
     machine = systolic["machine"].machine(name)
-    until = parse_pass(after, PASSES).name if after else (Canonicalize.name if path else None)
-    cascaded = systolic["work"].take_apart(pipeline.run_pipeline(load_typed(options), until).final)
+    written = load_typed(options)
+    mapping = systolic["mapping"].scheduled(written)
+    given = path is not None or mapping is not None
+    until = parse_pass(after, PASSES).name if after else (Canonicalize.name if given else None)
+    cascaded = systolic["work"].take_apart(pipeline.run_pipeline(written, until).final)
     if path is not None:
         mapping = systolic["mapping"].mapping(path)
-    elif symbolic:
-        raise click.UsageError("--symbolic needs a --mapping", click.get_current_context())
-    else:
-        mapping = systolic["search"].search(cascaded, machine, options.sizes, told if sys.stderr.isatty() else None)
+    if mapping is None and symbolic:
+        raise click.UsageError("--symbolic needs a --mapping, or regions in the schedule", click.get_current_context())
+    if search == "pareto":
+        cost_of_front(options, cascaded, machine, mapping, save)
+        return
+    if mapping is None or search is not None:
+        with progress() as told:
+            mapping = systolic["search"].search(cascaded, machine, options.sizes, told, mapping)
     if save is not None:
-        write_whole(Path(save), systolic["mapping"].render_mapping(mapping))
+        write_whole(Path(save), mapping_text(save, cascaded.cascade, mapping))
     evaluator = systolic["cost"].Evaluator(cascaded, machine, mapping)
     if symbolic:
         forms = importlib.import_module("cascade.backends.systolic.symbolic")  # lazily: it needs SymPy
@@ -600,6 +614,49 @@ def cost_command(
 SYSTOLIC = ("machine", "mapping", "work", "search", "cost", "report")  # what a cost needs of its backend, loaded lazily
 
 
+def cost_of_front(options: Options, cascaded: Any, machine: Any, start: Any, save: str | None) -> None:
+    """The mappings that no other one beats in time, energy and bytes on chip; the fastest is what is saved."""
+    report = importlib.import_module("cascade.backends.systolic.report")
+    with progress() as told:
+        pareto = importlib.import_module("cascade.backends.systolic.pareto")
+        found = pareto.front(cascaded, machine, options.sizes, told, start)
+    payload = {"cascade": cascaded.cascade.name, "machine": machine.name, "sizes": options.sizes}
+    payload |= report.front_json(found)
+    if save is not None:
+        write_whole(Path(save), mapping_text(save, cascaded.cascade, found.mappings[0]))
+    titles = ("time", "energy", "on chip", "traffic", "loops")
+
+    def draw() -> None:
+        click.echo(f"{machine.name}: {report.front_summary(found)}")
+        table(titles, report.front_rows(found))
+
+    emit(payload, draw, options.json)
+
+
+def mapping_text(path: str, cascade: Cascade, mapping: Any) -> str:
+    """A mapping as TOML; as the schedule of its cascade where the name of the file ends so."""
+    writer = importlib.import_module("cascade.backends.systolic.mapping")
+    as_schedule = path.endswith(".cascade")
+    return render(writer.with_mapping(cascade, mapping)) if as_schedule else str(writer.render_mapping(mapping))
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None] | None]:
+    """How far a search has come, as a bar on standard error; None where that is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    with Progress(console=console(stderr=True), transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def told(region: str, tried: int, forms: int) -> None:
+            if region not in tasks:
+                tasks[region] = bars.add_task(region)
+            bars.update(tasks[region], completed=tried, total=forms)
+
+        yield told
+
+
 class SizesType(click.ParamType[tuple[str, tuple[int, ...]]]):
     """`NAME=NUMBER,NUMBER`, sizes of a shape symbol."""
 
@@ -613,6 +670,9 @@ class SizesType(click.ParamType[tuple[str, tuple[int, ...]]]):
         return name, tuple(one.convert(f"{name}={number}", param, ctx)[1] for number in listed.split(","))
 
 
+FIGURES = ("utilisation", "time", "speedup", "energy", "roofline", "pareto")
+
+
 @commands.command("sweep")
 @click.argument("file", metavar="FILE")
 @click.option("-s", "--size", "sizes", type=SizesType(), multiple=True, help="Sizes of a shape symbol, M=1024,4096.")
@@ -620,10 +680,12 @@ class SizesType(click.ParamType[tuple[str, tuple[int, ...]]]):
 @JSON
 @click.option("--machine", "machines", metavar="NAME|FILE", multiple=True, required=True, help="One of the machines.")
 @click.option("--mapping", "mappings", metavar="FILE", multiple=True, help="One of the mappings; else it is searched.")
+@click.option("--search", type=SEARCHES, help="Search one mapping for each point, or all unbeaten ones.")
 @click.option("--jobs", type=click.IntRange(1, 1024), default=1, show_default=True, help="Processes that share it.")
 @click.option("--scheduler", metavar="ADDRESS", help="A Dask cluster that runs it instead.")
 @click.option("-o", "--output", metavar="FILE", help="Where the rows go: CSV, or Parquet where the name ends so.")
-@click.option("--plot", metavar="FILE", help="Write figures as one HTML page.")
+@click.option("--plot", metavar="FILE", help="Write figures: an HTML page, or FILE.png, .pdf or .svg by matplotlib.")
+@click.option("--figure", "kinds", type=click.Choice(FIGURES), multiple=True, help="One of the figures; else all.")
 def sweep_command(
     file: str,
     sizes: tuple[tuple[str, tuple[int, ...]], ...],
@@ -631,34 +693,50 @@ def sweep_command(
     as_json: bool,
     machines: tuple[str, ...],
     mappings: tuple[str, ...],
+    search: str | None,
     jobs: int,
     scheduler: str | None,
     output: str | None,
     plot: str | None,
+    kinds: tuple[str, ...],
 ) -> None:
     """Print what a cascade costs over sizes, machines and mappings: a row for every combination, as CSV.
 
     \b
     Examples:
       cascadec sweep examples/softmax.cascade --machine tpu-v4-like --machine fusemax -s M=64 -s N=1024,4096,16384
-      cascadec sweep examples/softmax.cascade --machine fusemax -s M=1,2,4 -s N=512 -o rows.csv --plot rows.html
+      cascadec sweep examples/softmax.cascade --machine fusemax -s M=1,2,4 -s N=512 --plot front.png --figure pareto
     """
     sweeper = importlib.import_module("cascade.backends.systolic.sweep")
     listed = dict(sizes)
     first = {name: values[0] for name, values in listed.items()}
     cascade = load_typed(Options(file, first, DType(dtype) if dtype else None, as_json))
-    final = pipeline.run_pipeline(cascade, Canonicalize.name if mappings else None).final
-    rows = sweeper.sweep(final, sweeper.points(machines, mappings, listed), jobs, scheduler)
+    given = mappings or sweeper.scheduled(cascade) is not None
+    final = pipeline.run_pipeline(cascade, Canonicalize.name if given else None).final
+    points = sweeper.points(machines, mappings, listed, search == "pareto")
+    rows = sweeper.sweep(final, points, jobs, scheduler)
     if output is not None and output.endswith(".parquet"):
         write_whole(Path(output), sweeper.parquet_bytes(rows))
     elif output is not None:
         write_whole(Path(output), sweeper.csv_text(rows))
     if plot is not None:
-        plotter = importlib.import_module("cascade.backends.systolic.plot")
-        write_whole(Path(plot), plotter.page(cascade.name, rows, list(listed)))
+        write_figures(plot, cascade.name, rows, list(listed), kinds or FIGURES)
     shown = {"cascade": cascade.name, "output": output, "plot": plot, "rows": rows}
     if (output is None and plot is None) or as_json:
         emit(shown, lambda: click.echo(sweeper.csv_text(rows), nl=False), as_json)
+
+
+def write_figures(path: str, title: str, rows: list[Any], symbols: list[str], kinds: tuple[str, ...]) -> None:
+    """The figures of a sweep, as what the name of the file ends in."""
+    plotter = importlib.import_module("cascade.backends.systolic.plot")
+    form = Path(path).suffix.removeprefix(".")
+    drawer = importlib.import_module("cascade.backends.systolic.picture")
+    if form in drawer.FORMATS:
+        fixed = plotter.fixed_sizes(rows, symbols)
+        found = plotter.figures(rows, symbols, kinds)
+        write_whole(Path(path), drawer.picture(f"{title}: {fixed}" if fixed else title, found, form))
+    else:
+        write_whole(Path(path), plotter.page(title, rows, symbols, kinds))
 
 
 def cost_of_kernels(options: Options, machine: Any) -> None:
@@ -688,11 +766,6 @@ def show_forecast(payload: dict[str, Any]) -> None:
 def load_typed(options: Options) -> Cascade:
     """The cascade that the command line names, untyped parameters with the type it states."""
     return specialise(load(options), {}, options.dtype)
-
-
-def told(region: str, tried: int) -> None:
-    """How far a search has come, on standard error."""
-    click.echo(f"region {region}: {tried} ways to run it tried", err=True)
 
 
 def show_forms(closed: dict[str, Any]) -> None:

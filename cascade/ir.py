@@ -11,8 +11,9 @@
               | Use(function, rank*, Expr*)                softmax[n] x, silu(x): a `def`, of the file or the library
               | Local(name)                                a parameter, inside the body of a `def`
     Function  = name, rank*, name*, Expr                   def mean[n](x) = (sum[n] x) / (count[n] x)
-    Directive = Mesh | Shard | Split | Fuse | Fold | GroupBy | Tile | Stream | Wait
+    Directive = Mesh | Shard | Split | Fuse | Fold | GroupBy | Tile | Stream | Wait | Region | Bind | Place
     GroupBy   = statement*, Read, Size                     group {H} by I[t,j] < N: rows of one value together
+    Region    = name, Stage*, Loop*, ...                   region r over p = 256 { stage {S, R} over n = 64 }
     Fold      = rank, state*, FoldInit*, update*, FoldMerge*, finalize*    one trip over n, with a state that is carried
 
 One name means one thing in a cascade: rank variables are lower case and have one extent each, shape symbols are upper
@@ -313,7 +314,85 @@ class Wait(Node):
     on: Part
 
 
-Directive: TypeAlias = Mesh | Shard | Split | Fuse | Fold | GroupBy | Tile | Stream | Wait
+@dataclass(frozen=True, slots=True)
+class Loop(Node):
+    """`label: rank = size`: an iteration takes `size` coordinates of the rank; None, `fit`, is as many as fit."""
+
+    rank: str
+    size: int | None
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stage(Node):
+    """`stage {S, R} over n = 64`: what runs together in each iteration of the region's loops and its own."""
+
+    statements: tuple[str, ...]
+    loops: tuple[Loop, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Phase(Node):
+    """`phase 2d {S}, 1d {R} drain 2d`: what units do at the same time; `drain` empties an array behind it, as often as
+    results fill it."""
+
+    work: tuple[tuple[str, tuple[str, ...]], ...]
+    drain: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Region(Node):
+    """Stages that run in turn inside of loops that they share; regions run one after another.
+
+    region attention over b = 1, rows: p = fit {
+        stage {S, R} over n = 64
+        keep Q in rows              what stays on chip, inside of which loop; also all, tile, dram, registers
+        spill S                     what may stay partly off chip where not all fits
+        phase 2d {S}, 1d {R}        after one another
+        capacity 65536              bytes on chip, where that is less than the buffer
+        double                      what is loaded has room twice, to be loaded ahead
+    }
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+    loops: tuple[Loop, ...] = ()
+    keep: tuple[tuple[str, str], ...] = ()
+    spill: tuple[str, ...] = ()
+    phases: tuple[Phase, ...] = ()
+    capacity: int | None = None
+    double: bool = False
+
+    @property
+    def statements(self) -> tuple[str, ...]:
+        """All that runs in the region, in order."""
+        return tuple(name for stage in self.stages for name in stage.statements)
+
+
+@dataclass(frozen=True, slots=True)
+class Bind(Node):
+    """`bind {S, R} on 2d`: the unit on which statements run that no phase names."""
+
+    statements: tuple[str, ...]
+    unit: str
+
+
+@dataclass(frozen=True, slots=True)
+class Place(Node):
+    """`place S on m, n by k`: the ranks along the rows and columns of an array, and the one that streams past."""
+
+    statement: str
+    rows: str
+    columns: str
+    stream: str
+
+    @property
+    def statements(self) -> tuple[str, ...]:
+        """The one statement, as other directives have theirs."""
+        return (self.statement,)
+
+
+Directive: TypeAlias = Mesh | Shard | Split | Fuse | Fold | GroupBy | Tile | Stream | Wait | Region | Bind | Place
 
 
 # --- definitions -----------------------------------------------------------------------------------------------------

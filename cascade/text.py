@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import NamedTuple, assert_never
 
 from cascade.ir import (
-    Apply, Call, Cascade, Cast, Const, Directive, Einsum, Expr, Extent, Fold, Function, Fuse, GroupBy, Init, Local,
-    Mesh, Param, Part, Rank, Read, Reduce, Result, Shard, Split, Stmt, Stream, Target, Tile, TopK, Use, Wait,
+    Apply, Bind, Call, Cascade, Cast, Const, Directive, Einsum, Expr, Extent, Fold, Function, Fuse, GroupBy, Init,
+    Local, Loop, Mesh, Param, Part, Phase, Place, Rank, Read, Reduce, Region, Result, Shard, Split, Stmt, Stream,
+    Target, Tile, TopK, Use, Wait,
 )  # fmt: skip
 from cascade.ops import LEVEL_COMPARE, LEVEL_PRODUCT, LEVEL_UNARY, LIBRARY_REDUCTIONS, OPS, REDUCERS, Op
 from cascade.walk import children
@@ -195,7 +196,7 @@ def _enclosed(piece: _Piece, level: int) -> str:
 
 
 def render_directive(directive: Directive) -> str:
-    """One directive on one line; a fold has a line for each of its parts."""
+    """One directive on one line; a fold and a region have a line for each of their parts."""
     match directive:
         case Mesh():
             return f"mesh {directive.axis} = {directive.size}"
@@ -217,6 +218,12 @@ def render_directive(directive: Directive) -> str:
             return f"stream {directive.name} {{ {', '.join(_part(part) for part in directive.parts)} }}"
         case Wait():
             return f"wait {_part(directive.part)} on {_part(directive.on)}"
+        case Region():
+            return _region(directive)
+        case Bind():
+            return f"bind {{{', '.join(directive.statements)}}} on {directive.unit}"
+        case Place():
+            return f"place {directive.statement} on {directive.rows}, {directive.columns} by {directive.stream}"
         case _:
             assert_never(directive)
 
@@ -228,6 +235,31 @@ def _fold(fold: Fold) -> str:
     lines += [f"merge {_target(merge.target)} = {_fold_expr(merge.expr)}" for merge in fold.merge]
     lines += [f"finalize {', '.join(fold.finalize)}"] if fold.finalize else []
     return "\n".join([f"fold {fold.rank} {{", *(INDENT + line for line in lines), "}"])
+
+
+def render_loop(loop: Loop) -> str:
+    """A loop of a region: `rows: p = fit`."""
+    size = "fit" if loop.size is None else str(loop.size)
+    return f"{loop.rank} = {size}" if loop.label == loop.rank else f"{loop.label}: {loop.rank} = {size}"
+
+
+def _over(loops: tuple[Loop, ...]) -> str:
+    return f" over {', '.join(map(render_loop, loops))}" if loops else ""
+
+
+def _region(region: Region) -> str:
+    lines = [f"stage {{{', '.join(stage.statements)}}}{_over(stage.loops)}" for stage in region.stages]
+    lines += [f"keep {tensor} in {level}" for tensor, level in region.keep]
+    lines += [f"spill {', '.join(region.spill)}"] if region.spill else []
+    lines += [_phase(phase) for phase in region.phases]
+    lines += [] if region.capacity is None else [f"capacity {region.capacity}"]
+    lines += ["double"] if region.double else []
+    return "\n".join([f"region {region.name}{_over(region.loops)} {{", *(INDENT + line for line in lines), "}"])
+
+
+def _phase(phase: Phase) -> str:
+    work = ", ".join(f"{unit} {{{', '.join(names)}}}" for unit, names in phase.work)
+    return f"phase {work}" + ("" if phase.drain is None else f" drain {phase.drain}")
 
 
 def _fold_expr(expr: Expr | None) -> str:

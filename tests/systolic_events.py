@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from cascade.backends.systolic.machine import Machine
-from cascade.backends.systolic.mapping import Mapping, Placement, Region
+from cascade.backends.systolic.mapping import Mapping, Placement
 from cascade.inference import infer_dtypes, infer_shapes
-from cascade.ir import Apply, Cascade, Const, DType, Einsum, Expr, Extent, Rank, Read, Reduce, Stmt, TopK
+from cascade.ir import Apply, Cascade, Const, DType, Einsum, Expr, Extent, Rank, Read, Reduce, Region, Stmt, TopK
 from cascade.passes.traffic import BYTES
 from cascade.walk import children, defines, expressions, free_ranks, targets, walk
 
@@ -161,13 +161,15 @@ class Counting:
     # --- movement -----------------------------------------------------------------------------------------------------
 
     def count_region(self, number: int, region: Region) -> None:
-        stage_of = {name: at for at, stage in enumerate(region.stages) for name in stage.einsums}
+        stage_of = {name: at for at, stage in enumerate(region.stages) for name in stage.statements}
         keep = dict(region.keep)
         reads: dict[str, list[tuple[int, str, tuple[Expr, ...]]]] = {}
         for name, stage in stage_of.items():
             for index in self.reads_of(name):
                 reads.setdefault(index[0], []).append((stage, name, index[1]))
-        later = {t for other in self.mapping.regions[number + 1 :] for n in other.einsums for t, _ in self.reads_of(n)}
+        later = {
+            t for other in self.mapping.regions[number + 1 :] for n in other.statements for t, _ in self.reads_of(n)
+        }
         later |= {result.name for result in self.cascade.results}
         here = [name for name in self.maker if self.maker[name] in stage_of]
         outside = [name for name in reads if name not in here or keep.get(name) == "dram"]
@@ -181,7 +183,7 @@ class Counting:
         live = [walker.hold(tensor, stage_of, reads[tensor], keep.get(tensor)) for tensor in made]
         for tensor in (*outside, *made):
             walker.feed(tensor, stage_of, reads[tensor], tensor in made)
-        for name in region.einsums:
+        for name in region.statements:
             walker.accumulate(name, stage_of[name])
         peak = max(self.at_once(stage, live) for stage in range(len(region.stages)))
         self.events.held.append(room + peak)
@@ -190,7 +192,7 @@ class Counting:
             if name in stage_of:
                 self.events.cycles[name] = self.laid(name, place, walker, stage_of[name])
         busy: Counter[str] = Counter()
-        for name in region.einsums:
+        for name in region.statements:
             busy[self.units[name]] += self.events.cycles[name]
         self.events.region_cycles.append(max(busy.values()))
 

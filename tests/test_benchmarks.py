@@ -77,6 +77,12 @@ def test_the_model_table(tmp_path: Path) -> None:
         assert line["best_ms"] <= line["top_ms"] <= line["first_ms"] and line["candidates"] == len(line["tried"])
 
 
+def test_the_cost_table(tmp_path: Path) -> None:
+    code, data, text = run("cost", tmp_path)
+    assert code == 0 and len(data["rows"]) == 2 + 5, text
+    assert all(line["seconds"] > 0 and line["verdict"] == "-" for line in data["rows"])
+
+
 @SLOW
 def test_the_compile_table_in_fresh_processes(tmp_path: Path) -> None:
     code, data, text = run("compile", tmp_path, "--only", "softmax")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import importlib
+import importlib.util
 import json
 import os
 import re
@@ -271,8 +273,42 @@ def test_cost_json(capfd: pytest.CaptureFixture[str]) -> None:
         "phases",
     )
     assert set(keys) <= set(found)
-    assert found["machine"] == "tpu-v4-like" and found["energy_pj"] is None
+    assert found["machine"] == "tpu-v4-like" and found["energy_pj"] > 0
+    assert found["area_um2"] is None and "ISCA 2021" in found["energies_from"]  # what nobody has published is unknown
     assert found["traffic_bytes"] >= 2 * 2 * 64 * 4096
+
+
+def test_cost_of_a_front(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "fastest.toml"
+    command = [*COST, "--machine", "fusemax", "--search", "pareto"]
+    assert run_command([*command, "--save-mapping", str(path)]) == 0
+    shown = capfd.readouterr()
+    assert "mappings that no other beats" in shown.out and "all forms tried" in shown.out and not shown.err
+    assert run_command([*command, "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["exhaustive"] and found["tried"] == found["forms"]
+    assert found["front"][0]["mapping"] == path.read_text()
+    times = [choice["latency_s"] for choice in found["front"]]
+    assert times == sorted(times)
+    started = [
+        *COST,
+        "--machine",
+        "fusemax",
+        "--mapping",
+        str(path),
+        "--after",
+        "fuse",
+        "--search",
+        "fastest",
+        "--json",
+    ]
+    assert run_command(started) == 0
+    assert json.loads(capfd.readouterr().out)["latency_s"] == times[0]
+    swept = ["sweep", *COST[1:], "--machine", "fusemax", "--search", "pareto", "--json"]
+    assert run_command(swept) == 0
+    rows = json.loads(capfd.readouterr().out)["rows"]
+    assert [row["choice"] for row in rows] == list(range(len(times)))
+    assert [row["on_chip_bytes"] for row in rows] == [choice["on_chip_bytes"] for choice in found["front"]]
 
 
 def test_cost_writes_a_mapping_that_it_reads(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -281,6 +317,23 @@ def test_cost_writes_a_mapping_that_it_reads(capfd: pytest.CaptureFixture[str], 
     first = capfd.readouterr().out
     assert run_command([*COST, "--machine", "fusemax", "--mapping", path, "--after", "fuse", "--json"]) == 0
     assert capfd.readouterr().out == first
+
+
+def test_cost_takes_the_mapping_of_the_schedule(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = ROOT / "examples/fusemax_reproduction"
+    path, sizes = str(tmp_path / "written.cascade"), (f"-s{size}" for size in ("B=2", "H=2", "M1=8", "M0=256"))
+    options = [*sizes, "-sP=2048", "-sE=64", "-sF=64", "--machine", "fusemax", "--json"]
+    program = f"{folder / 'cascades.cascade'}:one_pass"
+    command = ["cost", program, *options, "--mapping", str(folder / "fusemax.toml"), "--save-mapping", path]
+    assert run_command(command) == 0
+    first = capfd.readouterr().out
+    assert "region attention over b = 1, h = 1, rows: p = fit {" in Path(path).read_text()
+    assert run_command(["cost", path, *options]) == 0
+    assert capfd.readouterr().out == first
+    assert run_command(["sweep", path, *options]) == 0
+    assert json.loads(capfd.readouterr().out)["rows"][0]["cycles"] == json.loads(first)["cycles"]
+    assert run_command(["cost", path, *options, "--search", "fastest"]) == 0
+    assert json.loads(capfd.readouterr().out)["latency_s"] <= json.loads(first)["latency_s"]
 
 
 def test_cost_in_closed_form(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -362,7 +415,7 @@ def test_sweep_draws_figures(capfd: pytest.CaptureFixture[str], tmp_path: Path) 
     assert run_command([*SWEEP, *more]) == 0
     assert capfd.readouterr().out == ""
     text = path.read_text()
-    assert text.count("<svg") == text.count("<h2") == 8  # four units, time, speed-up, roofline, front
+    assert text.count("<svg") == text.count("<h2") == 9  # four units, time, speed-up, energy, roofline, front
     assert "M = 64" in text and "roof of fusemax" in text and "nan" not in text
     assert "Speed-up over the first by N" in text and "fusemax: 512, 1x" in text
     for drawing in re.findall("<svg.*?</svg>", text):
@@ -375,10 +428,52 @@ def test_sweep_names_a_package_that_is_missing(
     for package, more in (
         ("pyarrow", ["-o", str(tmp_path / "rows.parquet")]),
         ("distributed", ["--scheduler", "here"]),
+        ("matplotlib", ["--plot", str(tmp_path / "rows.png")]),
     ):
         monkeypatch.setitem(sys.modules, package, None)
+        monkeypatch.setitem(sys.modules, f"{package}.figure", None)
         assert run_command([*SWEEP, "-s", "N=16", *more]) == 2
-        assert f"needs {package}, which is not installed" in capfd.readouterr().err
+        said = capfd.readouterr().err
+        assert f"needs {package}, which is not installed" in said and f"pip install {package}" in said
+
+
+def test_sweep_draws_the_figures_that_are_asked_for(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "rows.html"
+    command = [*SWEEP, "-s", "N=512,1024", "--search", "pareto", "--figure", "pareto", "--figure", "energy"]
+    assert run_command([*command, "--plot", str(path), "-o", str(tmp_path / "rows.csv")]) == 0
+    text = path.read_text()
+    assert text.count("<svg") == 2 and "Energy by M of fusemax" in text and "registers: 128" in text
+    assert text.count("<circle") > 10  # every mapping of the front, and one bar for the fastest
+    assert text.count("<rect") == 2 * 4
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
+@pytest.mark.parametrize(("form", "begins"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])
+def test_sweep_draws_pictures(capfd: pytest.CaptureFixture[str], tmp_path: Path, form: str, begins: bytes) -> None:
+    path = tmp_path / f"rows.{form}"
+    assert run_command([*SWEEP, "--machine", "flat", "-s", "N=512,1024", "--plot", str(path)]) == 0
+    assert path.read_bytes().startswith(begins)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")
+def test_sweep_writes_parquet(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    assert run_command([*SWEEP, "-s", "N=512,1024", "-o", str(path), "--json"]) == 0
+    rows = json.loads(capfd.readouterr().out)["rows"]
+    assert importlib.import_module("pyarrow.parquet").read_table(path).to_pylist() == rows
+
+
+@pytest.mark.skipif(importlib.util.find_spec("distributed") is None, reason="distributed is not installed")
+def test_sweep_runs_on_a_cluster(capfd: pytest.CaptureFixture[str]) -> None:
+    distributed = importlib.import_module("distributed")
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None
+    ) as cluster:
+        command = [*SWEEP, "-s", "N=" + ",".join(map(str, range(8, 108)))]
+        assert run_command([*command, "--scheduler", cluster.scheduler_address]) == 0
+        there = capfd.readouterr().out
+    assert run_command(command) == 0
+    assert capfd.readouterr().out == there
 
 
 def test_python_file(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

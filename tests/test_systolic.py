@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import operator
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -9,25 +12,21 @@ from pathlib import Path
 import pytest
 
 from cascade.backends.systolic.cost import Evaluator, evaluator, placements
-from cascade.backends.systolic.machine import Machine, machine, parse_machine, shipped
-from cascade.backends.systolic.mapping import (
-    Loop,
-    Mapping,
-    Phase,
-    Placement,
-    Region,
-    Stage,
-    parse_mapping,
-    render_mapping,
-)
-from cascade.backends.systolic.search import search
-from cascade.backends.systolic.work import take_apart
+from cascade.backends.systolic.machine import Machine, from_tables, machine, parse_machine, shipped
+from cascade.backends.systolic.mapping import Mapping, Placement, parse_mapping, render_mapping, scheduled, with_mapping
+from cascade.backends.systolic.pareto import Choice, forms_of, front, unbeaten
+from cascade.backends.systolic.report import front_rows, front_summary
+from cascade.backends.systolic.search import regions, search, taken_apart
+from cascade.backends.systolic.work import Cascaded, take_apart
 from cascade.arguments import shape_symbols
 from cascade.compiled import from_text
+from cascade.frontend.build import parse_cascade
 from cascade.errors import CascadeError, CommandError, UnsupportedError
 from cascade.inference import infer_shapes
-from cascade.ir import Cascade
+from cascade.ir import Cascade, Loop, Phase, Region, Stage
 from cascade.pipeline import run_pipeline
+from cascade.text import render
+from cascade.trial import difference
 from cascade.walk import defines
 from tests.check import read_case
 from tests.generate import RANKS, random_cascade, symbol
@@ -87,7 +86,7 @@ def random_loops(rng: random.Random, ranks: tuple[str, ...], prefix: str) -> tup
 
 
 def random_keep(rng: random.Random, cascade: Cascade, region: Region) -> tuple[tuple[str, str], ...]:
-    inside = {name for stmt in cascade.body if defines(stmt)[0] in region.einsums for name in defines(stmt)}
+    inside = {name for stmt in cascade.body if defines(stmt)[0] in region.statements for name in defines(stmt)}
     labels = [loop.label for loop in region.loops] or ["all"]
     read = [p.name for p in cascade.params] + sorted(inside)
     chosen = [name for name in read if rng.random() < 0.35]
@@ -157,6 +156,25 @@ def test_mappings_read_back() -> None:
 # --- goldens ---------------------------------------------------------------------------------------------------------
 
 GEMM = "cascade gemm(A[M,K], B[K,N]) -> C[M,N] {\n C[m,n] = sum[k] A[m,k] * B[k,n]\n}"
+
+
+def test_a_mapping_in_a_schedule_is_the_same_and_changes_no_meaning() -> None:
+    count = 0
+    for seed in range(120):
+        found = triple(seed)
+        if found is None:
+            continue
+        cascade, _, mapping, _ = found
+        written = with_mapping(cascade, mapping)
+        read = parse_cascade(render(written))
+        assert read == written and with_mapping(written, mapping) == written, seed
+        mine = scheduled(read)
+        assert mine is not None and mine.regions == mapping.regions and dict(mine.units) == dict(mapping.units), seed
+        assert mine.place == mapping.place, seed
+        if count < 12:
+            assert not difference(cascade, read, seed), seed
+        count += 1
+    assert count > 40
 
 
 def prepared(text: str) -> Cascade:
@@ -384,10 +402,87 @@ def test_a_search_finds_a_mapping_for_what_is_lifted(name: str) -> None:
     program = read_case(ROOT / f"tests/cases/lift/{name}.case").program
     cascade = run_pipeline(from_text(program, name, None).cascade).final
     sizes = dict.fromkeys(shape_symbols(cascade), 64)
-    told: list[tuple[str, int]] = []
+    told: list[tuple[str, int, int]] = []
     found = search(take_apart(cascade), machine("tpu-v4-like"), sizes, lambda *what: told.append(what))
-    assert [region.name for region in found.regions] == [region for region, _ in told]
+    assert [region.name for region in found.regions] == [region for region, tried, forms in told if tried == forms]
     assert parse_mapping(render_mapping(found)) == found
+
+
+SMALL = {"buffer": {"bytes": 90}}
+SILENT = {"units": {"2d": {"operations": {"mac": {"cycles": 1}}}}}
+ROWS = "cascade rows(X[M,N]) -> Y[M,N] { Y[m,n] = softmax[n] X[m,n] }"
+FRONTS = {
+    "grouped": (ROWS, {"M": 1, "N": 32}, {}),
+    "too large together": (ROWS, {"M": 8, "N": 32}, SMALL),
+    "no energies": (SOFT, {"M": 8, "N": 8, "K": 4}, SILENT),
+}
+
+
+def brute_front(cascaded: Cascaded, on: Machine, sizes: dict[str, int]) -> set[tuple[float, float, int]]:
+    """Every form of every region in every combination, costed as a whole; what none of the others beats."""
+    start = Mapping(tuple(regions(cascaded)))
+    ways: list[list[tuple[Region, ...]]] = []
+    extents = Evaluator(cascaded, on, start).extents(sizes)
+    for number, region in enumerate(start.regions):
+        alone = taken_apart(start, number).regions[number : number + len(region.statements)]
+        together = [(form,) for form in forms_of(cascaded, region, extents)[0]]
+        apart = itertools.product(*(forms_of(cascaded, one, extents)[0] for one in alone))
+        ways.append([*together, *(apart if len(alone) > 1 else ())])
+    keys = set()
+    for chosen in itertools.product(*ways):
+        with contextlib.suppress(CascadeError):
+            cost = Evaluator(cascaded, on, Mapping(tuple(itertools.chain(*chosen)))).cost(sizes)
+            held = max(region.movement.held for region in cost.regions)
+            keys.add((cost.seconds, cost.traffic if cost.energy_pj is None else cost.energy_pj, held))
+    return {one for one in keys if not any(other != one and all(map(operator.le, other, one)) for other in keys)}
+
+
+def test_what_is_unbeaten_is_what_no_other_beats() -> None:
+    rng = random.Random(1)
+    for _ in range(300):
+        numbers = [(rng.randint(1, 5), rng.randint(1, 5), rng.randint(1, 5)) for _ in range(rng.randint(1, 30))]
+        found = unbeaten(Choice(float(time), float(energy), 0, held, ()) for time, energy, held in numbers)
+        keys = {(float(time), float(energy), held) for time, energy, held in numbers}
+        assert [choice.key for choice in found] == sorted(
+            one for one in keys if not any(other != one and all(map(operator.le, other, one)) for other in keys)
+        )
+
+
+@pytest.mark.parametrize("name", FRONTS)
+def test_a_front_is_that_of_all_candidates(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, sizes, fields = FRONTS[name]
+    chosen = from_tables({"extends": "fusemax", **fields})
+    monkeypatch.setattr("cascade.backends.systolic.pareto.STEPS", (4,))
+    monkeypatch.setattr("cascade.backends.systolic.pareto.FINEST", 5)
+    cascade = run_pipeline(from_text(text, name, None).cascade).final
+    cascaded = take_apart(cascade)
+    found = front(cascaded, chosen, sizes)
+    assert found.exhaustive and found.base == 16
+    brute = sorted(brute_front(cascaded, chosen, sizes))
+    ours = [choice.key for choice in found.choices]
+    assert len({(f"{s:.9e}", f"{e:.9e}", held) for s, e, held in ours}) == len(ours)
+    for one, other in zip(sorted(ours), brute, strict=True):
+        assert one == pytest.approx(other, rel=1e-12)
+    for choice, chosen_map in zip(found.choices, found.mappings, strict=True):
+        cost = Evaluator(cascaded, chosen, parse_mapping(render_mapping(chosen_map))).cost(sizes)
+        assert (cost.seconds, cost.traffic) == pytest.approx((choice.seconds, choice.traffic))
+
+
+def test_a_front_says_what_it_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cascade.backends.systolic.pareto.MOST_FORMS", 5)
+    cascaded, sizes = take_apart(prepared(GEMM)), {"M": 1024, "N": 1024, "K": 1024}
+    found = front(cascaded, machine("fusemax"), sizes)
+    assert not found.exhaustive and found.tried == 6 and f"6 of {found.forms} forms tried" in front_summary(found)
+    best = search(cascaded, machine("fusemax"), sizes)
+    cost = Evaluator(cascaded, machine("fusemax"), best).cost(sizes)
+    monkeypatch.undo()
+    whole = front(cascaded, machine("fusemax"), sizes)
+    shown = front_rows(whole)  # a long front: the least of each, and some between
+    assert 40 <= len(shown) <= 43 < len(whole.choices)
+    assert f"{len(shown)} of them shown" in front_summary(whole)
+    least = min(choice.key[1] for choice in whole.choices)
+    assert f"{least / 1e12:.4g} J" in {row[1] for row in shown}
+    assert whole.exhaustive and whole.choices[0].seconds <= cost.seconds
 
 
 BESIDE = """name = "beside"
@@ -496,4 +591,7 @@ def test_a_wrong_machine_is_one_error(text: str, code: str, message: str) -> Non
 
 @pytest.mark.parametrize("name", shipped())
 def test_a_shipped_machine_says_where_it_is_from(name: str) -> None:
-    assert machine(name).name == name and machine(name).source
+    found = machine(name)
+    assert found.name == name and found.source and found.energies
+    assert found.buffer.read and found.buffer.write and all(memory.energy for memory in found.memories.values())
+    assert all(op.energy is not None for unit in found.units.values() for op in unit.operations.values())

@@ -19,7 +19,7 @@ from cascade.frontend.nodes import (
 )  # fmt: skip
 from cascade.frontend.parser import accepted, feed, finish, interactive, parse, scan
 from cascade.frontend.pieces import EXAMPLE, MAX_FOUND, Cutter, Piece, after
-from cascade.frontend.tokens import CLAUSES, CONNECTIVES, DIRECTIVES, Word, layout
+from cascade.frontend.tokens import CLAUSES, CONNECTIVES, DIRECTIVES, REGION_LINES, WITHIN_LINES, Word, layout
 from cascade.ir import Directive, Read
 from cascade.ops import RESERVED
 from cascade.wording import closest, quote
@@ -238,7 +238,8 @@ def expected(rule: str, accepts: frozenset[str]) -> str:
 SHOWN = {
     "NAME": "a name", "INT": "a number", "LSQB": "'['", "RSQB": "']'", "LPAR": "'('", "RPAR": "')'", "LBRACE": "'{'",
     "RBRACE": "'}'", "COLON": "':'", "COMMA": "','", "EQUAL": "'='", "ARROW": "'->'", "DOT": "'.'", "OVER": "'over'",
-    "INTO": "'into'", "AT": "'at'", "ON": "'on'", "MESH": "a directive", "STATE": "a line of a fold",
+    "INTO": "'into'", "AT": "'at'", "ON": "'on'", "BY": "'by'", "IN": "'in'",
+    "MESH": "a directive", "STATE": "a line of a fold", "STAGE": "a line of a region",
     "_NL": "the end of the line", "CASCADE": "a cascade", "DEF": "a def",
 }  # fmt: skip
 
@@ -314,10 +315,15 @@ def equation_hint(rule: str, kind: str, found: Word | None) -> str | None:
 
 def directive_hint(accepts: frozenset[str], found: Word) -> str | None:
     """The closest word of a schedule, or of a fold in it."""
+    if "STAGE" in accepts:
+        close = closest(found, REGION_LINES)
+        return f"did you mean {quote(close)}?" if close else f"lines of a region: {', '.join(REGION_LINES)}"
     if "STATE" in accepts:
         close = closest(found, CLAUSES)
         return f"did you mean {quote(close)}?" if close else f"lines of a fold: {', '.join(CLAUSES)}"
-    words = DIRECTIVES if "MESH" in accepts else [word for word in CONNECTIVES if word.upper() in accepts]
+    words = (
+        DIRECTIVES if "MESH" in accepts else [word for word in (*CONNECTIVES, *WITHIN_LINES) if word.upper() in accepts]
+    )
     close = closest(found, words)
     if close:
         return f"did you mean {quote(close)}?"

@@ -18,8 +18,9 @@ from lark import Transformer, v_args
 from cascade.errors import Diagnostic, Span, quoted_list
 from cascade.frontend.tokens import Word
 from cascade.ir import (
-    Apply, Cast, Const, Directive, DType, Expr, Fold, FoldInit, FoldMerge, Fuse, Given, GroupBy, Mesh, Param, Part,
-    Rank, Read, Reduce, Result, Shard, Size, Split, Stream, Target, Tile, Use, Wait,
+    Apply, Bind, Cast, Const, Directive, DType, Expr, Fold, FoldInit, FoldMerge, Fuse, Given, GroupBy, Loop, Mesh,
+    Param, Part, Phase, Place, Rank, Read, Reduce, Region, Result, Shard, Size, Split, Stage, Stream, Target, Tile, Use,
+    Wait,
 )  # fmt: skip
 from cascade.ops import FUNCTIONS, INFIX, REDUCERS, RESERVED
 from cascade.wording import closest, quote
@@ -84,6 +85,8 @@ DefinitionText: TypeAlias = FunctionText | CascadeText
 FoldHead: TypeAlias = tuple[Word, Word]  # `fold`, and the rank
 Clause: TypeAlias = tuple[Word, ...] | FoldInit | FoldMerge
 """A line of a fold: `state`, `update` or `finalize` with names, or a first state or a merge with names unresolved."""
+RegionLine: TypeAlias = Stage | Phase | tuple[Word, Any]
+"""A line of a region: a stage, a phase, or a word with what stands behind it."""
 Header: TypeAlias = tuple[Word, tuple[Param, ...], tuple[Result, ...], tuple[Given, ...], Span]
 
 
@@ -289,6 +292,56 @@ class Nodes(Transformer[Word, Any]):
     def part(self, name: Word, index: Word | None) -> Part:
         return Part(str(name), integer(index) if index else None, span=across(name, index or name))
 
+    def region(self, word: Word, name: Word, loops: tuple[Loop, ...] | None, *lines: Any) -> Region:
+        return region_of(name, loops or (), lines[:-1], across(word, name))
+
+    def stage(self, word: Word, names: tuple[Word, ...], close: Word, loops: tuple[Loop, ...] | None) -> Stage:
+        return Stage(tuple(map(str, names)), loops or (), span=across(word, loops[-1] if loops else close))
+
+    def keep(self, word: Word, tensor: Word, _in: Word, level: Word) -> RegionLine:
+        return word, (str(tensor), str(level))
+
+    def spill(self, word: Word, names: tuple[Word, ...]) -> RegionLine:
+        return word, tuple(map(str, names))
+
+    def phase(self, word: Word, *parts: Any) -> Phase:
+        *work, drain_word, drain = parts
+        pairs = tuple((str(unit), tuple(map(str, names))) for unit, names in work)
+        last = work[-1][1][-1] if drain_word is None else drain
+        return Phase(pairs, None if drain is None else str(drain), span=across(word, last))
+
+    def work(self, unit: Word, names: tuple[Word, ...]) -> tuple[Word, tuple[Word, ...]]:
+        return unit, names
+
+    def capacity(self, word: Word, number: Word) -> RegionLine:
+        return word, integer(number)
+
+    def double(self, word: Word) -> RegionLine:
+        return word, True
+
+    def over(self, _over: Word, *loops: Loop) -> tuple[Loop, ...]:
+        return loops
+
+    def loop(self, label: Word | None, rank: Word, extent: Word) -> Loop:
+        if extent.type == "NAME" and extent != "fit":
+            message = f"expected a number or 'fit', found {quote(extent)}"
+            raise Mistake("C105", message, extent, "a loop takes some coordinates an iteration, or as many as fit")
+        count = None if extent == "fit" else integer(extent)
+        return Loop(str(rank), count, str(label or rank), span=across(label or rank, extent))
+
+    def unit(self, number: Word | None, name: Word) -> Word:
+        if number is None:
+            return name
+        if (number.line, number.end_column) != (name.line, name.column):
+            raise Mistake("C105", f"expected a unit, found {quote(number)}", number, "the name of a unit is one word")
+        return Word.at(f"{number}{name}", name.type, number.source, number.line, number.column)
+
+    def bind(self, word: Word, names: tuple[Word, ...], _on: Word, unit: Word) -> Bind:
+        return Bind(tuple(map(str, names)), str(unit), span=across(word, unit))
+
+    def place(self, word: Word, name: Word, _on: Word, rows: Word, columns: Word, _by: Word, stream: Word) -> Place:
+        return Place(str(name), str(rows), str(columns), str(stream), span=across(word, stream))
+
     # --- definitions
 
     def function(
@@ -305,11 +358,32 @@ class Nodes(Transformer[Word, Any]):
 PRODUCT = "a product is written with '*'"
 
 
-def across(first: Word | Expr | Param | Part, last: Word | Expr | Param | Result | Given | Part) -> Span:
+def across(first: Word | Expr | Param | Part, last: Word | Expr | Param | Result | Given | Part | Loop) -> Span:
     """From the start of one node to the end of another."""
     start = first.span
     assert start is not None  # every node of the frontend has a span
     return start.to(last.span)
+
+
+def region_of(name: Word, loops: tuple[Loop, ...], lines: Iterable[RegionLine], span: Span) -> Region:
+    """The region of these lines; several lines of one kind count as one. Its span is that of its head."""
+    stages, phases = list[Stage](), list[Phase]()
+    keep, spill = list[tuple[str, str]](), list[str]()
+    single: dict[str, Any] = {}
+    for line in lines:
+        if isinstance(line, Stage):
+            stages.append(line)
+        elif isinstance(line, Phase):
+            phases.append(line)
+        elif line[0] == "keep":
+            keep.append(line[1])
+        elif line[0] == "spill":
+            spill += line[1]
+        elif line[0] in single:
+            raise Mistake("C105", f"{quote(line[0])} is said twice", line[0], "keep one of the two")
+        else:
+            single[line[0]] = line[1]
+    return Region(str(name), tuple(stages), loops, tuple(keep), tuple(spill), tuple(phases), **single, span=span)
 
 
 def fold_of(head: FoldHead, clauses: Iterable[Clause]) -> Fold:

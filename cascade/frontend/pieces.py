@@ -150,6 +150,8 @@ class Cutter:
             return last.type != "LBRACE"
         if word.type == "LBRACE":
             return self.piece is not None and self.piece.rule == "header"
+        if self.piece is not None and self.piece.words[0] == "region" and self.inside == "schedule":
+            return False  # loops of stages have a `=`
         return word.line > last.line and not (self.piece is not None and self.piece.rule == "header")
 
     def unclosed(self, word: Word | None) -> None:

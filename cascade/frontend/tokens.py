@@ -7,13 +7,16 @@ What a grammar cannot say is done here: a newline ends a statement only outside 
 from __future__ import annotations
 
 import codecs
+import itertools
 from collections.abc import Iterable, Sequence
 
 from cascade.errors import Diagnostic, ParseError, Source, Span
 
-DIRECTIVES = ("mesh", "shard", "split", "fuse", "fold", "group", "tile", "stream", "wait")
+DIRECTIVES = ("mesh", "shard", "split", "fuse", "fold", "group", "tile", "stream", "wait", "region", "bind", "place")
 CLAUSES = ("state", "init", "update", "merge", "finalize")  # the lines of a fold
 CONNECTIVES = ("over", "into", "at", "on", "by")
+REGION_LINES = ("stage", "keep", "spill", "phase", "capacity", "double")
+WITHIN_LINES = ("over", "in", "drain")  # inside of a line of a region
 AFTER_RESULT = ("RSQB", "INT", "FLOAT", "INF", "NAN", "TRUE", "FALSE")  # the end of a shape, or of a fill
 CONTINUES = ("WHERE", "INIT", "DEFAULT", "SCHEDULE")
 BYTE_ORDER_MARKS = (
@@ -59,12 +62,13 @@ def layout(raw: Iterable[Word], within: Sequence[str] = ()) -> list[Word]:
     A piece of a text may be laid out alone; of a directive, or a line of a fold, one has to know that it is one.
     """
     out: list[Word] = []
-    braces = list(within)  # what the open ones hold: statements ("body"), a "schedule", a "fold", or a "set" of names
-    depth, header = 0, False
+    braces = list(within)  # what is in the open ones: a "body", a "schedule", a "fold", a "region", a "set" of names
+    depth, header, fresh = 0, False, False
     for word in raw:
         kind, before = word.type, out[-1].type if out else "_NL"
         if kind == "_NL":
-            if depth or header or before in ("_NL", "LBRACE") or braces[-1:] == ["set"]:
+            fresh = True
+            if depth or header or before in ("_NL", "LBRACE") or braces[-1:] in (["set"], ["region"]):
                 continue
             end_clause(out, braces)
         elif kind in ("LPAR", "LSQB"):
@@ -74,28 +78,44 @@ def layout(raw: Iterable[Word], within: Sequence[str] = ()) -> list[Word]:
         elif kind == "CASCADE":
             header = not braces
         elif kind == "LBRACE":
-            fold = "FOLD" in (before, *(word.type for word in out[-2:-1]))
-            braces.append("schedule" if before == "SCHEDULE" else "body" if header else "fold" if fold else "set")
+            braces.append(held_in(out, before, header, braces))
             depth, header = 0, False
         elif kind == "RBRACE":
             end_clause(out, braces)
             held = braces.pop() if braces else "body"
-            if held != "set" and before not in ("_NL", "LBRACE"):
+            if held not in ("set", "region") and before not in ("_NL", "LBRACE"):
                 out.append(word.retyped("_NL"))
         elif kind == "NAME" and header and word == "with" and before in AFTER_RESULT:
             word = word.retyped("WITH")
         elif kind == "NAME" and braces[-1:] == ["schedule"]:
             word = schedule_word(word, before)
+        elif kind == "NAME" and braces[-1:] == ["region"]:
+            word = region_word(word, before, fresh)
         elif kind == "NAME" and braces[-1:] == ["fold"]:
             word = word.retyped(word.upper()) if word in CLAUSES and before in ("_NL", "LBRACE") else word
         elif kind in CONTINUES and before == "_NL" and continues(out, kind) and (kind, *braces[-1:]) != FIRST_STATE:
             out.pop()
         out.append(word)
+        fresh = False
     end_clause(out, braces)
     if out and out[-1].type != "_NL":
         last = out[-1]
         out.append(Word.at("", "_NL", last.source, last.line, last.end_column))
     return out
+
+
+def held_in(out: list[Word], before: str, header: bool, braces: Sequence[str]) -> str:
+    """What a brace that opens behind these words holds."""
+    if before == "SCHEDULE":
+        return "schedule"
+    if header:
+        return "body"
+    if "FOLD" in (before, *(word.type for word in out[-2:-1])):
+        return "fold"
+    if braces[-1:] != ["schedule"]:
+        return "set"
+    line = itertools.takewhile(lambda word: word.type not in ("_NL", "LBRACE"), reversed(out))
+    return "region" if "REGION" in {word.type for word in line} else "set"
 
 
 FIRST_STATE = ("INIT", "fold")  # in a fold, `init` starts a line
@@ -116,6 +136,13 @@ def schedule_word(word: Word, before: str) -> Word:
     """A name inside a schedule as the directive or connective it is there: first of its line, or after an operand."""
     first, after_operand = before in ("_NL", "LBRACE"), before in ("NAME", "INT", "RBRACE")
     known = DIRECTIVES if first else CONNECTIVES if after_operand else ()
+    return word.retyped(word.upper()) if word in known else word
+
+
+def region_word(word: Word, before: str, fresh: bool) -> Word:
+    """A name inside a region as the word that it is there: first of its line, or after an operand."""
+    first, after_operand = fresh or before == "LBRACE", before in ("NAME", "INT", "RBRACE")
+    known = REGION_LINES if first else WITHIN_LINES if after_operand else ()
     return word.retyped(word.upper()) if word in known else word
 
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 from cascade.errors import Diagnostic, VerifyError
-from cascade.ir import Call, Cascade, Definition, Einsum, Fold, Function, Fuse, GroupBy, Reduce, Stream, Use, Wait
+from cascade.ir import (
+    Bind, Call, Cascade, Definition, Einsum, Fold, Function, Fuse, GroupBy, Place, Reduce, Region, Stream, Use, Wait,
+)  # fmt: skip
 from cascade.scopes import Signatures
 from cascade.verify.cycles import check_cycles
 from cascade.verify.folds import check_folds
@@ -22,7 +24,8 @@ from cascade.verify.names import (
 from cascade.verify.program import Rule, program_of, strongly_connected
 from cascade.verify.rows import check_rows
 from cascade.verify.schedule import (
-    check_groups, check_schedule_names, check_schedule_numbers, check_schedule_twice, check_waits, not_canonical,
+    check_groups, check_regions, check_schedule_names, check_schedule_numbers, check_schedule_twice, check_waits,
+    not_canonical,
 )  # fmt: skip
 from cascade.verify.statements import (
     check_extents, check_fills, check_filters, check_given, check_indices, check_kinds, check_left, check_magnitudes,
@@ -62,6 +65,7 @@ RULES: tuple[Rule, ...] = (
     check_schedule_numbers,
     check_schedule_twice,
     check_waits,
+    check_regions,
     check_groups,
     check_rows,
     check_folds,
@@ -159,7 +163,7 @@ def _dead(cascade: Cascade) -> Iterator[Diagnostic]:
     owner = {name: number for number, stmt in enumerate(cascade.body) for name in defines(stmt)}
     todo = [result.name for result in cascade.results]
     for directive in cascade.schedule:
-        if isinstance(directive, (Fuse, GroupBy)):
+        if isinstance(directive, (Fuse, GroupBy, Region, Bind, Place)):
             todo += directive.statements
         elif isinstance(directive, Fold):
             todo += (*directive.update, *directive.finalize)

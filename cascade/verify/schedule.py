@@ -12,14 +12,14 @@ from typing import assert_never
 
 from cascade.errors import Diagnostic, Note, Span, quoted_list
 from cascade.ir import (
-    Call, Einsum, Fold, Fuse, GroupBy, Mesh, Part, Rank, Read, Reduce, Shard, Split, Stmt, Stream, Tile, TopK,
-    Use, Wait,
+    Bind, Call, Einsum, Fold, Fuse, GroupBy, Loop, Mesh, Part, Place, Rank, Read, Reduce, Region, Shard, Split, Stmt,
+    Stream, Tile, TopK, Use, Wait,
 )  # fmt: skip
 from cascade.scopes import Facts
 from cascade.verify.cycles import offset
 from cascade.verify.program import Program, cyclic, strongly_connected
 from cascade.verify.statements import ranks_in_sight
-from cascade.walk import defines, fold_parts, targets, walk
+from cascade.walk import defines, fold_parts, reads, targets, walk
 from cascade.wording import pinpoint, quote, suggest
 
 
@@ -60,6 +60,8 @@ def check_schedule_names(program: Program) -> Iterator[Diagnostic]:
             case Wait():
                 yield from _unknown_part(directive.part, program)
                 yield from _unknown_part(directive.on, program)
+            case Region() | Bind() | Place():
+                yield from _unknown_in_mapping(directive, ranks, program)
             case _:
                 assert_never(directive)
 
@@ -79,6 +81,35 @@ def _unknown_in_fold(fold: Fold, program: Program) -> Iterator[Diagnostic]:
             yield from _unknown(name, "statement", program.owner, fold.span, line)
     for part in fold_parts(fold):
         yield from _unknown(part.target.name, "statement", program.owner, part.target.span)
+
+
+def _unknown_in_mapping(
+    directive: Region | Bind | Place, ranks: Sequence[str], program: Program
+) -> Iterator[Diagnostic]:
+    """Statements, ranks and tensors that where and when things run is said of."""
+    match directive:
+        case Region():
+            for stage in directive.stages:
+                for name in stage.statements:
+                    yield from _unknown(name, "statement", program.owner, stage.span)
+            for loop in loops_of(directive):
+                yield from _unknown(loop.rank, "rank variable", ranks, loop.span)
+            for name in (*(name for name, _ in directive.keep), *directive.spill):
+                yield from _unknown(name, "tensor", program.arity, directive.span)
+        case Bind():
+            for name in directive.statements:
+                yield from _unknown(name, "statement", program.owner, directive.span)
+        case Place():
+            yield from _unknown(directive.statement, "statement", program.owner, directive.span)
+            for rank in (directive.rows, directive.columns, directive.stream):
+                yield from _unknown(rank, "rank variable", ranks, directive.span, "on")
+        case _:
+            assert_never(directive)
+
+
+def loops_of(region: Region) -> tuple[Loop, ...]:
+    """All loops of a region, those that its stages share first."""
+    return (*region.loops, *(loop for stage in region.stages for loop in stage.loops))
 
 
 def _unknown_part(part: Part, program: Program) -> Iterator[Diagnostic]:
@@ -118,11 +149,17 @@ def check_schedule_numbers(program: Program) -> Iterator[Diagnostic]:
             case Tile():
                 for rank, size in directive.sizes:
                     yield from _below_one(size, f"the tile of {quote(rank)}", directive.span)
+            case Region():
+                for loop in loops_of(directive):
+                    yield from _below_one(loop.size, f"the loop over {quote(loop.rank)}", loop.span)
+                if directive.capacity is not None:
+                    what = f"the capacity of {quote(directive.name)}"
+                    yield from _below_one(directive.capacity, what, directive.span)
             case _:
                 pass
 
 
-def _below_one(size: int | str, what: str, span: Span | None) -> Iterator[Diagnostic]:
+def _below_one(size: int | str | None, what: str, span: Span | None) -> Iterator[Diagnostic]:
     if isinstance(size, int) and size < 1:
         yield Diagnostic("C241", f"{what} has extent {size}", pinpoint(span, str(size), "="), "write 1 or more")
 
@@ -196,6 +233,19 @@ def _said(program: Program) -> Iterator[tuple[tuple[str, ...], str, Span | None]
             case Wait():
                 key = ("wait", part_text(directive.part), part_text(directive.on))
                 yield key, f"{part_text(directive.part)} waits on {part_text(directive.on)}", span
+            case Region():
+                yield ("region", directive.name), f"region {quote(directive.name)} is declared", span
+                for stage in directive.stages:
+                    for name in stage.statements:
+                        runs = ("stage", str(program.owner.get(name, name)))
+                        yield runs, f"{quote(name)} runs in a region", pinpoint(stage.span, name)
+                for name, _ in directive.keep:
+                    yield ("keep", directive.name, name), f"{quote(name)} is kept", span
+            case Bind():
+                for name in directive.statements:
+                    yield ("bind", str(program.owner.get(name, name))), f"{quote(name)} is bound", pinpoint(span, name)
+            case Place():
+                yield ("place", directive.statement), f"{quote(directive.statement)} is placed", span
             case _:
                 assert_never(directive)
 
@@ -241,6 +291,45 @@ def _overlapping(groups: Sequence[Fuse | Fold], program: Program) -> Iterator[Di
             note = Note("the first group", outer.span)
             hint = "write the larger group first, and only statements of it in the other"
             yield Diagnostic("C245", message, inner.span, hint, (note,) if note.span else ())
+
+
+LEVELS = ("all", "tile", "dram", "registers")
+
+
+def check_regions(program: Program) -> Iterator[Diagnostic]:
+    """C254: the loops of a region can be told apart, and what it names is its own."""
+    regions = [directive for directive in program.cascade.schedule if isinstance(directive, Region)]
+    for region in regions:
+        yield from _labels(region)
+        inside = {program.owner[name] for name in region.statements if name in program.owner}
+        stmts = [program.facts[number].stmt for number in sorted(inside)]
+        touched = dict.fromkeys(name for stmt in stmts for name in (*defines(stmt), *reads(stmt)))
+        for name in (*(name for name, _ in region.keep), *region.spill):
+            if name in program.arity and name not in touched:
+                message = f"nothing in region {quote(region.name)} touches {quote(name)}"
+                yield Diagnostic("C254", message, region.span, suggest(name, touched, "its tensors are"))
+        for phase in region.phases:
+            for name in (name for _, names in phase.work for name in names):
+                if program.owner.get(name) not in inside:
+                    message = f"a phase of {quote(region.name)} runs {quote(name)}, which none of its stages does"
+                    hint = suggest(name, region.statements, "its statements are")
+                    yield Diagnostic("C254", message, pinpoint(phase.span, name), hint)
+
+
+def _labels(region: Region) -> Iterator[Diagnostic]:
+    """Loops around one statement have different labels, and a tensor stays inside of one of them or at a level."""
+    for stage in region.stages:
+        seen: set[str] = set()
+        for loop in (*region.loops, *stage.loops):
+            if loop.label in seen:
+                message, hint = f"two loops are called {quote(loop.label)}", f"give one a label: outer: {loop.rank} = 4"
+                yield Diagnostic("C254", message, loop.span, hint)
+            seen.add(loop.label)
+    known = [*dict.fromkeys(loop.label for loop in loops_of(region)), *LEVELS]
+    for name, level in region.keep:
+        if level not in known:
+            message = f"{quote(name)} is kept in {quote(level)}, which is no loop of region {quote(region.name)}"
+            yield Diagnostic("C254", message, region.span, suggest(level, known, "its loops and the other levels are"))
 
 
 def check_waits(program: Program) -> Iterator[Diagnostic]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,20 @@ from cascade import pipeline
 from cascade.backends.systolic.cost import Cost, Evaluator, evaluator
 from cascade.backends.systolic.machine import Machine, from_tables
 from cascade.backends.systolic.mapping import Mapping as Map
-from cascade.backends.systolic.mapping import Published, Region, Stage, loop, mapping
+from cascade.backends.systolic.mapping import Published, loop, mapping
+from cascade.backends.systolic.movement import RegionPlan
 from cascade.backends.systolic.search import search
 from cascade.backends.systolic.work import take_apart
 from cascade.compiled import from_text
 from cascade.errors import UnsupportedError
-from cascade.ir import Cascade
+from cascade.ir import Cascade, Loop, Region, Stage
 from examples.fusemax_reproduction.energies import read_energies
 
 HERE = Path(__file__).parent
 CONFIGS = ("unfused", "flat", "cascade", "architecture", "fusemax")
 TILE = 256  # coordinates along a side of the arrays
+TENSORS = ("Q", "K", "QK", "A", "V", "AV")  # of which FLAT chooses what is on chip
+STATIONARITIES = ("output", "weight", "input")
 
 CASCADES = {
     "unfused": "three_pass", "flat": "three_pass", "cascade": "one_pass", "architecture": "one_pass",
@@ -48,6 +52,17 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Chip:
+    """Lanes along a side of the arrays, and bytes of the buffer where it is not that of the configuration."""
+
+    array: int = TILE
+    buffer: int | None = None
+
+
+CHIP = Chip()
+
+
+@dataclass(frozen=True)
 class Dataflow:
     """What FLAT's search chooses: what stays on chip, how the products are mapped, the rows of a step."""
 
@@ -59,10 +74,15 @@ class Dataflow:
     @staticmethod
     def of(row: Mapping[str, Any]) -> Dataflow:
         """The dataflow of a row or JSON object with the names of FLAT's tables: `Q_loc`, `QK_stationarity`, `P1`."""
-        names = ("Q", "K", "QK", "A", "V", "AV")
-        on_chip = frozenset(name for name in names if row[f"{name}_loc"] == "onchip")
+        on_chip = frozenset(name for name in TENSORS if row[f"{name}_loc"] == "onchip")
         stationarity = (str(row["QK_stationarity"]), str(row["AV_stationarity"]))
         return Dataflow(str(row["fusion_granularity"]), int(float(row["P1"])), on_chip, stationarity)
+
+    def row(self) -> dict[str, str]:
+        """The JSON object that `of` reads."""
+        places = {f"{name}_loc": "onchip" if name in self.on_chip else "offchip" for name in TENSORS}
+        stays = {"QK_stationarity": self.stationarity[0], "AV_stationarity": self.stationarity[1]}
+        return {"fusion_granularity": self.granularity, "P1": str(self.rows), **places, **stays}
 
 
 @functools.cache
@@ -73,9 +93,13 @@ def canonical(name: str) -> Cascade:
 
 
 @functools.cache
-def machine_of(config: str, energies: Path | None = None) -> Machine:
+def machine_of(config: str, energies: Path | None = None, chip: Chip = CHIP) -> Machine:
     """The machine of a configuration; `energies` names a table of what actions take."""
     fields = read_energies(energies, MACHINES[config]) if energies else {}
+    side = {"columns": chip.array}
+    fields = merged(fields, {"units": {"2d": {"rows": chip.array, **side}, "1d": side}})
+    if chip.buffer is not None:
+        fields = merged(fields, {"buffer": {"bytes": chip.buffer}})
     return from_tables({"extends": MACHINES[config], **merged(fields, CHANGES.get(config, {}))}, config)
 
 
@@ -86,6 +110,22 @@ def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
         old = found.get(key)
         found[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return found
+
+
+def resized(found: Map, chip: Chip) -> Map:
+    """A mapping with tiles for arrays of another size."""
+
+    def loops(old: tuple[Loop, ...]) -> tuple[Loop, ...]:
+        return tuple(replace(one, size=chip.array) if one.size == TILE else one for one in old)
+
+    regions = (
+        replace(
+            region, loops=loops(region.loops),
+            stages=tuple(replace(stage, loops=loops(stage.loops)) for stage in region.stages),
+        )
+        for region in found.regions
+    )  # fmt: skip
+    return found if chip.array == TILE else replace(found, regions=tuple(regions))
 
 
 def mapping_of(config: str, model: Model, dataflow: Dataflow | None = None) -> Map:
@@ -110,12 +150,12 @@ def read_again(found: Map, tensors: tuple[str, ...]) -> Map:
     return replace(found, published=replace(found.published, read_again=tensors))
 
 
-def sizes_of(cascade: str, model: Model) -> dict[str, int]:
+def sizes_of(cascade: str, model: Model, chip: Chip = CHIP) -> dict[str, int]:
     """The shape symbols of a cascade for a model."""
     both = {"B": model.batch, "H": model.heads, "P": model.length, "E": model.e, "F": model.f}
     match cascade:
         case "one_pass":
-            return {**both, "M1": -(-model.length // TILE), "M0": min(TILE, model.length)}
+            return {**both, "M1": -(-model.length // chip.array), "M0": min(chip.array, model.length)}
         case "three_pass":
             return {**both, "M": model.length}
         case _:
@@ -124,9 +164,9 @@ def sizes_of(cascade: str, model: Model) -> dict[str, int]:
 
 
 @functools.cache
-def prepared(config: str, mapped: Map, energies: Path | None = None) -> Evaluator:
+def prepared(config: str, mapped: Map, energies: Path | None = None, chip: Chip = CHIP) -> Evaluator:
     """The attention of a configuration, ready to be evaluated."""
-    return evaluator(canonical(CASCADES[config]), machine_of(config, energies), mapped)
+    return evaluator(canonical(CASCADES[config]), machine_of(config, energies, chip), resized(mapped, chip))
 
 
 def attention(
@@ -136,10 +176,11 @@ def attention(
     energies: Path | None = None,
     as_published: bool = False,
     mapped: Map | None = None,
+    chip: Chip = CHIP,
 ) -> Cost:
     """The cost of the attention of a model, under the published mapping or the one that is given."""
-    found = prepared(config, mapped or mapping_of(config, model, dataflow), energies)
-    return found.cost(sizes_of(CASCADES[config], model), as_published)
+    found = prepared(config, mapped or mapping_of(config, model, dataflow), energies, chip)
+    return found.cost(sizes_of(CASCADES[config], model, chip), as_published)
 
 
 def search_mapping(config: str, model: Model) -> Map:
@@ -150,9 +191,9 @@ def search_mapping(config: str, model: Model) -> Map:
 
 
 @functools.cache
-def around(config: str, energies: Path | None = None) -> Evaluator:
+def around(config: str, energies: Path | None = None, chip: Chip = CHIP) -> Evaluator:
     """The linear layers of a configuration, ready to be evaluated."""
-    return evaluator(canonical("linear"), machine_of(config, energies), published("linear"))
+    return evaluator(canonical("linear"), machine_of(config, energies, chip), resized(published("linear"), chip))
 
 
 @functools.cache
@@ -161,9 +202,11 @@ def published(name: str) -> Map:
     return mapping(str(HERE / f"{name}.toml"))
 
 
-def layers(config: str, model: Model, energies: Path | None = None, as_published: bool = False) -> Cost:
+def layers(
+    config: str, model: Model, energies: Path | None = None, as_published: bool = False, chip: Chip = CHIP
+) -> Cost:
     """The cost of the linear layers around it."""
-    return around(config, energies).cost(sizes_of("linear", model), as_published)
+    return around(config, energies, chip).cost(sizes_of("linear", model), as_published)
 
 
 # --- mappings that depend on the model -------------------------------------------------------------------------------
@@ -230,27 +273,101 @@ def flat_mapping(flow: Dataflow) -> Map:
     return Map((region,), published=Published(unbuffered=tuple(unbuffered), one_lane=True))
 
 
-def dataflows(model: Model) -> list[Dataflow]:
-    """The dataflows that FLAT chooses among."""
-    chosen = []
-    for granularity, rows in (("head", TILE), *(("row", TILE * times) for times in (1, 2, 4))):
-        for on_chip in ((), ("Q",), ("QK", "A"), ("Q", "QK", "A")):
-            chosen += [
-                Dataflow(granularity, rows, frozenset(on_chip), (stays, stays)) for stays in ("output", "weight")
-            ]
-    return [flow for flow in chosen if flow.granularity == "head" or flow.rows <= model.length]
+def dataflows(length: int) -> Iterator[Dataflow]:
+    """All dataflows that FLAT chooses among: granularity and rows, where six tensors are, what stays in the array."""
+    for granularity, rows in granularities(length):
+        for count in range(len(TENSORS) + 1):
+            for on_chip in itertools.combinations(TENSORS, count):
+                for stays in itertools.product(STATIONARITIES, repeat=2):
+                    yield Dataflow(granularity, rows, frozenset(on_chip), stays)
+
+
+def granularities(length: int) -> list[tuple[str, int]]:
+    """A head at a time, or some of its rows."""
+    return [("head", TILE), *(("row", TILE * times) for times in (1, 2, 4) if TILE * times <= length)]
+
+
+@functools.cache
+def best_dataflow(e: int, f: int, length: int) -> Dataflow:
+    """The dataflow that takes least time, then least traffic, of those that fit.
+
+    Batches and heads are gone through one by one, so they change nothing. For every granularity and place of the
+    scores, the best setting of the first product is found, then of the second: only what both have on chip joins them.
+    What cannot be better is left out: where scores are off chip they are written and read, beside every tensor once.
+    """
+    model = Model(1, 1, e, f, e, e, length)
+    least = 2 * (length * (2 * e + 2 * f))  # bytes of Q, K, V and AV
+    scores = [frozenset(found) for found in (("QK", "A"), ("A",), ("QK",), ())]
+    best: tuple[tuple[float, int], Dataflow] | None = None
+    for on_chip, (granularity, rows) in itertools.product(scores, granularities(length)):
+        if best is not None and best[0][1] <= least + 4 * length * length * (2 - len(on_chip)):
+            continue
+        here: tuple[tuple[float, int], Dataflow] | None = None
+        flow = Dataflow(granularity, rows, on_chip, ("output", "output"))
+        for number, tensors in enumerate((("Q", "K"), ("V", "AV"))):
+            tried = [*settings(flow, number, tensors)] if number == 0 or here else []
+            found = [(rank, each) for each in tried if (rank := cost_of(each, model)) is not None]
+            here = min(found, key=lambda pair: pair[0], default=here)
+            flow = here[1] if here else flow
+        if here is not None and (best is None or here[0] < best[0]):
+            best = here
+    assert best is not None, "rows of scores off chip fit everywhere"
+    return best[1]
+
+
+def settings(flow: Dataflow, number: int, tensors: tuple[str, ...]) -> Iterator[Dataflow]:
+    """A dataflow with every stationarity of one product, and its own tensors on chip or not."""
+    for stays in STATIONARITIES:
+        chosen = (stays, flow.stationarity[1]) if number == 0 else (flow.stationarity[0], stays)
+        for count in range(len(tensors) + 1):
+            for more in itertools.combinations(tensors, count):
+                yield replace(flow, on_chip=flow.on_chip | set(more), stationarity=chosen)
+
+
+@functools.cache
+def flat_plan(flow: Dataflow) -> tuple[Evaluator, RegionPlan]:
+    """The attention under a dataflow, planned: what binds Einsums to units is the same for all of them."""
+    first = prepared("flat", flat_mapping(Dataflow("head", TILE, frozenset(), ("output", "output"))))
+    return first, first.plan(flat_mapping(flow), 0)
+
+
+def cost_of(flow: Dataflow, model: Model) -> tuple[float, int] | None:
+    """Seconds and bytes of memory of the attention under a dataflow; None where it does not fit."""
+    found, plan = flat_plan(flow)
+    try:
+        region = found.region_cost(plan, sizes_of("three_pass", model))
+    except UnsupportedError:
+        return None
+    return region.seconds, region.movement.bytes
 
 
 def search_dataflow(model: Model) -> Dataflow:
-    """The dataflow that takes least time, then least traffic, of those that fit."""
-    best: tuple[float, int] | None = None
-    found: Dataflow | None = None
-    for flow in dataflows(model):
-        try:
-            cost = prepared("flat", flat_mapping(flow)).cost(sizes_of("three_pass", model))
-        except UnsupportedError:
-            continue
-        if best is None or (cost.seconds, cost.traffic) < best:
-            best, found = (cost.seconds, cost.traffic), flow
-    assert found is not None, "rows of scores off chip fit everywhere"
+    """The best dataflow of FLAT for a model."""
+    return best_dataflow(model.e, model.f, model.length)
+
+
+# --- what was published otherwise ------------------------------------------------------------------------------------
+
+WORDS = {
+    "one_lane": "registers are charged for one lane of an array, not for all that work",
+    "free": "no energy is charged for {}",
+    "unbuffered": "the buffer is not charged for {}",
+    "read_once": "what several Einsums read of {} is charged once",
+    "read_again": "a whole {} is charged one more read than anything makes of it",
+}
+
+
+def differences(config: str, model: Model, dataflow: Dataflow | None = None) -> list[tuple[str, float]]:
+    """What the published evaluation of a configuration counts in another way, and what each does to energy alone."""
+    mapped = mapping_of(config, model, dataflow)
+    sizes = sizes_of(CASCADES[config], model)
+    corrected = prepared(config, mapped).cost(sizes).energy_pj or 0.0
+    found = []
+    for name, words in WORDS.items():
+        value = getattr(mapped.published, name)
+        if value:
+            alone = replace(mapped, published=replace(Published(), **{name: value}))
+            energy = prepared(config, alone).cost(sizes, as_published=True).energy_pj or 0.0
+            what = words if value is True else words.format(", ".join(value))
+            found.append((what, energy / corrected - 1.0))
     return found

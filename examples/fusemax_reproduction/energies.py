@@ -2,7 +2,7 @@
 
 The table is CSV with the columns `component`, `action`, `energy_pJ` and `area_um2`, one row for each action, as the
 public artifact of the paper has them (45 nm): multiply-add, adder, comparator, exponential unit, divider, registers of
-each array, buffers by size, memory. The machines of the project come without them.
+each array, buffers by size, memory. They take the place of what the machine files of the project have.
 """
 
 from __future__ import annotations

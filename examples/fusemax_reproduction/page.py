@@ -16,7 +16,7 @@ from typing import Any
 
 from cascade.backends.systolic.cost import Cost, one_after_another
 from examples.fusemax_reproduction.configurations import (
-    CONFIGS, Dataflow, Model, attention, layers, search_dataflow,
+    CONFIGS, LONGEST, Dataflow, Model, attention, differences, layers, search_mapping,
 )  # fmt: skip
 
 MODELS = {
@@ -44,34 +44,75 @@ class Figure:
     show: Callable[[float], str]
 
 
-def page(energies: Path | None = None, published: Path | None = None, as_published: bool = False) -> str:
-    """The page as HTML text."""
+Costs = tuple[dict[Point, Cost], dict[Point, Cost]]  # of attention, and of whole layers
+
+
+def evaluate(
+    energies: Path | None = None,
+    flows: Mapping[tuple[str, str], Dataflow] | None = None,
+    as_published: bool = False,
+    lengths: Mapping[str, int] = LENGTHS,
+) -> Costs:
+    """Every configuration for every model and length; FLAT under given dataflows, else under searched ones."""
     parts: dict[Point, Cost] = {}
     whole: dict[Point, Cost] = {}
-    flows = chosen_flows(published)
     for config in CONFIGS:
         for name, sizes in MODELS.items():
-            for length, tokens in LENGTHS.items():
-                model = Model(64, *sizes, tokens)
-                flow = None
-                if config == "flat":
-                    flow = flows.get((name, length)) or search_dataflow(model)
-                at = (config, name, length)
+            for length, tokens in lengths.items():
+                model, at = Model(64, *sizes, tokens), (config, name, length)
+                flow = (flows or {}).get((name, length))
                 parts[at] = attention(config, model, flow, energies, as_published)
                 whole[at] = one_after_another((parts[at], layers(config, model, energies, as_published)))
-    found = figures(parts, whole, rows(published), energies is not None)
-    body = "\n".join(draw(figure) for figure in found)
-    means = "".join(f"<li>{html.escape(line)}</li>" for line in headlines(parts, whole, energies is not None))
-    return HEAD + f"<ul>{means}</ul>\n{legend()}\n{body}\n</body></html>\n"
+    return parts, whole
+
+
+def page(energies: Path | None = None, published: Path | None = None, as_published: bool = False) -> str:
+    """The page as HTML text; as published, FLAT runs the dataflows of the folder."""
+    flows = chosen_flows(published) if as_published else {}
+    costs = evaluate(energies, flows, as_published, LENGTHS)
+    body = "\n".join(draw(figure) for figure in figures(*costs, rows(published)))
+    lists = [
+        ("Means", headlines(*costs)),
+        ("With a search in the place of the published mappings", searched(LENGTHS)),
+        ("What was published otherwise", otherwise()),
+    ]
+    told = "".join(
+        f"<h2>{title}</h2><ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>"
+        for title, lines in lists
+    )
+    return HEAD + f"{told}\n{legend()}\n{body}\n</body></html>\n"
+
+
+def searched(lengths: Mapping[str, int]) -> list[str]:
+    """What a search is worth on the machine of each configuration, BERT at every length."""
+    lines = []
+    for config in CONFIGS:
+        for length, tokens in lengths.items():
+            model = Model(64, *MODELS["BERT"], tokens)
+            theirs = attention(config, model)
+            ours = attention(config, model, mapped=search_mapping(config, model))
+            faster, moved = theirs.seconds / ours.seconds, ours.traffic / theirs.traffic
+            if faster > 1 or moved < 1:
+                lines.append(f"{LABELS[config]} at {length}: {faster:.4f} times as fast, {moved:.2%} of the traffic")
+    return lines
+
+
+def otherwise() -> list[str]:
+    """What the published evaluation counts otherwise, and what that does to the energy of BERT at 1M."""
+    model = Model(64, *MODELS["BERT"], LONGEST)
+    return [
+        f"{LABELS[config]}: {what} ({change:+.1%} energy)"
+        for config in CONFIGS
+        for what, change in differences(config, model)
+    ]
 
 
 def figures(
     parts: Mapping[Point, Cost],
     whole: Mapping[Point, Cost],
     published: Mapping[Point, Mapping[str, float]],
-    known: bool,
 ) -> list[Figure]:
-    """All figures; those of energy where it is known."""
+    """All figures."""
 
     def column(name: str) -> dict[Point, float]:
         return {at: row[name] for at, row in published.items()}
@@ -80,12 +121,10 @@ def figures(
         Figure("Use of the 2D array in attention", used(parts, "2d"), column("util_2d"), share),
         Figure("Use of the 1D array in attention", used(parts, "1d"), column("util_1d"), share),
         Figure("Speed-up of attention over unfused", speed(seconds(parts)), speed(column("latency")), times),
+        Figure("Energy of attention, unfused is 1", ratio(energy(parts)), ratio(column("energy")), share),
         Figure("Speed-up of whole layers over unfused", speed(seconds(whole)), {}, times),
+        Figure("Energy of whole layers, unfused is 1", ratio(energy(whole)), {}, share),
     ]
-    if known:
-        energy, layer = ({at: cost.energy_pj or 0.0 for at, cost in costs.items()} for costs in (parts, whole))
-        found.insert(3, Figure("Energy of attention, unfused is 1", ratio(energy), ratio(column("energy")), share))
-        found.append(Figure("Energy of whole layers, unfused is 1", ratio(layer), {}, share))
     for einsum in ("QK", "LM", "SLN", "SLD", "SLNV"):
         busy = {
             at: cost.einsums[einsum].cycles / cost.cycles
@@ -105,6 +144,11 @@ def seconds(costs: Mapping[Point, Cost]) -> dict[Point, float]:
     return {at: cost.seconds for at, cost in costs.items()}
 
 
+def energy(costs: Mapping[Point, Cost]) -> dict[Point, float]:
+    """pJ; every machine of the paper says what its actions take."""
+    return {at: known for at, cost in costs.items() if (known := cost.energy_pj) is not None}
+
+
 def speed(found: Mapping[Point, float]) -> dict[Point, float]:
     return {at: found["unfused", at[1], at[2]] / value for at, value in found.items()}
 
@@ -121,17 +165,16 @@ def times(value: float) -> str:
     return f"{value:.2f}x"
 
 
-def headlines(parts: Mapping[Point, Cost], whole: Mapping[Point, Cost], known: bool) -> list[str]:
+def headlines(parts: Mapping[Point, Cost], whole: Mapping[Point, Cost]) -> list[str]:
     """FuseMax against its baselines: arithmetic means over models and lengths, geometric ones behind them."""
     lines = []
     for what, costs in (("attention", parts), ("end to end", whole)):
         for config in ("flat", "unfused"):
             gains = [costs[config, *at[1:]].seconds / cost.seconds for at, cost in costs.items() if at[0] == "fusemax"]
             line = f"{what}: {mean(gains):.2f}x over {LABELS[config]} (geometric mean {geometric(gains):.2f}x)"
-            if known:
-                pairs = [(cost, costs[config, *at[1:]]) for at, cost in costs.items() if at[0] == "fusemax"]
-                saved = [(ours.energy_pj or 0.0) / (theirs.energy_pj or 1.0) for ours, theirs in pairs]
-                line += f", at {mean(saved):.1%} of its energy ({geometric(saved):.1%})"
+            taken = energy(costs)
+            saved = [taken[at] / taken[config, *at[1:]] for at in taken if at[0] == "fusemax"]
+            line += f", at {mean(saved):.1%} of its energy ({geometric(saved):.1%})"
             lines.append(line)
     return lines
 

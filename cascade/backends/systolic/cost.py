@@ -26,6 +26,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from cascade.backends.systolic.machine import Machine, Unit
 from cascade.backends.systolic.mapping import Mapping as Map
@@ -130,6 +131,8 @@ class Evaluator:
     mapping: Map
     unit: dict[str, Unit] = field(init=False)
     counts: dict[str, Counter[str]] = field(init=False)
+    each: dict[str, int] = field(init=False)  # cycles of a point
+    firsts: dict[str, list[_First]] = field(init=False)
     filters: dict[str, tuple[Expr, ...]] = field(init=False)
     place: dict[str, Placement] = field(init=False)
     widths: dict[str, int] = field(init=False)
@@ -143,6 +146,8 @@ class Evaluator:
         self.unit, self.counts = {}, {}
         for name, work in self.cascaded.works.items():
             self.unit[name], self.counts[name] = _bound(work.name, work.steps, self.machine, chosen.get(name))
+        self.each = {name: _cycles(self.counts[name], self.unit[name]) for name in self.counts}
+        self.firsts = {name: list(_firsts(work, self.unit[name])) for name, work in self.cascaded.works.items()}
         live = LivePoints(self.cascaded.shapes, {})
         self.filters = {name: live.filters(work.stmt, work.ranks) for name, work in self.cascaded.works.items()}
         self.place = dict(self.mapping.place)
@@ -158,9 +163,16 @@ class Evaluator:
         bound, extents = self._sizes(sizes)
         return self._evaluated(plan, extents, LivePoints(self.cascaded.shapes, bound), Published())[0]
 
+    def region_energy(self, plan: RegionPlan, sizes: Mapping[str, int]) -> tuple[RegionCost, float | None]:
+        """The cost of one region, and its pJ; None where the machine does not say."""
+        bound, extents = self._sizes(sizes)
+        region, loads = self._evaluated(plan, extents, LivePoints(self.cascaded.shapes, bound), Published())
+        einsums = {name: self._einsum(load, Published()) for name, load in loads.items()}
+        return region, _sum(list(self._energy(loads, einsums, [region], Published()).values()))
+
     def latency(self, name: str) -> int:
         """Cycles that one point of an Einsum takes on a lane of its unit."""
-        return _cycles(self.counts[name], self.unit[name])
+        return self.each[name]
 
     def extents(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """The extents of all rank variables."""
@@ -220,22 +232,22 @@ class Evaluator:
         extents = nest.extents
         unit, counts = self.unit[work.name], self.counts[work.name]
         live = self._points(work, points, extents)
-        done = Counter({name: count * live for name, count in counts.items()})
+        done = {name: count * live for name, count in counts.items()}
         place = self.place.get(work.name)
         depth = nest.cut(work.ranks)
         if unit.fill and place is None:
             place = best_placement(work, unit, {**extents, **nest.lengths(depth)})
-        each = _cycles(counts, unit)
+        each = self.each[work.name]
         if place is None:
             cycles = ceil_div(live, unit.lanes) * each
         else:  # every tile is laid on the array anew
             tiles = nest.tiles(work.ranks, depth)
             cycles = sum(weight * placed_cycles(work, unit, place, lengths, each) for weight, lengths in tiles)
-        for init in work.inits:
-            first = math.prod(extents[rank] for rank in init.ranks)
-            one = operations(init.steps, unit) or Counter()
-            done.update({name: count * first for name, count in one.items()})
-            cycles += ceil_div(first, unit.lanes) * _cycles(one, unit)
+        for ranks, one, takes in self.firsts[work.name]:
+            first = math.prod([extents[rank] for rank in ranks])
+            for name, count in one.items():
+                done[name] = done.get(name, 0) + count * first
+            cycles += ceil_div(first, unit.lanes) * takes
         return _Load(unit, live, done, cycles)
 
     def _points(self, work: Work, points: LivePoints, extents: Mapping[str, int]) -> int:
@@ -257,7 +269,7 @@ class Evaluator:
         if counts is None:
             unit, counts = _bound(f"the merge of {merge.state}", merge.steps, self.machine, None)
         count = ceil_div(extents[merge.rank], size or 1) * math.prod(extents[rank] for rank in merge.ranks)
-        done = Counter({op: times * count for op, times in counts.items()})
+        done = {op: times * count for op, times in counts.items()}
         return _Load(unit, count, done, ceil_div(count, unit.lanes) * _cycles(counts, unit))
 
     def _einsum(self, load: _Load, quirks: Published) -> EinsumCost:
@@ -288,17 +300,18 @@ class Evaluator:
         """The phases of the mapping; one with everything in it where it names none."""
         named = [name for phase in plan.region.phases for _, names in phase.work for name in names]
         merges = tuple(f"{merge.state}'" for merge in self._merges(plan))
-        rest = tuple(name for name in (*plan.region.einsums, *merges) if name not in named)
+        rest = tuple(name for name in (*plan.region.statements, *merges) if name not in named)
         listed = [(names, phase.drain) for phase in plan.region.phases for names in [_names(phase.work)]]
         for names, drain in (*listed, *([(rest, None)] if rest else [])):
-            units: Counter[str] = Counter()
+            units: dict[str, int] = {}
             for name in names:
-                units[loads[name].unit.name] += loads[name].cycles
+                unit = loads[name].unit.name
+                units[unit] = units.get(unit, 0) + loads[name].cycles
             emptied = 0
             if drain is not None:
                 times = [self._fillings(name, plan, movement) for name in names if loads[name].unit.name == drain]
                 emptied = self.machine.units[drain].rows * max(times, default=0)
-            yield PhaseCost(dict(units), emptied, max(units.values(), default=0) + emptied)
+            yield PhaseCost(units, emptied, max(units.values(), default=0) + emptied)
 
     def _fillings(self, name: str, plan: RegionPlan, movement: Movement) -> int:
         """How often the results of an Einsum fill its array, iteration by iteration."""
@@ -337,13 +350,23 @@ class _Load:
 
     unit: Unit
     points: int
-    operations: Counter[str]
+    operations: dict[str, int]
     cycles: int
 
 
 def evaluator(cascade: Cascade, machine: Machine, mapping: Map) -> Evaluator:
     """A canonical cascade prepared for a machine under a mapping."""
     return Evaluator(take_apart(cascade), machine, mapping)
+
+
+_First: TypeAlias = tuple[tuple[str, ...], Counter[str], int]
+"""The first value of a recurrence: its ranks, its operations at a point, their cycles."""
+
+
+def _firsts(work: Work, unit: Unit) -> Iterator[_First]:
+    for init in work.inits:
+        counts = operations(init.steps, unit) or Counter()
+        yield init.ranks, counts, _cycles(counts, unit)
 
 
 def _names(work: tuple[tuple[str, tuple[str, ...]], ...]) -> tuple[str, ...]:
@@ -447,7 +470,7 @@ def _cannot(name: str, steps: tuple[Step, ...], machine: Machine, wanted: str | 
 def _check_names(cascaded: Cascaded, machine: Machine, mapping: Map) -> None:
     """The mapping runs every Einsum once, on units that there are, and names no other."""
     known = list(cascaded.works)
-    run = [name for region in mapping.regions for name in region.einsums]
+    run = [name for region in mapping.regions for name in region.statements]
     bound = [name for region in mapping.regions for phase in region.phases for name in _names(phase.work)]
     units = [unit for region in mapping.regions for phase in region.phases for unit, _ in phase.work]
     units += [phase.drain for region in mapping.regions for phase in region.phases if phase.drain is not None]

@@ -11,6 +11,7 @@ where it says nothing:
     [memories.dram]                         a path to memory: bytes a second, bytes and pJ an access
     bandwidth = 429496729600
     access_bytes = 8
+    energy = 249.6
     [buffer]                                what all units share: bytes, bytes an access, pJ a read and a write
     bytes = 16777216
     access_bytes = 512
@@ -19,15 +20,19 @@ where it says nothing:
     columns = 256
     fill = false                            whether filling and draining an array takes its time
     [units.2d.operations]                   what one lane can do
-    mac = { cycles = 1 }                    a product whose result is added: `mul-add`
+    mac = { cycles = 1, energy = 1.5 }      a product whose result is added: `mul-add`; pJ, and `area`, um^2 of a lane
     exp = { made_of = { mac = 6 } }         as long, and as much energy, as what it is made of
+    [units.2d.registers]                    of one lane: pJ a read and a write of a word; `area`
+    read = 0.3
+    write = 0.2
 
 Operations are those of the language; `sub` and `neg` are an `add` and `min` is a `max` where the table does not say
 otherwise, and `other` stands for all that it does not name. Two operations in a row may be one, `sub-exp`: the first
 feeds the second. What the language counts as free (comparisons, choices, casts, indices) takes no time here either.
 
-Energies (pJ) and areas (um^2) may be left out; what depends on them is then unknown. GPUs are modelled where kernels
-are planned for them, in `backends/triton/machine.py`.
+Energies (pJ: `energy` of an operation and of an access of memory, `read` and `write` of registers and the buffer) and
+areas (um^2) may be left out; what depends on them is then unknown. The text `energies` says where they are from. GPUs
+are modelled where kernels are planned for them, in `backends/triton/machine.py`.
 """
 
 from __future__ import annotations
@@ -121,10 +126,11 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """A spatial machine; `source` says where its numbers are from."""
+    """A spatial machine; `source` says where its numbers are from, `energies` where those of energy and area are."""
 
     name: str
     source: str
+    energies: str
     clock_hz: float
     word_bytes: int
     buffer: Buffer
@@ -207,6 +213,7 @@ def _machine(table: Table) -> Machine:
     found = Machine(
         table.text("name"),
         table.text("source", ""),
+        table.text("energies", ""),
         table.number("clock_hz", 1.0, 1e15),
         _word(table),
         _buffer(table.table("buffer", needed=True)),

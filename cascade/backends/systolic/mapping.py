@@ -21,6 +21,9 @@ from outside is loaded for every iteration that needs other elements, and one th
 be made twice. `spill` are tensors that may stay partly off chip where not all fits. `place` lays two ranks along the
 sides of an array.
 
+A schedule has the same in its own words, `region`, `bind` and `place` (`ir.py`): `scheduled` reads them, `directives`
+writes them.
+
 `published` holds what the published evaluation of a mapping counts in another way than this model; it takes effect
 only where that is asked for.
 """
@@ -28,43 +31,17 @@ only where that is asked for.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cascade.backends.systolic.fields import Table, load_toml, read_text
 from cascade.errors import CommandError, Diagnostic
+from cascade.ir import Bind, Cascade, Directive, Loop, Phase, Place, Region, Stage
+from cascade.text import render_loop
+from cascade.walk import fresh
 
 FIT = "fit"
 ALL, TILE, DRAM, REGISTERS = "all", "tile", "dram", "registers"
 LEVELS = (ALL, TILE, DRAM, REGISTERS)
-
-
-@dataclass(frozen=True, slots=True)
-class Loop:
-    """`label: rank = size`: iterations that take `size` coordinates of the rank each; None is as many as fit."""
-
-    rank: str
-    size: int | None
-    label: str
-
-    def __str__(self) -> str:
-        size = FIT if self.size is None else str(self.size)
-        return f"{self.rank} = {size}" if self.label == self.rank else f"{self.label}: {self.rank} = {size}"
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """Einsums that run together in each iteration of the region's loops and of their own."""
-
-    einsums: tuple[str, ...]
-    loops: tuple[Loop, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """What units do at the same time; `drain` empties an array behind it, as often as results fill it."""
-
-    work: tuple[tuple[str, tuple[str, ...]], ...]
-    drain: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,28 +51,6 @@ class Placement:
     rows: str
     columns: str
     stream: str
-
-
-@dataclass(frozen=True, slots=True)
-class Region:
-    """Stages inside of loops that they share. `double`: what is loaded has room twice, to be loaded ahead.
-
-    `capacity` are the bytes that the region may hold on chip, where that is less than the buffer.
-    """
-
-    name: str
-    stages: tuple[Stage, ...]
-    loops: tuple[Loop, ...] = ()
-    keep: tuple[tuple[str, str], ...] = ()
-    spill: tuple[str, ...] = ()
-    phases: tuple[Phase, ...] = ()
-    capacity: int | None = None
-    double: bool = False
-
-    @property
-    def einsums(self) -> tuple[str, ...]:
-        """All that runs in the region, in order."""
-        return tuple(name for stage in self.stages for name in stage.einsums)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +76,43 @@ class Mapping:
     units: tuple[tuple[str, str], ...] = ()
     place: tuple[tuple[str, Placement], ...] = ()
     published: Published = field(default_factory=Published)
+
+
+# --- schedules -------------------------------------------------------------------------------------------------------
+
+
+def scheduled(cascade: Cascade) -> Mapping | None:
+    """The mapping that the schedule of a cascade states; None where it has no regions."""
+    regions = tuple(item for item in cascade.schedule if isinstance(item, Region))
+    binds = (item for item in cascade.schedule if isinstance(item, Bind))
+    units = tuple((name, bind.unit) for bind in binds for name in bind.statements)
+    places = (item for item in cascade.schedule if isinstance(item, Place))
+    place = tuple((item.statement, Placement(item.rows, item.columns, item.stream)) for item in places)
+    return Mapping(regions, units, place) if regions else None
+
+
+def directives(mapping: Mapping) -> tuple[Directive, ...]:
+    """A mapping as directives; what a published evaluation counts otherwise has no words in a schedule."""
+    units: dict[str, list[str]] = {}
+    for name, unit in mapping.units:
+        units.setdefault(unit, []).append(name)
+    taken: set[str] = set()
+    regions = (replace(region, name=fresh(_identifier(region.name), taken)) for region in mapping.regions)
+    binds = (Bind(tuple(names), unit) for unit, names in units.items())
+    places = (Place(name, at.rows, at.columns, at.stream) for name, at in mapping.place)
+    return (*regions, *binds, *places)
+
+
+def with_mapping(cascade: Cascade, mapping: Mapping) -> Cascade:
+    """The cascade with a mapping in its schedule, in the place of one that is there."""
+    others = tuple(item for item in cascade.schedule if not isinstance(item, Region | Bind | Place))
+    return replace(cascade, schedule=(*others, *directives(mapping)))
+
+
+def _identifier(name: str) -> str:
+    """A name of the language for the name of a region, which is any text."""
+    word = re.sub(r"\W", "_", name, flags=re.ASCII)
+    return word if re.match(r"[A-Za-z_]", word) else f"region_{word}"
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -182,7 +174,7 @@ def render_mapping(mapping: Mapping) -> str:
 def _region_lines(region: Region) -> list[str]:
     lines = ["[[regions]]", f"name = {_text(region.name)}"]
     if region.loops:
-        lines.append(f"loops = {_list(tuple(map(str, region.loops)))}")
+        lines.append(f"loops = {_list(tuple(map(render_loop, region.loops)))}")
     if region.keep:
         lines.append(f"keep = {{ {', '.join(f'{name} = {_text(level)}' for name, level in region.keep)} }}")
     if region.spill:
@@ -192,9 +184,9 @@ def _region_lines(region: Region) -> list[str]:
     if region.double:
         lines.append("double = true")
     for stage in region.stages:
-        lines += ["", "[[regions.stages]]", f"einsums = {_list(stage.einsums)}"]
+        lines += ["", "[[regions.stages]]", f"einsums = {_list(stage.statements)}"]
         if stage.loops:
-            lines.append(f"loops = {_list(tuple(map(str, stage.loops)))}")
+            lines.append(f"loops = {_list(tuple(map(render_loop, stage.loops)))}")
     for phase in region.phases:
         work = ", ".join(f"{unit} = {_list(names)}" for unit, names in phase.work)
         lines += ["", "[[regions.phases]]", f"work = {{ {work} }}"]
@@ -213,7 +205,7 @@ def _list(values: tuple[str, ...]) -> str:
 
 def _region(table: Table, number: int) -> Region:
     stages = tuple(Stage(inner.texts("einsums"), _loops(inner)) for inner in table.tables("stages"))
-    if not stages or not all(stage.einsums for stage in stages):
+    if not stages or not all(stage.statements for stage in stages):
         table.values.pop("stages", None)
         table.refuse("stages", "an array of tables with the Einsums of each stage")
     for inner in table.tables("stages"):

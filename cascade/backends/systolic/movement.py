@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from cascade.backends.systolic.machine import Unit
-from cascade.backends.systolic.mapping import ALL, DRAM, REGISTERS, TILE, Loop, Published, Region
+from cascade.backends.systolic.mapping import ALL, DRAM, REGISTERS, TILE, Published
 from cascade.backends.systolic.mapping import Mapping as Map
 from cascade.backends.systolic.nest import Nest, ceil_div
 from cascade.backends.systolic.work import Access, Cascaded, Work
 from cascade.errors import CommandError, Diagnostic, UnsupportedError
+from cascade.ir import Loop, Region
+from cascade.text import render_loop
 from cascade.wording import suggest
 
 Direction: TypeAlias = Literal["read", "written"]
@@ -55,6 +57,7 @@ class Movement:
     nests: tuple[Nest, ...]
     held: int
     spilled: float
+    depths: Mapping[str, int | None]  # of made tensors: how many loops stand around where each is held
     moved: dict[tuple[str, Direction], int] = field(default_factory=dict)
     by_memory: dict[str, int] = field(default_factory=dict)
     buffer_reads: int = 0
@@ -64,6 +67,21 @@ class Movement:
     def bytes(self) -> int:
         """All that crosses between chip and memory."""
         return sum(self.by_memory.values())
+
+
+Structure: TypeAlias = tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]
+"""The loops of every stage without their sizes: what depths depend on."""
+Spot: TypeAlias = tuple[int, Access, int, str | None]
+"""Where a tile is: the stage, the access, how many loops are around it, the rank of which it has one coordinate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """What is on chip: of each loaded tensor the bytes of an element and where its readers hold it, of each made one
+    the first and the last stage that need it, the bytes of an element, and where it is held."""
+
+    rooms: tuple[tuple[int, tuple[Spot, ...]], ...]
+    lives: tuple[tuple[int, int, int, Spot], ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,14 +101,21 @@ class RegionPlan:
     keep: Mapping[str, str]
     written: Mapping[str, Written]
     stage_loops: tuple[tuple[Loop, ...], ...]  # of each stage, the shared ones first
+    fed: Mapping[str, tuple[Reader, ...]]  # of each tensor, the readers whose units have not just made it themselves
+    tiles: dict[Structure, Tiles] = field(default_factory=dict)  # of the structures that were asked for
+    checked: set[Structure] = field(default_factory=set)
 
     def movement(self, extents: Mapping[str, int], sizes: Mapping[str, int], quirks: Published) -> Movement:
         """What the region moves for these extents; raises C540 where it does not fit, C622 where it cannot run so."""
         nests = self._fitted(extents, sizes)
-        for stage, nest in enumerate(nests):
-            self._check(stage, nest)
+        structure = tuple([nest.structure for nest in nests])
+        if structure not in self.checked:
+            for stage, nest in enumerate(nests):
+                self._check(stage, nest)
+            self.checked.add(structure)
         held = self.need(nests)
-        found = Movement(nests, held, self._spilled(nests, held))
+        depths = {tensor: self.made_depth(tensor, nests) for tensor in self.made}
+        found = Movement(nests, held, self._spilled(nests, held), depths)
         for tensor in self.outside:
             self._load(tensor, found, quirks)
         for tensor in self.leaves:
@@ -99,7 +124,7 @@ class RegionPlan:
             self._keep(tensor, found, quirks)
         for tensor in (*self.outside, *self.made):
             self._feed(tensor, found, quirks)
-        for name in self.region.einsums:
+        for name in self.region.statements:
             self._accumulate(self.cascaded.works[name], found)
         return found
 
@@ -116,7 +141,7 @@ class RegionPlan:
                 size = fit[loop.label] if loop.size is None else loop.size
                 if size < outer[loop.rank]:
                     if outer[loop.rank] % size and outer[loop.rank] != extents[loop.rank]:
-                        message = f"{loop} does not divide the {outer[loop.rank]} of the loop around it"
+                        message = f"{render_loop(loop)} does not divide the {outer[loop.rank]} of the loop around it"
                         raise _misfit(message, "an inner tile is a divisor of the outer one")
                     outer[loop.rank] = size
                     loops.append((loop.rank, size))
@@ -170,7 +195,7 @@ class RegionPlan:
 
     def _check(self, stage: int, nest: Nest) -> None:
         """Every Einsum moves with all loops around it, and none runs before a pass that it needs is over."""
-        for name in self.region.stages[stage].einsums:
+        for name in self.region.stages[stage].statements:
             work = self.cascaded.works[name]
             depth = nest.cut(work.ranks)
             other = next((rank for rank, _ in nest.loops[:depth] if rank not in work.ranks), None)
@@ -179,7 +204,7 @@ class RegionPlan:
                 raise _misfit(message, "put it into another stage, or the loop further in")
         for at, (rank, _) in enumerate(nest.loops):
             numbers = self.cascaded.passes[rank]
-            inside = self.region.einsums if at < self._shared(nest) else self.region.stages[stage].einsums
+            inside = self.region.statements if at < self._shared(nest) else self.region.stages[stage].statements
             passes = {numbers[name]: name for name in inside if name in numbers}
             if len(passes) > 1:
                 (_, first), (_, then), *_ = sorted(passes.items())
@@ -190,22 +215,46 @@ class RegionPlan:
 
     def need(self, nests: tuple[Nest, ...]) -> int:
         """The bytes on chip at the fullest: what is loaded has its own room, what is made shares it in time."""
+        structure = tuple([nest.structure for nest in nests])
+        tiles = self.tiles.get(structure)
+        if tiles is None:
+            tiles = self.tiles[structure] = self._tiles(nests)
+        room = 0
+        for width, spots in tiles.rooms:
+            room += width * max([nests[spot[0]].footprint(*spot[1:]) for spot in spots])
+        lives = []
+        for first, last, width, spot in tiles.lives:
+            if size := width * nests[spot[0]].footprint(*spot[1:]):
+                lives.append((first, last, size))
+        return room + max([_at_once(stage, lives) for stage in range(len(nests))])
+
+    def _tiles(self, nests: tuple[Nest, ...]) -> Tiles:
+        """What is on chip under loops like these, whatever their sizes."""
         times = 2 if self.region.double else 1
-        room = sum(times * self._room(tensor, nests) for tensor in self.outside)
+        rooms = [(times * self.widths[tensor], self._spots(tensor, nests)) for tensor in self.outside]
         for tensor in self.leaves:
             if tensor not in self.made and self._adds(tensor, nests):
-                room += times * self._stored_footprint(tensor, nests)
-        sizes = [(self.written[name], self._made_footprint(name, nests)) for name in self.made]
-        lives = [(made.first, made.last, size) for made, size in sizes if size]
-        return room + max(_at_once(stage, lives) for stage in range(len(nests)))
+                made = self.written[tensor]
+                spot = (made.first, made.access, self.stored_depth(tensor, nests), made.work.iterative)
+                rooms.append((times * self.widths[tensor], (spot,)))
+        lives = []
+        for tensor in self.made:
+            depth = self.made_depth(tensor, nests)
+            if depth is not None:
+                made = self.written[tensor]
+                spot = (made.first, made.access, depth, made.work.iterative)
+                lives.append((made.first, made.last, self.widths[tensor], spot))
+        return Tiles(tuple(rooms), tuple(lives))
+
+    def _spots(self, tensor: str, nests: tuple[Nest, ...]) -> tuple[Spot, ...]:
+        """Where the readers of a loaded tensor hold its tiles."""
+        readers = self.readers[tensor]
+        return tuple((each.stage, each.access, self.held_in(tensor, each, nests), None) for each in readers)
 
     def _room(self, tensor: str, nests: tuple[Nest, ...]) -> int:
         """The bytes of the tile of a loaded tensor, where it is largest."""
-        sizes = [
-            nests[reader.stage].footprint(reader.access, self.held_in(tensor, reader, nests))
-            for reader in self.readers[tensor]
-        ]
-        return max(sizes) * self.widths[tensor]
+        spots = self._spots(tensor, nests)
+        return max(nests[spot[0]].footprint(*spot[1:]) for spot in spots) * self.widths[tensor]
 
     def made_depth(self, tensor: str, nests: tuple[Nest, ...]) -> int | None:
         """How many loops stand around where a made tensor is held; None where that is in registers."""
@@ -289,11 +338,6 @@ class RegionPlan:
         depth = None if level in (None, DRAM) else self._depth(level, made.first, nest)
         return nest.prefix(made.access.ranks) if depth is None else depth
 
-    def _stored_footprint(self, tensor: str, nests: tuple[Nest, ...]) -> int:
-        made = self.written[tensor]
-        depth = self.stored_depth(tensor, nests)
-        return nests[made.first].footprint(made.access, depth, made.work.iterative) * self.widths[tensor]
-
     def _store(self, tensor: str, found: Movement) -> None:
         """Stores of a tensor that leaves; where it is held for less than its sum, partial results come back."""
         made = self.written[tensor]
@@ -321,7 +365,7 @@ class RegionPlan:
         """Writes of a made tensor into the buffer; a spilled share goes to memory, and back for every later stage."""
         made = self.written[tensor]
         nest = found.nests[made.first]
-        if self.made_depth(tensor, found.nests) is None:
+        if found.depths[tensor] is None:
             return
         if tensor not in quirks.unbuffered and not self._adds(tensor, found.nests):
             found.buffer_writes += nest.moved(made.access, self._executed(made.work, nest)) * self.widths[tensor]
@@ -333,28 +377,16 @@ class RegionPlan:
 
     def _feed(self, tensor: str, found: Movement, quirks: Published) -> None:
         """Reads of the buffer by units: a tile for every iteration, nothing of what a unit has just made itself."""
-        if tensor in quirks.unbuffered or (tensor in self.made and self.made_depth(tensor, found.nests) is None):
+        if tensor in quirks.unbuffered or found.depths.get(tensor, 0) is None:
             return
         counts = [
             found.nests[reader.stage].moved(reader.access, self._executed(reader.work, found.nests[reader.stage]))
-            for reader in self.readers[tensor]
-            if not self._at_hand(tensor, reader)
+            for reader in self.fed[tensor]
         ]
         elements = max(counts, default=0) if tensor in quirks.read_once else sum(counts)
         if tensor in quirks.read_again:
             elements += max(counts, default=0)
         found.buffer_reads += elements * self.widths[tensor]
-
-    def _at_hand(self, tensor: str, reader: Reader) -> bool:
-        """Whether the reader's unit has made these elements in the same iteration."""
-        maker = self.cascaded.maker.get(tensor)
-        if (
-            maker is None
-            or self.stage_of.get(maker) != reader.stage
-            or self.units[maker] is not self.units[reader.work.name]
-        ):
-            return False
-        return not any(place.shifted for place in reader.access.places)
 
     def _accumulate(self, work: Work, found: Movement) -> None:
         """Where iterations add to a result, the buffer has it: read but for the first time, and written, every time."""
@@ -376,7 +408,7 @@ def plan_region(
 ) -> RegionPlan:
     """The region of that number: what comes from outside, what is made, what leaves."""
     region = mapping.regions[number]
-    stage_of = {name: at for at, stage in enumerate(region.stages) for name in stage.einsums}
+    stage_of = {name: at for at, stage in enumerate(region.stages) for name in stage.statements}
     keep = dict(region.keep)
     readers: dict[str, list[Reader]] = {}
     for name, stage in stage_of.items():
@@ -385,7 +417,7 @@ def plan_region(
     later = {
         access.tensor
         for other in mapping.regions[number + 1 :]
-        for name in other.einsums
+        for name in other.statements
         for access in cascaded.works[name].reads
     }
     later.update(result.name for result in cascaded.cascade.results)
@@ -398,8 +430,17 @@ def plan_region(
     written = {name: _written(cascaded, name, stage_of, readers.get(name, [])) for name in here}
     loops = tuple((*region.loops, *stage.loops) for stage in region.stages)
     every = {name: tuple(found) for name, found in readers.items()}
+
+    def at_hand(tensor: str, reader: Reader) -> bool:
+        """Whether the reader's unit has made these elements in the same iteration."""
+        maker = cascaded.maker.get(tensor)
+        if maker is None or stage_of.get(maker) != reader.stage or units[maker] is not units[reader.work.name]:
+            return False
+        return not any(place.shifted for place in reader.access.places)
+
+    fed = {name: tuple(reader for reader in found if not at_hand(name, reader)) for name, found in every.items()}
     return RegionPlan(
-        cascaded, region, widths, units, capacity, stage_of, every, outside, made, leaves, keep, written, loops
+        cascaded, region, widths, units, capacity, stage_of, every, outside, made, leaves, keep, written, loops, fed
     )
 
 
@@ -432,7 +473,7 @@ def _check_region(
         if name not in readers and name not in here:
             hint = suggest(name, (*readers, *here), "its tensors are")
             raise _misfit(f"region {region.name!r} has no tensor {name}", hint)
-    stage_of = {name: at for at, stage in enumerate(region.stages) for name in stage.einsums}
+    stage_of = {name: at for at, stage in enumerate(region.stages) for name in stage.statements}
     for name, found in readers.items():
         made = stage_of.get(cascaded.maker.get(name, ""))
         for reader in found:

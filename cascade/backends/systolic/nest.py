@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cascade.backends.systolic.work import Access, Place
 
@@ -37,6 +37,12 @@ class Nest:
     extents: Mapping[str, int]
     sizes: Mapping[str, int]
     after: tuple[int, ...] = ()
+    _inside: dict[int, dict[str, int]] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def structure(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """The loops without their sizes: two nests with the same have the same depths."""
+        return tuple([rank for rank, _ in self.loops]), self.after
 
     def cut(self, ranks: Collection[str], depth: int | None = None) -> int:
         """How many loops, of the first `depth`, stand around what these ranks move."""
@@ -58,6 +64,13 @@ class Nest:
         """How many coordinates of each partitioned rank an iteration of the first `depth` loops takes, at most."""
         return dict(self.loops[:depth])  # an inner loop over the same rank takes fewer, and comes later
 
+    def inside(self, depth: int) -> dict[str, int]:
+        """How many coordinates of every rank an iteration of the first `depth` loops takes, at most."""
+        found = self._inside.get(depth)
+        if found is None:
+            found = self._inside[depth] = {**self.extents, **dict(self.loops[:depth])}
+        return found
+
     def trips(self, depth: int, without: Collection[str] = ()) -> int:
         """The iterations of the first `depth` loops, those over some ranks left out."""
         total = 1
@@ -70,8 +83,15 @@ class Nest:
         """The elements that are fetched where a load stands inside of the first `depth` loops."""
         ranks = access.ranks
         again = self.trips(depth, ranks) if depth else 1
-        if access.plain and all(self._within(place) for place in access.places):  # tiles of a rank add up to it
-            return again * math.prod(self._span(place, self.extents) for place in access.places)
+        if access.plain:  # tiles of a rank add up to it, where the tensor is as long as the rank
+            total = again
+            for rank, extent in access.sides:
+                reach = self.extents[rank]
+                if reach > (extent if isinstance(extent, int) else self.sizes[extent]):
+                    break
+                total *= reach
+            else:
+                return total
         total = 0
         for weight, lengths in self.tiles(ranks, depth):
             total += weight * math.prod(self._span(place, lengths) for place in access.places)
@@ -79,24 +99,26 @@ class Nest:
 
     def footprint(self, access: Access, depth: int, carried: str | None = None) -> int:
         """The elements of the largest tile inside of the first `depth` loops, of one generation of a carried tensor."""
-        lengths = {**self.extents, **self.lengths(depth)}
-        if carried is not None:
-            lengths[carried] = 1
-        return math.prod([self._span(place, lengths) for place in access.places])
+        lengths = self.inside(depth)
+        if not access.plain:
+            if carried is not None:
+                lengths = {**lengths, carried: 1}
+            return math.prod([self._span(place, lengths) for place in access.places])
+        total = 1
+        for rank, extent in access.sides:
+            reach = 1 if rank == carried else lengths[rank]
+            total *= min(reach, extent if isinstance(extent, int) else self.sizes[extent])
+        return total
 
     def tiles(self, ranks: Collection[str], depth: int) -> Iterator[tuple[int, dict[str, int]]]:
         """The tiles of some ranks by their lengths, with how many there are of each kind: a last one may be short."""
         kinds = []
-        sizes = {**self.extents, **self.lengths(depth)}
+        sizes = self.inside(depth)
         for rank in ranks:
             full, rest = divmod(self.extents[rank], sizes[rank] or 1)
             kinds.append([(rank, full, sizes[rank]), *([(rank, 1, rest)] if rest else [])])
         for chosen in itertools.product(*kinds):
             yield math.prod(count for _, count, _ in chosen), {rank: length for rank, _, length in chosen}
-
-    def _within(self, place: Place) -> bool:
-        """Whether the tensor is as long as the rank that alone moves a place of it."""
-        return not place.ranks or self.extents[place.ranks[0]] <= self._extent(place)
 
     def _extent(self, place: Place) -> int:
         return place.extent if isinstance(place.extent, int) else self.sizes[place.extent]

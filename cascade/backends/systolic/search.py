@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 
 from cascade.backends.systolic.cost import Evaluator
 from cascade.backends.systolic.machine import Machine
-from cascade.backends.systolic.mapping import Loop, Region, Stage
 from cascade.backends.systolic.mapping import Mapping as Map
 from cascade.backends.systolic.nest import ceil_div
 from cascade.backends.systolic.work import Cascaded, operations
 from cascade.errors import CascadeError, CommandError, Diagnostic, UnsupportedError
+from cascade.ir import Loop, Region, Stage
 from cascade.passes.traffic import scheduled_groups
 
 MOST_LOOPS = 3
@@ -28,7 +28,8 @@ MOST_TIMES = 32  # iterations of a loop that are tried beside the largest diviso
 SIZES = (16, 256)
 """Sizes that are tried beside the largest that fits."""
 
-Progress = Callable[[str, int], None]
+Progress = Callable[[str, int, int], None]
+"""Told the name of a region, how many of its forms were tried, and how many there are."""
 
 
 def search(
@@ -40,42 +41,44 @@ def search(
 ) -> Map:
     """The best mapping of the forms that are tried, for the sizes of all shape symbols; raises C540 where none fits.
 
-    `progress` is told the region and how many loops were tried for it. With a mapping to `start` from, its regions,
-    stages and phases stay, and its loops are among those that are tried.
+    With a mapping to `start` from, its regions, stages and phases stay, and its loops are among those that are tried.
     """
-    mapping = Map(tuple(_regions(cascaded))) if start is None else start
+    mapping = Map(tuple(regions(cascaded))) if start is None else start
     number = 0
     while number < len(mapping.regions):
         region = mapping.regions[number]
         try:
-            found = [_best(Evaluator(cascaded, machine, mapping), number, sizes)]
+            found = [_best(Evaluator(cascaded, machine, mapping), number, sizes, progress)]
         except UnsupportedError:
-            if len(region.einsums) == 1 or region.phases:
+            if len(region.statements) == 1 or region.phases:
                 raise
-            parts = tuple(Region(name, (Stage((name,)),)) for name in region.einsums)  # too large together
-            mapping = replace(mapping, regions=(*mapping.regions[:number], *parts, *mapping.regions[number + 1 :]))
+            mapping = taken_apart(mapping, number)  # too large together
             continue
-        for bound in _bindings(cascaded, machine, mapping, region):
+        for bound in bindings(cascaded, machine, mapping, region):
             with contextlib.suppress(UnsupportedError):
-                found.append(_best(Evaluator(cascaded, machine, bound), number, sizes))
-        if progress is not None:
-            progress(region.name, sum(best.tried for best in found))
+                found.append(_best(Evaluator(cascaded, machine, bound), number, sizes, progress))
         mapping = min(found, key=lambda best: best.rank).mapping
         number += 1
     return mapping
 
 
-def _bindings(cascaded: Cascaded, machine: Machine, mapping: Map, region: Region) -> Iterator[Map]:
+def taken_apart(mapping: Map, number: int) -> Map:
+    """A mapping with a region for each Einsum of the one of that number."""
+    parts = tuple(Region(name, (Stage((name,)),)) for name in mapping.regions[number].statements)
+    return replace(mapping, regions=(*mapping.regions[:number], *parts, *mapping.regions[number + 1 :]))
+
+
+def bindings(cascaded: Cascaded, machine: Machine, mapping: Map, region: Region) -> Iterator[Map]:
     """Where units reach memory on paths of their own: the mapping with all of a region on each unit that can do it.
 
     Which is best depends on operations a byte: few of them want the unit with most bandwidth, many the one with lanes.
     """
     if len(machine.memories) < 2 or region.phases:
         return
-    others = tuple(pair for pair in mapping.units if pair[0] not in region.einsums)
+    others = tuple(pair for pair in mapping.units if pair[0] not in region.statements)
     for unit in machine.units.values():
-        if all(operations(cascaded.works[name].steps, unit) is not None for name in region.einsums):
-            yield replace(mapping, units=(*others, *((name, unit.name) for name in region.einsums)))
+        if all(operations(cascaded.works[name].steps, unit) is not None for name in region.statements):
+            yield replace(mapping, units=(*others, *((name, unit.name) for name in region.statements)))
 
 
 Rank = tuple[float, int, int]  # seconds, bytes of memory, bytes on chip: the less the better
@@ -83,52 +86,47 @@ Rank = tuple[float, int, int]  # seconds, bytes of memory, bytes on chip: the le
 
 @dataclass(frozen=True, slots=True)
 class _Best:
-    """The mapping with the best loops of one region, what the region costs, how many loops were tried."""
+    """The mapping with the best loops of one region, and what the region costs."""
 
     mapping: Map
     rank: Rank
-    tried: int
 
 
-def _best(evaluator: Evaluator, number: int, sizes: Mapping[str, int]) -> _Best:
+def _best(evaluator: Evaluator, number: int, sizes: Mapping[str, int], progress: Progress | None) -> _Best:
     """The best loops of one region."""
     region = evaluator.mapping.regions[number]
     best: tuple[Rank, Region] | None = None
-    tried = 0
-    lacking: UnsupportedError | None = None
     bare = replace(region, keep=(), capacity=None)
-    for candidate in (region, *_candidates(evaluator.cascaded, bare, evaluator.extents(sizes))):
-        tried += 1
+    forms = [region, *candidates(evaluator.cascaded, bare, evaluator.extents(sizes))]
+    for at, candidate in enumerate(forms):
+        if progress is not None:
+            progress(region.name, at + 1, len(forms))
         try:
             rank = _rank(evaluator, number, candidate, sizes)
-        except CommandError:  # these loops cannot hold these Einsums
-            continue
-        except UnsupportedError as error:
-            lacking = lacking or error
+        except (CommandError, UnsupportedError):  # these loops cannot hold these Einsums, or not on chip
             continue
         if best is None or rank < best[0]:
             best = rank, candidate
     if best is None:
-        raise lacking or _nothing(region)
+        raise lacking(evaluator, number, sizes)
     for candidate in _uneven(best[1], evaluator, sizes):
-        tried += 1
         try:
             rank = _rank(evaluator, number, candidate, sizes)
         except CascadeError:
             continue
         if rank < best[0]:
             best = rank, candidate
-    return _Best(_with(evaluator.mapping, number, best[1]), best[0], tried)
+    return _Best(with_region(evaluator.mapping, number, best[1]), best[0])
 
 
-def _with(mapping: Map, number: int, region: Region) -> Map:
+def with_region(mapping: Map, number: int, region: Region) -> Map:
     """A mapping with another region in the place of one."""
     return replace(mapping, regions=(*mapping.regions[:number], region, *mapping.regions[number + 1 :]))
 
 
 def _rank(evaluator: Evaluator, number: int, region: Region, sizes: Mapping[str, int]) -> Rank:
     """What a region costs in place of the one of that number."""
-    cost = evaluator.region_cost(evaluator.plan(_with(evaluator.mapping, number, region), number), sizes)
+    cost = evaluator.region_cost(evaluator.plan(with_region(evaluator.mapping, number, region), number), sizes)
     return cost.seconds, cost.movement.bytes, cost.movement.held
 
 
@@ -147,12 +145,22 @@ def _uneven(region: Region, evaluator: Evaluator, sizes: Mapping[str, int]) -> I
                 yield replace(region, loops=(*region.loops[:at], replace(old, size=size), *region.loops[at + 1 :]))
 
 
-def _nothing(region: Region) -> UnsupportedError:
+def lacking(evaluator: Evaluator, number: int, sizes: Mapping[str, int]) -> UnsupportedError:
+    """Why no form of a region runs: the bytes that the first one lacks, where it is the buffer."""
+    region = evaluator.mapping.regions[number]
+    bare = replace(region, keep=(), capacity=None)
+    for candidate in (region, *candidates(evaluator.cascaded, bare, evaluator.extents(sizes))):
+        try:
+            _rank(evaluator, number, candidate, sizes)
+        except CommandError:
+            continue
+        except UnsupportedError as error:
+            return error
     message = f"no mapping fits: no loops of region {region.name!r} can run"
     return UnsupportedError(Diagnostic("C540", message, help="give a mapping file"))
 
 
-def _regions(cascaded: Cascaded) -> Iterator[Region]:
+def regions(cascaded: Cascaded) -> Iterator[Region]:
     """A region for every group of the schedule and every other Einsum, behind what it reads."""
     groups = scheduled_groups(cascaded.cascade)
     home: dict[str, tuple[str, ...]] = {}
@@ -210,9 +218,11 @@ def _feeds(cascaded: Cascaded, name: str, others: set[str]) -> bool:
     return any(access.tensor in made for other in others for access in cascaded.works[other].reads)
 
 
-def _candidates(cascaded: Cascaded, region: Region, extents: Mapping[str, int]) -> Iterator[Region]:
-    """The region with loops in every way that is tried."""
-    works = [cascaded.works[name] for name in region.einsums]
+def candidates(
+    cascaded: Cascaded, region: Region, extents: Mapping[str, int], tiles: tuple[int, ...] = SIZES
+) -> Iterator[Region]:
+    """The region with loops in every way that is tried: the sizes of `tiles`, and as large as fits."""
+    works = [cascaded.works[name] for name in region.statements]
     common = [rank for rank in works[0].ranks if all(rank in work.ranks for work in works)]
     every = [access for work in works for access in (*work.reads, *work.writes)]
     outer = [rank for rank in common if all(rank in access.ranks for access in every) and extents[rank] > 1]
@@ -220,27 +230,30 @@ def _candidates(cascaded: Cascaded, region: Region, extents: Mapping[str, int]) 
         outer = outer[:-1]
     points = tuple(Loop(rank, 1, rank) for rank in outer)
     rest = [rank for rank in common if rank not in outer and extents[rank] > 1]
-    inner = [_own(cascaded, stage, {*common}, extents) for stage in region.stages]
-    for shared in _orders(rest):
+    inner = [_own(cascaded, stage, {*common}, extents, tiles) for stage in region.stages]
+    for shared in _orders(rest, extents, tiles):
         for own in itertools.product(*inner):
             stages = tuple(replace(stage, loops=loops) for stage, loops in zip(region.stages, own, strict=True))
             yield replace(region, loops=(*points, *shared), stages=stages)
 
 
-def _own(cascaded: Cascaded, stage: Stage, shared: set[str], extents: Mapping[str, int]) -> list[tuple[Loop, ...]]:
+def _own(
+    cascaded: Cascaded, stage: Stage, shared: set[str], extents: Mapping[str, int], tiles: tuple[int, ...]
+) -> list[tuple[Loop, ...]]:
     """Loops of a stage's own, over one rank that its Einsums fold away or make together: none, or one of some size."""
-    works = [cascaded.works[name] for name in stage.einsums]
+    works = [cascaded.works[name] for name in stage.statements]
     ranks = dict.fromkeys(rank for work in works for rank in work.ranks if rank not in shared)
     full = [rank for rank in ranks if sum(rank in work.ranks for work in works) > 1 or len(works) == 1]
     found: list[tuple[Loop, ...]] = [()]
     for rank in full:
-        found += [(Loop(rank, size, rank),) for size in SIZES if size < extents[rank]]
+        found += [(Loop(rank, size, rank),) for size in tiles if size < extents[rank]]
     return found
 
 
-def _orders(ranks: list[str]) -> Iterator[tuple[Loop, ...]]:
+def _orders(ranks: list[str], extents: Mapping[str, int], tiles: tuple[int, ...]) -> Iterator[tuple[Loop, ...]]:
     """Loops over some of the ranks in every order, the sizes of each: as large as fits, or one of a few."""
     for count in range(min(MOST_LOOPS, len(ranks)) + 1):
         for chosen in itertools.permutations(ranks, count):
-            for kinds in itertools.product((None, *SIZES), repeat=count):
+            sizes = [(None, *(size for size in tiles if size < extents[rank])) for rank in chosen]
+            for kinds in itertools.product(*sizes):
                 yield tuple(Loop(rank, size, rank) for rank, size in zip(chosen, kinds, strict=True))

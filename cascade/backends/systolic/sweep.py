@@ -18,7 +18,9 @@ from typing import Any, TypeAlias
 
 from cascade.backends.systolic.cost import Cost, Evaluator
 from cascade.backends.systolic.machine import Machine, machine
-from cascade.backends.systolic.mapping import mapping
+from cascade.backends.systolic.mapping import Mapping as Map
+from cascade.backends.systolic.mapping import mapping, scheduled
+from cascade.backends.systolic.pareto import front
 from cascade.backends.systolic.search import search
 from cascade.backends.systolic.work import Cascaded, take_apart
 from cascade.errors import CommandError, Diagnostic, UnsupportedError
@@ -30,21 +32,27 @@ CHUNK = 64  # points that a worker takes at a time
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One evaluation: a machine, a mapping file (None: searched), the sizes of all symbols."""
+    """One evaluation: a machine, a mapping file (None: that of the schedule, else one is searched), the sizes of all
+    symbols; `front` for all mappings that no other beats."""
 
     machine: str
     mapping: str | None
     sizes: tuple[tuple[str, int], ...]
+    front: bool = False
 
 
-def points(machines: Sequence[str], mappings: Sequence[str], sizes: Mapping[str, Sequence[int]]) -> tuple[Point, ...]:
+def points(
+    machines: Sequence[str], mappings: Sequence[str], sizes: Mapping[str, Sequence[int]], front: bool = False
+) -> tuple[Point, ...]:
     """Every combination, sizes changing fastest, the last symbol first."""
     combined = [tuple(zip(sizes, values, strict=True)) for values in itertools.product(*sizes.values())]
-    return tuple(Point(name, path, at) for name in machines for path in (mappings or (None,)) for at in combined)
+    paths = mappings or (None,)
+    return tuple(Point(name, path, at, front) for name in machines for path in paths for at in combined)
 
 
 def sweep(cascade: Cascade, found: Sequence[Point], jobs: int = 1, scheduler: str | None = None) -> list[Row]:
-    """A row for every point of a canonical cascade; `scheduler` is the address of a Dask cluster."""
+    """A row for every point of a canonical cascade, or for every choice of its front; `scheduler` is the address of a
+    Dask cluster."""
     chunks = [found[at : at + CHUNK] for at in range(0, len(found), CHUNK)]
     task = functools.partial(_rows, cascade)
     if scheduler is not None:
@@ -59,29 +67,44 @@ def sweep(cascade: Cascade, found: Sequence[Point], jobs: int = 1, scheduler: st
 
 
 def _rows(cascade: Cascade, chunk: Sequence[Point]) -> list[Row]:
-    return [_row(cascade, point) for point in chunk]
+    return [row for point in chunk for row in _rows_of(cascade, point)]
 
 
-def _row(cascade: Cascade, point: Point) -> Row:
-    """What a point costs, or why it cannot be run."""
+def _rows_of(cascade: Cascade, point: Point) -> list[Row]:
+    """What a point costs, or why it cannot be run; on a front `choice` numbers its mappings from the fastest."""
     row: Row = {"machine": point.machine, "mapping": point.mapping or "", **dict(point.sizes)}
     try:
-        cost = _evaluator(cascade, point).cost(dict(point.sizes))
+        costs = [evaluator.cost(dict(point.sizes)) for evaluator in _evaluators(cascade, point)]
     except UnsupportedError as error:
-        return row | {"error": error.diagnostics[0].message}
-    return row | _figures(cost, machine(point.machine))
+        return [row | {"error": error.diagnostics[0].message}]
+    on = _machine(point.machine)
+    choices = [{"choice": number} if point.front else {} for number in range(len(costs))]
+    return [row | choice | _figures(cost, on) for choice, cost in zip(choices, costs, strict=True)]
 
 
-def _evaluator(cascade: Cascade, point: Point) -> Evaluator:
-    if point.mapping is not None:
-        return _prepared(cascade, point.machine, point.mapping)
-    cascaded, chosen = _apart(cascade), machine(point.machine)
-    return Evaluator(cascaded, chosen, search(cascaded, chosen, dict(point.sizes)))
+def _evaluators(cascade: Cascade, point: Point) -> list[Evaluator]:
+    start = scheduled(cascade) if point.mapping is None else _mapping(point.mapping)
+    if start is not None and not point.front:
+        return [_prepared(cascade, point.machine, start)]
+    cascaded, chosen, sizes = _apart(cascade), _machine(point.machine), dict(point.sizes)
+    if point.front:
+        return [Evaluator(cascaded, chosen, each) for each in front(cascaded, chosen, sizes, start=start).mappings]
+    return [Evaluator(cascaded, chosen, search(cascaded, chosen, sizes))]
 
 
 @functools.lru_cache(64)
-def _prepared(cascade: Cascade, name: str, path: str) -> Evaluator:
-    return Evaluator(_apart(cascade), machine(name), mapping(path))
+def _prepared(cascade: Cascade, name: str, given: Map) -> Evaluator:
+    return Evaluator(_apart(cascade), _machine(name), given)
+
+
+@functools.lru_cache(64)
+def _mapping(path: str) -> Map:
+    return mapping(path)
+
+
+@functools.lru_cache(64)
+def _machine(name: str) -> Machine:
+    return machine(name)
 
 
 @functools.lru_cache(8)
@@ -97,6 +120,8 @@ def _figures(cost: Cost, on: Machine) -> Row:
         **{f"utilisation_{unit}": share for unit, share in cost.utilisation.items()},
         "traffic_bytes": cost.traffic,
         "energy_pj": cost.energy_pj,
+        **{f"energy_{part}": energy for part, energy in cost.energy.items()},
+        "on_chip_bytes": max((region.movement.held for region in cost.regions), default=0),
         "bound": longest.bound if longest else "",
         "lane_cycles": sum(found.cycles * on.units[found.unit].lanes for found in cost.einsums.values()),
     }
@@ -126,5 +151,5 @@ def _optional(package: str, what: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError:
-        hint = f"pip install {package}, or write CSV without a cluster"
+        hint = f"pip install {package}"
         raise CommandError(Diagnostic("C623", f"{what} needs {package}, which is not installed", help=hint)) from None

@@ -19,10 +19,11 @@ from typing import Any
 import sympy
 
 from cascade.backends.systolic.cost import Evaluator, best_placement
-from cascade.backends.systolic.mapping import ALL, Loop
+from cascade.backends.systolic.mapping import ALL
 from cascade.backends.systolic.movement import RegionPlan
 from cascade.backends.systolic.nest import Nest
 from cascade.backends.systolic.work import Access, Place, Work
+from cascade.ir import Loop
 
 Form = Any
 """A SymPy expression, or a number."""
@@ -159,7 +160,7 @@ def _kept(plan: RegionPlan, nests: tuple[Nest, ...]) -> Form:
 def _phases(plan: RegionPlan) -> list[tuple[tuple[str, ...], str | None]]:
     listed = [(tuple(name for _, names in phase.work for name in names), phase.drain) for phase in plan.region.phases]
     named = {name for names, _ in listed for name in names}
-    rest = tuple(name for name in plan.region.einsums if name not in named)
+    rest = tuple(name for name in plan.region.statements if name not in named)
     return [*listed, *([(rest, None)] if rest else [])]
 
 

@@ -11,6 +11,7 @@ recurrences are computed as well, at the coordinates of the other ranks.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class Access:
     """How an Einsum touches a tensor that it reads or defines: at which coordinates, and what moves them.
 
     `ranks` are the rank variables that move it; `plain`: every coordinate is constant or a rank variable of its own, so
-    footprints are products.
+    footprints are products, of what `sides` has: each rank with the extent of its dimension.
     """
 
     tensor: str
@@ -61,6 +62,7 @@ class Access:
     places: tuple[Place, ...]
     ranks: tuple[str, ...]
     plain: bool
+    sides: tuple[tuple[str, Size], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,6 @@ def take_apart(cascade: Cascade) -> Cascaded:
     maker = {name: defines(stmt)[0] for stmt in cascade.body for name in defines(stmt)}
     left = {target.name: target.ranks for stmt in cascade.body for target in targets(stmt)}
     folds = [directive for directive in cascade.schedule if isinstance(directive, Fold)]
-    folds = [directive for directive in cascade.schedule if isinstance(directive, Fold)]
     merges = [_merge(fold, merge, works, left) for fold in folds for merge in fold.merge]
     passes = {
         rank: {name: found.number[name] for name in works if name in found.full}
@@ -167,7 +168,7 @@ def _access(tensor: str, index: tuple[Expr, ...], shapes: Shapes) -> Access:
     moving = [place for place in places if place.ranks]
     ranks = tuple(dict.fromkeys(rank for place in moving for rank in place.ranks))
     plain = all(place.steps == (1,) for place in moving) and len(moving) == len(ranks)
-    return Access(tensor, index, places, ranks, plain)
+    return Access(tensor, index, places, ranks, plain, tuple((rank, at.extent) for at in moving for rank in at.ranks))
 
 
 def _place(index: Expr, extent: Size) -> Place:
@@ -260,6 +261,7 @@ def operations(steps: tuple[Step, ...], unit: Unit) -> Counter[str] | None:
     return found if all(unit.operation(name) for name in found) else None
 
 
+@functools.cache
 def operands(name: str) -> int:
     """How many words an operation takes from registers: three for a `mac`, else one for each operand."""
     last = name.rpartition("-")[2]

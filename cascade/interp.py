@@ -72,7 +72,7 @@ def run(
     shapes = infer_shapes(cascade)
     extents = bind_sizes(cascade, {name: tuple(tensor.shape) for name, tensor in inputs.items()}, sizes or {})
     device = next((tensor.device for tensor in inputs.values()), torch.device("cpu"))
-    machine = _Machine(cascade, shapes, extents, precision, device, block=block, passing=passing_ranks(cascade))
+    machine = Machine(cascade, shapes, extents, precision, device, block=block, passing=passing_ranks(cascade))
     for param in cascade.params:
         machine.store[param.name] = _given(param, inputs[param.name], precision)
     machine.run(cascade.body, {}, groups(cascade))
@@ -124,7 +124,7 @@ def _given(param: Param, tensor: Tensor, precision: Precision) -> Stored:
 
 
 @dataclass(slots=True, eq=False)
-class _Machine(State):
+class Machine(State):
     """The execution of a cascade: units in order, each statement over its windows, results into the store."""
 
     block: int | None = None
@@ -223,10 +223,10 @@ class _Machine(State):
             value = self._value(stmt, windows)
             self._write(target, v.expand(value, target.ranks, lengths(here)), here, _low(stmt))
             return
-        found = self._partial(stmt, windows)
+        found = self.partial(stmt, windows)
         if not all(windows[rank][0] == 0 for rank in streamed):
-            found = self._joined(stmt, self._held(stmt, here), found)
-        self._hold(stmt, found, here)
+            found = self.joined(stmt, self._held(stmt, here), found)
+        self.hold(stmt, found, here)
 
     def _value(self, stmt: Einsum, windows: Windows) -> Value:
         """The value of a statement over these windows: as it stands, or by values of an index."""
@@ -278,14 +278,14 @@ class _Machine(State):
 
     def _top_k(self, stmt: TopK, windows: Windows) -> None:
         here = {rank: windows.get(rank, self.full(rank)) for rank in stmt.values.ranks}
-        found = self._partial(stmt, windows)
+        found = self.partial(stmt, windows)
         if stmt.rank in windows and windows[stmt.rank][0] > 0:
-            found = self._joined(stmt, self._held(stmt, here), found)
-        self._hold(stmt, found, here)
+            found = self.joined(stmt, self._held(stmt, here), found)
+        self.hold(stmt, found, here)
 
     # --- partial reductions ------------------------------------------------------------------------------------------
 
-    def _partial(self, stmt: Einsum | TopK, windows: Windows) -> Partial:
+    def partial(self, stmt: Einsum | TopK, windows: Windows) -> Partial:
         """What a reduction gives over these windows alone: its value, and what else it takes to fold it further.
 
         The coordinate of an extreme has the extreme with it, the kept values of a `topk` their coordinates.
@@ -306,7 +306,7 @@ class _Machine(State):
         best = v.expand(Evaluation(self, companion, windows).statement(companion.expr), ranks, extents)
         return replace(value, data=value.data + windows.get(reduction.ranks[0], (0, 0))[0]), best
 
-    def _joined(self, stmt: Einsum | TopK, old: Partial, new: Partial) -> Partial:
+    def joined(self, stmt: Einsum | TopK, old: Partial, new: Partial) -> Partial:
         """Two partial reductions folded into one, `old` from earlier coordinates than `new`."""
         if isinstance(stmt, TopK):
             return self._joined_top_k(stmt, old, new)
@@ -344,7 +344,7 @@ class _Machine(State):
         best = self.extremes.get(targets(stmt)[0].name)
         return held if best is None else (*held, best)
 
-    def _hold(self, stmt: Einsum | TopK, found: Partial, here: Windows) -> None:
+    def hold(self, stmt: Einsum | TopK, found: Partial, here: Windows) -> None:
         """Stores a partial reduction, as the value that others see."""
         for target, value in zip(targets(stmt), found, strict=False):
             self._write(target, value, here, ())
@@ -407,12 +407,12 @@ class _Machine(State):
                     found.append(self._block(trip, stmt, block))
                 if not found:  # neither part has seen an element
                     continue
-                after[target.name] = functools.reduce(functools.partial(self._joined, stmt), found)
-                self._hold(stmt, after[target.name], self._here(target, trip.windows))
+                after[target.name] = functools.reduce(functools.partial(self.joined, stmt), found)
+                self.hold(stmt, after[target.name], self._here(target, trip.windows))
             elif trip.is_of_state(stmt):
                 self._execute(stmt, trip.windows)
             elif block is not None and trip.reduces(stmt):  # of this block alone: a state joins it
-                self._hold(stmt, self._partial(stmt, block), self._here(target, trip.windows))
+                self.hold(stmt, self.partial(stmt, block), self._here(target, trip.windows))
             elif block is not None:
                 self._execute(stmt, block)
         return after
@@ -420,7 +420,7 @@ class _Machine(State):
     def _block(self, trip: _Trip, stmt: Einsum | TopK, block: Windows) -> Partial:
         """What a block gives to a state: its reduction, or that of the member which the state joins with others."""
         if trip.reduces(stmt):
-            return self._partial(stmt, block)
+            return self.partial(stmt, block)
         joined = next(
             node for node in walk(expressions(stmt)[0]) if isinstance(node, Read) and node.tensor in trip.inner
         )
@@ -461,7 +461,7 @@ class _Machine(State):
             if isinstance(size, str)
         }
         extents = bind_sizes(callee, {name: tuple(s.data.shape) for name, s in arguments.items()}, given)
-        inner = _Machine(callee, shapes, extents, self.precision, self.device, dict(arguments), block=self.block)
+        inner = Machine(callee, shapes, extents, self.precision, self.device, dict(arguments), block=self.block)
         inner.passing = passing_ranks(callee)
         inner.run(callee.body, {}, groups(callee))
         for result in callee.results:

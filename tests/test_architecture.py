@@ -24,6 +24,7 @@ LAYERS = (
     {"ops"},
     {"ir"},
     {"walk", "wording"},
+    {"placed"},
     {"scopes", "order", "intervals"},
     {"inference"},
     {"presence"},
@@ -49,6 +50,7 @@ TORCH_HOMES = {
     "frontend.trace",
     "frontend.positional",
     "backends.triton.launch",
+    "backends.distributed.simulate",
 }
 HOMES = {
     "lark": {"frontend"},

@@ -137,7 +137,7 @@ class Machine(State):
         """The statements in dependency order, groups block by block, cycles coordinate by coordinate."""
         for unit in units(statements, fused):
             if isinstance(unit.group, Fold):
-                self._fold(unit.group, unit.statements, windows)
+                self.fold(unit.group, unit.statements, windows)
             elif unit.group is not None:
                 rest = tuple(group for group in fused if group is not unit.group)
                 for stretch in self._blocks(unit.group.rank, windows):
@@ -353,10 +353,9 @@ class Machine(State):
 
     # --- folds -------------------------------------------------------------------------------------------------------
 
-    def _fold(self, fold: Fold, statements: Sequence[Stmt], windows: Windows) -> None:
+    def fold(self, fold: Fold, statements: Sequence[Stmt], windows: Windows) -> PartState:
         """One trip over a rank with a state: each part from its first block to its last, then the parts merged."""
-        owner = {name: stmt for stmt in statements for name in defines(stmt)}
-        trip = _Trip(fold, tuple(dict.fromkeys(owner[name] for name in fold.update)), windows)
+        trip = _trip(fold, statements, windows)
         states: list[PartState] = []
         for part in self._parts(fold.rank, windows):
             state = self._first(trip) if not states else {}
@@ -366,6 +365,13 @@ class Machine(State):
         while len(states) > 1:
             odd = states[-1:] if len(states) % 2 else []
             states = [self._step(trip, pair, None) for pair in zip(states[::2], states[1::2], strict=False)] + odd
+        return states[0]
+
+    def merged(
+        self, fold: Fold, statements: Sequence[Stmt], windows: Windows, states: Sequence[PartState]
+    ) -> PartState:
+        """The states of parts of a rank merged into one, which is stored as what others see."""
+        return self._step(_trip(fold, statements, windows), states, None)
 
     def _parts(self, rank: str, windows: Windows) -> list[tuple[int, int]]:
         """The stretches that a `split` cuts a rank into; empty ones are left out."""
@@ -556,6 +562,11 @@ class _Trip:
         """The reductions that a state joins with its virtual elements: they hold for a block only."""
         names = (defines(stmt)[0] for stmt in self.statements if self.reduces(stmt))
         return {name for name in names if name not in self.fold.state}
+
+
+def _trip(fold: Fold, statements: Sequence[Stmt], windows: Windows) -> _Trip:
+    owner = {name: stmt for stmt in statements for name in defines(stmt)}
+    return _Trip(fold, tuple(dict.fromkeys(owner[name] for name in fold.update)), windows)
 
 
 def _reduced(stmt: Stmt) -> tuple[str, ...]:

@@ -249,3 +249,52 @@ def test_random_cascades_mean_the_same_at_random_placements(part: int) -> None:
         checked += 1
         exchanged += len(collectives(program))
     assert checked == RANDOM // PARTS and exchanged > checked
+
+
+# --- states of folds -------------------------------------------------------------------------------------------------
+
+ATTENTION = """
+cascade attention(Q[H,M,E], K[H,N,E], V[H,N,F]) -> O[H,M,F] {
+    S[h,m,n] = Q[h,m,e] * K[h,n,e]   where n <= m + 3
+    P[h,m,n] = softmax[n] S[h,m,n]
+    O[h,m,f] = P[h,m,n] * V[h,n,f]
+}
+"""
+
+
+def lifted(text: str, *schedule: Directive) -> Cascade:
+    """The cascade with its folds, on a mesh."""
+    final = pipeline.run_pipeline(parse_cascade(text, "<test>")).final
+    return dataclasses.replace(final, schedule=(*schedule, *final.schedule))
+
+
+@pytest.mark.parametrize("devices", [2, 3, 4])
+def test_the_state_of_a_fold_is_what_devices_merge(devices: int) -> None:
+    program = stated(
+        lifted(ATTENTION, Mesh("cp", devices), Shard("n", "cp")), sizes := {"H": 2, "M": 5, "N": 9, "E": 3, "F": 2}
+    )
+    assert [step.reducer for step in program.steps if isinstance(step, Collective)] == ["fold"]
+    agrees(program, sizes)
+
+
+def test_heads_and_keys_are_sharded_together() -> None:
+    cascade = lifted(ATTENTION, Mesh("tp", 2), Mesh("cp", 3), Shard("h", "tp"), Shard("n", "cp"))
+    agrees(stated(cascade, sizes := {"H": 3, "M": 5, "N": 9, "E": 3, "F": 2}), sizes)
+
+
+RING = ATTENTION.replace("K[H,N,E], V[H,N,F]", "A[H,N,E], B[H,N,F]").replace(
+    "{\n", "{\n    K[h,t,e] = tanh(A[h,t,e])\n    V[h,t,f] = tanh(B[h,t,f])\n", 1
+)
+
+
+@pytest.mark.parametrize("devices", [2, 3, 4, 8])
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_a_fold_over_gathered_keys_is_a_ring(devices: int, both_ways: bool) -> None:
+    cascade = lifted(RING, Mesh("cp", devices), Shard("m", "cp"), Shard("t", "cp"))
+    sizes = {"H": 2, "M": 9, "N": 10, "E": 3, "F": 2}
+    before = stated(cascade, sizes)
+    assert collectives(before) == [("all-gather", "K"), ("all-gather", "V")]
+    agrees(before, sizes)
+    program = by_shards(before, first(before, Kind.ALL_GATHER, "K"), both_ways)
+    assert {kind for kind, _ in collectives(program)} == {"shift"} and len(collectives(program)) == 2 * (devices - 1)
+    agrees(program, sizes)

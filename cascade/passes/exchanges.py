@@ -2,7 +2,7 @@
 
     R2  scatter_gather   all-reduce Y                      = reduce-scatter Y to t; all-gather Y from t
     R3  gather_later     all-gather X from t; compute S    = compute S along t; all-gather S from t
-    R4  by_shards        all-gather X from t; compute S    = compute S on its own shard, then on each that comes by
+    R4  by_shards        all-gather X from t; compute S    = compute S at its own shard, then at each that comes by
     R6  refactor_axis    all-reduce over tp = 8            = all-reduce over inner = 4; all-reduce over outer = 2
     R7  another_form     compute Y along k; all-reduce Y   = all-gather X; compute Y along n; all-gather Y
 
@@ -12,7 +12,7 @@ their results mean the same, up to the order in which sums are taken.
 Sources: R2 is the decomposition of Thakur et al., "Optimization of Collective Communication Operations in MPICH"
 (2005); R3 and R2 together are sequence parallelism (arXiv 2205.05198); R4 is "Overlap Communication with Dependent
 Computation via Decomposition" (Wang et al., ASPLOS 2023); R6 is hierarchical reduction; R7 is used by NanoFlow
-(arXiv 2408.12757).
+(arXiv 2408.12757). R4 over a fold of keys is ring attention (2310.01889), both ways TokenRing (2412.20501).
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from cascade.errors import Diagnostic, UnsupportedError
-from cascade.ir import Mesh, Rank, Read
+from cascade.ir import Mesh, Rank, Read, Stmt
+from cascade.passes.reach import units_by_name
 from cascade.passes.shard import Held, Sharding
 from cascade.placed import Along, Axes, Axis, Collective, Compute, Kind, Place, Program, Step
-from cascade.walk import defines, expressions, reads, targets, walk
+from cascade.walk import expressions, reads, targets, walk
 from cascade.wording import quote
 
 
@@ -67,11 +68,7 @@ def gather_later(program: Program, number: int) -> Program:
     for rank in ranks:
         local = dataclasses.replace(reader, along=(*reader.along, Along(rank, step.axes)))
         kept = all(rank in target.ranks for stmt in stmts for target in targets(stmt))
-        if (
-            kept
-            and _at(program, reader.name, step.tensor, rank, step.source)
-            and sharding.is_enough(local, step.tensor, held)
-        ):
+        if kept and _at(stmts, step.tensor, rank, step.source) and sharding.is_enough(local, step.tensor, held):
             break
     else:
         _refuse(f"{quote(reader.name)} is not local to the shards of {quote(step.tensor)}")
@@ -85,32 +82,50 @@ def gather_later(program: Program, number: int) -> Program:
     return _needed(_with_steps(program, (*steps, *program.steps[at + 1 :])), sharding)
 
 
-def by_shards(program: Program, number: int) -> Program:
-    """R4: the all-gather of step `number` and the statement behind it, shard by shard as they come round a ring.
+def by_shards(program: Program, number: int, both_ways: bool = False) -> Program:
+    """R4: the all-gathers from step `number` on and the statement behind them, shard by shard as they come by.
 
     Each device starts with the shard it has: the order of tiles is another on each, and where it stands undoes it.
-    Proves: the statement keeps a rank that stands plainly at the gathered dimension, runs along none there, and finds
-    in one shard all that it reads of the tensor at a stretch of that rank.
+    Along a rank that is reduced, the parts are merged where they are made: a fold over keys becomes a ring. Shards come
+    from one side, or `both_ways` from the nearer one. Proves: the statement runs along no rank over these axes that is
+    the same, it may run in parts along a rank that stands plainly at every gathered dimension, and it finds in one
+    shard all that it reads of each tensor at a stretch of that rank.
     """
     step = _collective(program, number, Kind.ALL_GATHER)
     sharding = Sharding(program.cascade, dict(program.sizes))
-    reader = program.steps[number + 1] if number + 1 < len(program.steps) else None
-    if not isinstance(reader, Compute) or not _reads(reader, step.tensor, sharding):
-        _refuse(f"what stands behind the all-gather does not read {quote(step.tensor)}")
-    held = _held_before(program, number)
-    stmts = sharding.reach.units[reader.name].statements
-    for rank in (rank for rank in targets(stmts[0])[0].ranks if all(rank != along.rank for along in reader.along)):
+    at = number
+    gathers: list[tuple[Collective, Held]] = []
+    while isinstance(one := program.steps[at], Collective) and one.kind is Kind.ALL_GATHER and one.axes == step.axes:
+        gathers.append((one, _held_before(program, at)))
+        at += 1
+    reader = program.steps[at]
+    if not isinstance(reader, Compute) or not all(_reads(reader, one.tensor, sharding) for one, _ in gathers):
+        _refuse("what stands behind the all-gather does not read all that is gathered")
+    unit = sharding.reach.units[reader.name]
+    for rank in sharding.possible(unit):
         local = dataclasses.replace(reader, along=(*reader.along, Along(rank, step.axes)))
-        if _at(program, reader.name, step.tensor, rank, step.source) and sharding.is_enough(local, step.tensor, held):
+        plain = all(_at(unit.statements, one.tensor, rank, one.source) for one, _ in gathers)
+        free = all(rank != along.rank for along in reader.along)
+        if free and plain and all(sharding.is_enough(local, one.tensor, held) for one, held in gathers):
             break
     else:
         _refuse(f"{quote(reader.name)} needs more of {quote(step.tensor)} than one shard at a time")
     steps: list[Step] = []
-    for hop in range(program.devices(step.axes)):
+    for hop in _hops(program.devices(step.axes), both_ways):
         if hop:
-            steps.append(dataclasses.replace(step, kind=Kind.SHIFT, hop=hop))
+            steps += [dataclasses.replace(one, kind=Kind.SHIFT, hop=hop) for one, _ in gathers]
         steps.append(dataclasses.replace(reader, along=(*reader.along, Along(rank, step.axes, hop))))
-    return _with_steps(program, (*program.steps[:number], *steps, *program.steps[number + 2 :]))
+    whole = [one for one, held in gathers if _needed_whole(program, at, one, held, sharding)]
+    if whole:
+        _refuse(f"{quote(whole[0].tensor)} is needed whole behind {quote(reader.name)}")
+    return _with_steps(program, (*program.steps[:number], *steps, *program.steps[at + 1 :]))
+
+
+def _hops(devices: int, both_ways: bool) -> list[int]:
+    """How far shards come from: one after the other, or by turns from either side."""
+    if not both_ways:
+        return list(range(devices))
+    return [0, *(hop for far in range(1, devices // 2 + 1) for hop in (far, -far))][:devices]
 
 
 def refactor_axis(program: Program, axis: str, outer: Axis, inner: Axis) -> Program:
@@ -188,13 +203,12 @@ def _reads(step: Step, tensor: str, sharding: Sharding) -> bool:
 
 def made(program: Program, tensor: str) -> Held:
     """How what a statement defines is sharded before any collective; of a parameter, how it is placed."""
+    units = units_by_name(program.cascade)
     for step in program.steps:
-        if isinstance(step, Compute):
-            for stmt in program.cascade.body:
-                if defines(stmt)[0] == step.name:
-                    for target in (target for target in targets(stmt) if target.name == tensor):
-                        spread = ((target.ranks.index(a.rank), a.axes) for a in step.along if a.rank in target.ranks)
-                        return tuple(sorted(spread))
+        defined = units[step.name].statements if isinstance(step, Compute) else ()
+        for target in (target for stmt in defined for target in targets(stmt) if target.name == tensor):
+            along = step.along if isinstance(step, Compute) else ()
+            return tuple(sorted((target.ranks.index(one.rank), one.axes) for one in along if one.rank in target.ranks))
     return tuple(sorted((place.dim, place.axes) for place in program.places if place.tensor == tensor))
 
 
@@ -212,12 +226,11 @@ def _held_before(program: Program, number: int) -> Held:
     return tuple(sorted(held.items()))
 
 
-def _at(program: Program, name: str, tensor: str, rank: str, dim: int | None) -> bool:
-    """Whether every read of the tensor by that statement has the rank, plainly, at that dimension."""
+def _at(stmts: Sequence[Stmt], tensor: str, rank: str, dim: int | None) -> bool:
+    """Whether every read of the tensor by these statements has the rank, plainly, at that dimension."""
     nodes = [
         node
-        for stmt in program.cascade.body
-        if defines(stmt)[0] == name
+        for stmt in stmts
         for expr in expressions(stmt)
         for node in walk(expr)
         if isinstance(node, Read) and node.tensor == tensor

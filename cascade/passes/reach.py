@@ -18,14 +18,20 @@ from typing import TypeAlias
 from cascade.bounds import loop_bounds
 from cascade.inference import Shapes, infer_shapes
 from cascade.intervals import ANY, Interval, interval
-from cascade.ir import Cascade, Expr, Extent, Local, Rank, Read, Size, Stmt
+from cascade.ir import Cascade, Expr, Extent, Fold, Local, Rank, Read, Size, Stmt
 from cascade.order import Unit, units
 from cascade.passes.points import LivePoints, iterated
 from cascade.placed import Window
-from cascade.walk import defines, expressions, free_ranks, targets, walk
+from cascade.walk import defines, expressions, fold_expressions, free_ranks, targets, tensors_read, walk
 
 Box: TypeAlias = tuple[Window, ...]
 """A window for each dimension of a tensor."""
+
+
+def units_by_name(cascade: Cascade) -> dict[str, Unit]:
+    """The statements, recurrences and folds of a cascade, by the first name that each defines, in a valid order."""
+    folds = tuple(item for item in cascade.schedule if isinstance(item, Fold))
+    return {defines(unit.statements[0])[0]: unit for unit in units(cascade.body, folds)}
 
 
 @dataclass(eq=False)
@@ -44,7 +50,7 @@ class Reach:
     @cached_property
     def units(self) -> dict[str, Unit]:
         """What runs as one, by the first name that it defines, in an order in which each finds what it reads."""
-        return {defines(unit.statements[0])[0]: unit for unit in units(self.cascade.body, ())}
+        return units_by_name(self.cascade)
 
     @cached_property
     def filters(self) -> dict[str, tuple[Expr, ...]]:
@@ -70,7 +76,10 @@ class Reach:
         key = name, tuple(sorted(windows.items()))
         if key not in self.known:
             own = {made for stmt in self.units[name].statements for made in defines(stmt)}
-            found = (pair for stmt in self.units[name].statements for pair in self._statement(stmt, windows))
+            found = [pair for stmt in self.units[name].statements for pair in self._statement(stmt, windows)]
+            if isinstance(fold := self.units[name].group, Fold):
+                first = (tensor for tensor in tensors_read(fold_expressions(fold)) if not tensor.endswith("'"))
+                found += [(tensor, tuple((0, extent) for extent in self.shape(tensor))) for tensor in first]
             self.known[key] = tuple(dict.fromkeys(pair for pair in found if pair[0] not in own))
         return self.known[key]
 

@@ -32,7 +32,7 @@ from typing import Protocol, TypeAlias
 
 from cascade.errors import Diagnostic, UnsupportedError
 from cascade.inference import bind_sizes, infer_dtypes
-from cascade.ir import Cascade, DType, Einsum, Mesh, Rank, Read, Reduce, Shard, Stmt, TopK
+from cascade.ir import Cascade, DType, Einsum, Fold, Mesh, Rank, Read, Reduce, Shard, Stmt, TopK
 from cascade.order import Unit
 from cascade.passes.points import iterated
 from cascade.passes.reach import Box, Reach, inside
@@ -44,8 +44,11 @@ from cascade.placed import (
 from cascade.walk import defines, expressions, free_ranks, reads, targets, walk
 from cascade.wording import quote
 
-BEAM = 256
+BEAM = 96
 """Partial programs that are expanded for every statement, shared among the ways to run it."""
+
+FOLD = "fold"
+"""What merges the states of a fold: the merges that lifting found."""
 
 Held: TypeAlias = tuple[tuple[int, Axes], ...]
 """Which dimensions of a tensor are sharded over what; none is replicated."""
@@ -72,11 +75,15 @@ class Costs(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """A result that devices have parts of: along which axes, by which reducer it is merged, how else it is sharded."""
+    """A result that devices have parts of: along which axes, by which reducer it is merged, how else it is sharded.
+
+    `lead` is the tensor that a collective names: the first of a fold, whose states are merged together.
+    """
 
     axes: tuple[Axes, ...]
     reducer: str
     held: Held
+    lead: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,6 +187,10 @@ class Sharding:
 
     def possible(self, unit: Unit) -> tuple[str, ...]:
         """The ranks along which a unit can run in parts that are independent, or merge."""
+        if isinstance(unit.group, Fold):
+            common = [rank for rank in targets(unit.statements[0])[0].ranks if rank != unit.group.rank]
+            everywhere = (r for r in common if all(r in t.ranks for stmt in unit.statements for t in targets(stmt)))
+            return (*everywhere, unit.group.rank)
         if not unit.cyclic:
             stmt = unit.statements[0]
             kept = set(targets(stmt)[0].ranks) - set(free_ranks(stmt.body)) if isinstance(stmt, TopK) else set()
@@ -254,12 +265,15 @@ class Sharding:
             if all(tensor not in defines(stmt) for stmt in self.reach.units[name].statements):
                 state = self.provided(state, step, tensor)
         held, partial = dict(state.held), dict(state.partial)
+        fold = self.reach.units[name].group
         for stmt in self.reach.units[name].statements:
             for target in targets(stmt):
                 kept = [(target.ranks.index(a.rank), a.axes) for a in along if a.rank in target.ranks]
                 split = tuple(a.axes for a in along if a.rank not in target.ranks)
-                if split:
-                    partial[target.name] = Partial(split, reducer_of(stmt), tuple(sorted(kept)))
+                if split and isinstance(fold, Fold):
+                    partial[target.name] = Partial(split, FOLD, tuple(sorted(kept)), name)
+                elif split:
+                    partial[target.name] = Partial(split, reducer_of(stmt), tuple(sorted(kept)), target.name)
                 else:
                     held[target.name] = frozenset({tuple(sorted(kept))})
         return State(state.cost + self.compute_us(step), held, partial, (*state.steps, step))
@@ -302,15 +316,20 @@ class Sharding:
         axes, rest = partial.axes[0], partial.axes[1:]
         taken = {dim for dim, _ in partial.held}
         target = next((dim for held in wanted for dim, own in held if own == axes and dim not in taken), None)
-        if target is not None and self.reach.shape(tensor)[target] < self.devices(axes):
+        if partial.reducer == FOLD or (target is not None and self.reach.shape(tensor)[target] < self.devices(axes)):
             target = None
         kind = Kind.ALL_REDUCE if target is None else Kind.REDUCE_SCATTER
-        held = partial.held if target is None else tuple(sorted((*partial.held, (target, axes))))
-        state = self._exchanged(state, Collective(kind, tensor, axes, partial.reducer, None, target), partial.held)
-        waiting = {name: other for name, other in state.partial.items() if name != tensor}
-        if rest:
-            return dataclasses.replace(state, partial={**waiting, tensor: Partial(rest, partial.reducer, held)})
-        return dataclasses.replace(state, partial=waiting, held={**state.held, tensor: frozenset({held})})
+        step = Collective(kind, partial.lead, axes, partial.reducer, None, target)
+        state = self._exchanged(state, step, partial.held)
+        waiting, held = dict(state.partial), dict(state.held)
+        for name in [name for name, other in waiting.items() if other.lead == partial.lead]:
+            other = waiting.pop(name)
+            lies = other.held if target is None else tuple(sorted((*other.held, (target, axes))))
+            if rest:
+                waiting[name] = dataclasses.replace(other, axes=rest, held=lies)
+            else:
+                held[name] = frozenset({lies})
+        return dataclasses.replace(state, partial=waiting, held=held)
 
     def _moved(self, state: State, step: Compute, tensor: str, held: Held) -> State:
         """The shards of a tensor changed, one dimension after the other, until they are enough."""

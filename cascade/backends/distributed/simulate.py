@@ -12,7 +12,8 @@ Steps run in the order of the program, or in any other that the caller gives: a 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,11 +21,14 @@ from torch import Tensor
 
 from cascade import values as v
 from cascade.errors import InternalError
-from cascade.evaluate import Stored
+from cascade.evaluate import Stored, Windows
 from cascade.inference import infer_shapes
-from cascade.interp import Machine, Partial
-from cascade.ir import Einsum, Reduce, Stmt, TopK
-from cascade.order import Unit, units
+from cascade.interp import Machine, Partial, PartState
+from cascade.ir import Einsum, Fold, Target, TopK
+from cascade.order import Unit
+from cascade.passes.points import iterated
+from cascade.passes.reach import units_by_name
+from cascade.passes.shard import FOLD, reducer_of
 from cascade.placed import (
     REDUCING, Axes, Collective, Compute, Kind, Program, Window, coordinates, number_along, stretch, windows_of,
 )  # fmt: skip
@@ -45,11 +49,100 @@ def simulate(program: Program, inputs: Mapping[str, Tensor], order: Sequence[int
 
 @dataclass(slots=True, eq=False)
 class Part:
-    """A partial result of one rank: the box that it is of, the axes along which it is to be merged, its value."""
+    """A partial result of one rank: the box that it is of, which windows of the reduced ranks are in it, its value."""
 
     box: tuple[Window, ...]
-    axes: Axes
-    value: Partial
+    covered: tuple[tuple[Window, ...], ...]
+    value: Partial | PartState
+
+    @property
+    def points(self) -> int:
+        """How many coordinates of the reduced ranks are in it."""
+        return sum(math.prod(high - low for low, high in box) for box in self.covered)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reduction:
+    """A statement that reduces, or a fold: how the interpreter makes parts of it, joins them and shows the result."""
+
+    unit: Unit
+    ranks: tuple[str, ...]  # of the left side that a partial result belongs to
+    reduced: tuple[str, ...]
+
+    def part(self, machine: Machine, windows: Windows) -> Partial | PartState:
+        """What these windows alone give; no buffer shows it."""
+        if isinstance(self.unit.group, Fold):
+            fold, statements = self.unit.group, self.unit.statements
+            return _hidden(machine, fold.state, lambda: machine.fold(fold, statements, windows))
+        return machine.partial(self._statement, windows)
+
+    def joined(self, machine: Machine, windows: Windows, parts: Sequence[Part]) -> Partial | PartState:
+        """Parts merged, earlier coordinates first; no buffer shows it."""
+        values = [part.value for part in sorted(parts, key=lambda part: part.covered)]
+        if isinstance(self.unit.group, Fold):
+            fold, states = self.unit.group, [value for value in values if isinstance(value, dict)]
+            return _hidden(machine, fold.state, lambda: machine.merged(fold, self.unit.statements, windows, states))
+        plain = [value for value in values if isinstance(value, tuple)]
+        return functools.reduce(functools.partial(machine.joined, self._statement), plain)
+
+    def show(self, machine: Machine, windows: Windows, value: Partial | PartState) -> None:
+        """Stores a whole result where statements read it."""
+        if isinstance(self.unit.group, Fold):
+            assert isinstance(value, dict)
+            machine.merged(self.unit.group, self.unit.statements, windows, [value])
+        else:
+            assert isinstance(value, tuple)
+            machine.hold(self._statement, value, {rank: windows.get(rank, machine.full(rank)) for rank in self.ranks})
+
+    @property
+    def shown(self) -> tuple[Target, ...]:
+        """The tensors that are whole when all parts are joined."""
+        found = [target for stmt in self.unit.statements for target in targets(stmt)]
+        if isinstance(self.unit.group, Fold):
+            return tuple(target for target in found if self.unit.group.rank not in target.ranks)
+        return tuple(found)
+
+    @property
+    def reducer(self) -> str:
+        """What a collective that merges must say."""
+        return FOLD if isinstance(self.unit.group, Fold) else reducer_of(self._statement)
+
+    @property
+    def _statement(self) -> Einsum | TopK:
+        stmt = self.unit.statements[0]
+        assert isinstance(stmt, (Einsum, TopK)), "a canonical cascade has no calls"
+        return stmt
+
+
+def reduction(unit: Unit) -> Reduction | None:
+    """How a unit is reduced; None for a map and for a recurrence."""
+    stmt = unit.statements[0]
+    left = targets(stmt)[0].ranks
+    if isinstance(unit.group, Fold):
+        states = (target.ranks for one in unit.statements for target in targets(one))
+        state = next(ranks for ranks in states if unit.group.rank not in ranks)
+        return Reduction(unit, tuple(rank for rank in state if _common(unit, rank)), (unit.group.rank,))
+    reduced = tuple(rank for rank in iterated(stmt) if rank not in left)
+    return Reduction(unit, left, reduced) if reduced and not unit.cyclic else None
+
+
+def _common(unit: Unit, rank: str) -> bool:
+    return all(rank in target.ranks for stmt in unit.statements for target in targets(stmt))
+
+
+def _hidden(machine: Machine, names: Sequence[str], run: Callable[[], PartState]) -> PartState:
+    """What a run gives, with the buffers of these tensors as they were before."""
+    before = {name: _clone(machine.store[name]) for name in names if name in machine.store}
+    found = run()
+    for name in names:
+        machine.store.pop(name, None)
+    machine.store.update(before)
+    return found
+
+
+def _clone(stored: Stored) -> Stored:
+    present = None if stored.present is None else stored.present.clone()
+    return replace(stored, data=stored.data.clone(), present=present)
 
 
 @dataclass(slots=True, eq=False)
@@ -76,8 +169,8 @@ class Ranks:
         self.program = program
         self.sizes = dict(program.sizes)
         self.shapes = infer_shapes(program.cascade)
-        self.units: dict[str, Unit] = {defines(unit.statements[0])[0]: unit for unit in units(program.cascade.body, ())}
-        self.owner = {target.name: stmt for stmt in program.cascade.body for target in targets(stmt)}
+        self.units = units_by_name(program.cascade)
+        self.owner = {name: unit for unit in self.units.values() for stmt in unit.statements for name in defines(stmt)}
         self.devices = [self._device(place, inputs) for place in coordinates(program.axes)]
 
     def _device(self, place: Mapping[str, int], inputs: Mapping[str, Tensor]) -> Device:
@@ -112,42 +205,37 @@ class Ranks:
 
     def _compute(self, device: Device, step: Compute) -> None:
         machine, unit = device.machine, self.units[step.name]
-        windows = windows_of(step, device.place, self.program.axes, {r: machine.full(r) for r in self.shapes.ranks})
-        if unit.cyclic:
+        full = {rank: machine.full(rank) for rank in self.shapes.ranks}
+        windows = windows_of(step, device.place, self.program.axes, full)
+        reduced = reduction(unit)
+        if reduced is None:
             machine.run(unit.statements, windows, ())
-            for stmt in unit.statements:
-                self._holds(device, stmt, windows)
+            self._holds(device, [target for stmt in unit.statements for target in targets(stmt)], windows)
             return
-        stmt = unit.statements[0]
-        kept = set(targets(stmt)[0].ranks)
-        split = tuple(axis for along in step.along if along.rank not in kept for axis in along.axes)
-        cut = any(rank not in kept for rank, _, _ in step.at)
-        assert isinstance(stmt, (Einsum, TopK)), "a canonical cascade has no calls"
-        found = machine.partial(stmt, windows)
-        here = {rank: windows.get(rank, machine.full(rank)) for rank in targets(stmt)[0].ranks}
-        if split or cut:
-            waiting = device.parts.setdefault(targets(stmt)[0].name, [])
-            self._join(device, stmt, waiting, Part(tuple(here.values()), split, found), complete=not split)
-            return
-        machine.hold(stmt, found, here)
-        self._holds(device, stmt, windows)
+        here = {rank: windows.get(rank, full[rank]) for rank in reduced.ranks}
+        covered = tuple(windows.get(rank, full[rank]) for rank in reduced.reduced)
+        part = Part(tuple(here.values()), (covered,), reduced.part(machine, windows))
+        self._keep(device, reduced, part)
+        inner = [t for stmt in unit.statements for t in targets(stmt) if t not in reduced.shown]
+        self._holds(device, inner, windows)
 
-    def _join(self, device: Device, stmt: Einsum | TopK, waiting: list[Part], part: Part, complete: bool) -> None:
-        """A partial result beside those of the same box: slices of a reduced rank are merged where they are made."""
-        for earlier in waiting:
-            if earlier.box == part.box and earlier.axes == part.axes:
-                earlier.value = device.machine.joined(stmt, earlier.value, part.value)
-                part = earlier
-                break
+    def _keep(self, device: Device, reduced: Reduction, part: Part) -> None:
+        """A part joined to what the rank has of the same box; it is shown when every coordinate is in it."""
+        here = dict(zip(reduced.ranks, part.box, strict=True))
+        waiting = device.parts.setdefault(defines(reduced.unit.statements[0])[0], [])
+        for earlier in [other for other in waiting if other.box == part.box]:
+            waiting.remove(earlier)
+            value = reduced.joined(device.machine, here, (earlier, part))
+            part = Part(part.box, tuple(sorted((*earlier.covered, *part.covered))), value)
+        extents = [device.machine.full(rank)[1] for rank in reduced.reduced]
+        if part.points >= math.prod(extents):
+            reduced.show(device.machine, here, part.value)
+            self._holds(device, reduced.shown, here)
         else:
             waiting.append(part)
-        if complete:  # what is on one device may be read when all slices are in; until then it is a wrong number
-            here = dict(zip(targets(stmt)[0].ranks, part.box, strict=True))
-            device.machine.hold(stmt, part.value, here)
-            self._holds(device, stmt, here)
 
-    def _holds(self, device: Device, stmt: Stmt, windows: Mapping[str, Window]) -> None:
-        for target in targets(stmt):
+    def _holds(self, device: Device, defined: Iterable[Target], windows: Mapping[str, Window]) -> None:
+        for target in defined:
             low = device.machine.store[target.name].low or (0,) * len(target.ranks)
             box = [windows.get(rank, device.machine.full(rank)) for rank in target.ranks]
             box = [(first if a == 0 else a, b) for (a, b), first in zip(box, low, strict=True)]
@@ -200,53 +288,30 @@ class Ranks:
         if name not in device.held:
             return None
         stored = device.machine.store[name]
-        present = None if stored.present is None else stored.present.clone()
-        return replace(stored, data=stored.data.clone(), present=present), device.held[name].clone()
+        return _clone(stored), device.held[name].clone()
 
     def _reduce(self, group: Sequence[Device], step: Collective) -> None:
         """The partial results of a group merged: for everyone, or each for its stretch."""
-        stmt = self.owner[step.tensor]
-        assert isinstance(stmt, (Einsum, TopK))
-        if step.reducer != (
-            stmt.expr.reducer if isinstance(stmt, Einsum) and isinstance(stmt.expr, Reduce) else "topk"
-        ):
+        unit = self.owner[step.tensor]
+        reduced, name = reduction(unit), defines(unit.statements[0])[0]
+        if reduced is None or step.reducer != reduced.reducer:
             return  # another operator would merge other things than were computed: nobody gets anything
         at = {dim: (low, high) for dim, low, high in step.at}
-        name = targets(stmt)[0].name
         boxes = dict.fromkeys(
             part.box
             for part in group[0].parts.get(name, ())
-            if set(step.axes) <= set(part.axes) and all(part.box[dim] == window for dim, window in at.items())
+            if all(part.box[dim] == window for dim, window in at.items())
         )
         for box in boxes:
-            found = [
-                part for device in group for part in device.parts.get(name, ())
-                if part.box == box and set(step.axes) <= set(part.axes)
-            ]  # fmt: skip
+            found = [part for device in group for part in device.parts.get(name, ()) if part.box == box]
             if len(found) != len(group):
                 continue  # a rank has nothing to give yet
-            whole = functools.reduce(functools.partial(group[0].machine.joined, stmt), [part.value for part in found])
-            for number, (device, part) in enumerate(zip(group, found, strict=True)):
-                self._give(device, stmt, step, part, whole, (number, len(group)))
-
-    def _give(
-        self, device: Device, stmt: Einsum | TopK, step: Collective, part: Part, whole: Partial, number: tuple[int, int]
-    ) -> None:
-        """What a device has of a merged result: all of it, or its stretch; partial still, along other axes."""
-        target, box, value = targets(stmt)[0], list(part.box), whole
-        if step.target is not None:
-            box[step.target] = stretch(part.box[step.target], *number)
-            first = part.box[step.target][0]
-            place = slice(box[step.target][0] - first, box[step.target][1] - first)
-            value = tuple(_cut(one, target.ranks[step.target], place) for one in whole)
-        device.parts[target.name].remove(part)
-        rest = tuple(axis for axis in part.axes if axis not in step.axes)
-        if rest:
-            device.parts[target.name].append(Part(tuple(box), rest, value))
-            return
-        here = dict(zip(target.ranks, box, strict=True))
-        device.machine.hold(stmt, value, here)
-        self._holds(device, stmt, here)
+            covered = tuple(sorted(window for part in found for window in part.covered))
+            for number, device in enumerate(group):
+                here = dict(zip(reduced.ranks, box, strict=True))
+                whole = Part(box, covered, reduced.joined(device.machine, here, found))
+                device.parts[name] = [part for part in device.parts[name] if part.box != box]
+                self._keep(device, reduced, _stretch(whole, reduced, step.target, number, len(group)))
 
     # --- results -----------------------------------------------------------------------------------------------------
 
@@ -275,6 +340,18 @@ def _unknown(dtype: torch.dtype) -> Tensor:
     if dtype.is_floating_point:
         return torch.tensor(torch.nan, dtype=dtype)
     return torch.tensor(False) if dtype is torch.bool else torch.tensor(torch.iinfo(dtype).min // 2, dtype=dtype)
+
+
+def _stretch(whole: Part, reduced: Reduction, dim: int | None, number: int, count: int) -> Part:
+    """What a device has of a merged result: all of it, or its stretch of one dimension."""
+    if dim is None:
+        return whole
+    window = whole.box[dim]
+    mine = stretch(window, number, count)
+    place = slice(mine[0] - window[0], mine[1] - window[0])
+    assert isinstance(whole.value, tuple), "states of a fold are merged for everyone"
+    box = (*whole.box[:dim], mine, *whole.box[dim + 1 :])
+    return Part(box, whole.covered, tuple(_cut(one, reduced.ranks[dim], place) for one in whole.value))
 
 
 def _cut(value: v.Value, rank: str, place: slice) -> v.Value:

@@ -25,6 +25,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 from typing import TypeAlias
 
 from cascade.errors import Diagnostic, UnsupportedError
@@ -60,11 +61,15 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Of a parameter, each device holds its stretch of one dimension; without a place it holds all."""
+    """Of a parameter, each device holds its stretch of one dimension; without a place it holds all.
+
+    Where the dimension is cut into slices, it holds its stretch of each.
+    """
 
     tensor: str
     dim: int
     axes: Axes
+    cuts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +154,12 @@ def number_along(place: Mapping[str, int], axes: Axes, mesh: Sequence[Axis]) -> 
     return number
 
 
+def slices(extent: int, cuts: Sequence[int]) -> list[Window]:
+    """The windows that cuts make of [0, extent), in order."""
+    edges = [0, *cuts, extent]
+    return list(pairwise(edges))
+
+
 def windows_of(
     step: Compute, place: Mapping[str, int], mesh: Sequence[Axis], full: Mapping[str, Window]
 ) -> dict[str, Window]:
@@ -169,7 +180,9 @@ def render_program(program: Program) -> str:
     """The program as text, without its cascade; `read_steps` reads it back."""
     lines = [f"mesh {axis.name} = {axis.size}" for axis in program.axes]
     lines += [f"size {name} = {size}" for name, size in program.sizes]
-    lines += [f"place {place.tensor} {place.dim} over {'*'.join(place.axes)}" for place in program.places]
+    for place in program.places:
+        cuts = f" at {','.join(map(str, place.cuts))}" if place.cuts else ""
+        lines.append(f"place {place.tensor} {place.dim} over {'*'.join(place.axes)}{cuts}")
     return "\n".join([*lines, *map(render_step, program.steps)]) + "\n"
 
 
@@ -205,8 +218,9 @@ def read_program(text: str, cascade: Cascade) -> Program:
                     axes.append(Axis(name, int(size)))
                 case ["size", name, "=", size]:
                     sizes.append((name, int(size)))
-                case ["place", tensor, dim, "over", over]:
-                    places.append(Place(tensor, int(dim), tuple(over.split("*"))))
+                case ["place", tensor, dim, "over", over, *rest] if not rest or (len(rest) == 2 and rest[0] == "at"):
+                    cuts = tuple(map(int, rest[1].split(","))) if rest else ()
+                    places.append(Place(tensor, int(dim), tuple(over.split("*")), cuts))
                 case _:
                     steps.append(read_step(words))
         except (ValueError, IndexError, KeyError):

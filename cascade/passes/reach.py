@@ -10,7 +10,7 @@ reaches the keys up to its last row only. Sharding asks it which shards are enou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeAlias
@@ -160,3 +160,26 @@ def inside(box: Box, other: Box) -> bool:
 def meet(box: Box, other: Box) -> bool:
     """Whether two boxes have a point in common."""
     return all(max(low, o_low) < min(high, o_high) for (low, high), (o_low, o_high) in zip(box, other, strict=True))
+
+
+def left_over(box: Box, others: Iterable[Box]) -> list[Box]:
+    """What of a box lies in none of the others, as boxes that do not meet."""
+    rest = [box] if all(low < high for low, high in box) else []
+    for other in others:
+        rest = [piece for one in rest for piece in _without(one, other)]
+    return rest
+
+
+def _without(box: Box, other: Box) -> Iterator[Box]:
+    """The pieces of a box outside of another: before and behind it along each dimension in turn."""
+    if not meet(box, other):
+        yield box
+        return
+    inner = list(box)
+    for dim, (low, high) in enumerate(other):
+        start, stop = inner[dim]
+        if start < low:
+            yield (*inner[:dim], (start, low), *inner[dim + 1 :])
+        if high < stop:
+            yield (*inner[:dim], (high, stop), *inner[dim + 1 :])
+        inner[dim] = max(start, low), min(stop, high)

@@ -30,7 +30,7 @@ from cascade.passes.points import iterated
 from cascade.passes.reach import units_by_name
 from cascade.passes.shard import FOLD, reducer_of
 from cascade.placed import (
-    REDUCING, Axes, Collective, Compute, Kind, Program, Window, coordinates, number_along, stretch, windows_of,
+    REDUCING, Axes, Collective, Compute, Kind, Program, Window, coordinates, number_along, slices, stretch, windows_of,
 )  # fmt: skip
 from cascade.values import FROM_TORCH, Precision
 from cascade.walk import defines, targets
@@ -178,14 +178,14 @@ class Ranks:
         device = Device(place, machine)
         for param in self.program.cascade.params:
             given = inputs[param.name]
-            box: list[Window] = [(0, extent) for extent in given.shape]
-            for at in self.program.places:
-                if at.tensor == param.name:
-                    number = number_along(place, at.axes, self.program.axes)
-                    box[at.dim] = stretch(box[at.dim], number, self.program.devices(at.axes))
             data = given.to(torch.float64) if given.dtype.is_floating_point else given.clone()
-            inside = torch.zeros(given.shape, dtype=torch.bool)
-            inside[tuple(slice(a, b) for a, b in box)] = True
+            inside = torch.ones(given.shape, dtype=torch.bool)
+            for at in (at for at in self.program.places if at.tensor == param.name):
+                number, count = number_along(place, at.axes, self.program.axes), self.program.devices(at.axes)
+                mine = torch.zeros(given.shape[at.dim], dtype=torch.bool)
+                for window in slices(given.shape[at.dim], at.cuts):
+                    mine[slice(*stretch(window, number, count))] = True
+                inside &= mine.reshape([-1 if dim == at.dim else 1 for dim in range(given.dim())])
             data = torch.where(inside, data, _unknown(data.dtype))
             machine.store[param.name] = Stored(data, FROM_TORCH[given.dtype])
             device.held[param.name] = inside

@@ -24,7 +24,7 @@ LAYERS = (
     {"ops"},
     {"ir"},
     {"walk", "wording"},
-    {"placed"},
+    {"placed", "timetable"},
     {"scopes", "order", "intervals"},
     {"inference"},
     {"presence"},

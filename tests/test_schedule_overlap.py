@@ -88,7 +88,7 @@ def test_two_halves_hide_their_collectives() -> None:
     found = list_schedule(problem)
     assert not list(check_timetable(problem, found))
     assert (serial_us(problem), lower_bound(problem), found.makespan_us) == (76, 48, 52)
-    assert exposed_us(problem, found, "links", "sms") == 52 - 44
+    assert exposed_us(problem, found, ["links"], "sms") == 52 - 44
 
 
 @pytest.mark.parametrize("seed", range(40))

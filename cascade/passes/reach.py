@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeAlias
 
-from cascade.bounds import loop_bounds
+from cascade.bounds import Bounds, loop_bounds
 from cascade.inference import Shapes, infer_shapes
 from cascade.intervals import ANY, Interval, interval
 from cascade.ir import Cascade, Expr, Extent, Fold, Local, Rank, Read, Size, Stmt
@@ -40,6 +40,7 @@ class Reach:
 
     cascade: Cascade
     sizes: Mapping[str, int]
+    bounds: dict[str, dict[str, Bounds]] = field(default_factory=dict)
     known: dict[tuple[str, tuple[tuple[str, Window], ...]], tuple[tuple[str, Box], ...]] = field(default_factory=dict)
 
     @cached_property
@@ -57,6 +58,16 @@ class Reach:
         """What holds at every live point of a statement, by the first name that it defines."""
         live = LivePoints(self.shapes, self.sizes)
         return {defines(stmt)[0]: live.filters(stmt, iterated(stmt)) for stmt in self.cascade.body}
+
+    @cached_property
+    def nodes(self) -> dict[str, tuple[Read, ...]]:
+        """The reads of every statement, by the first name that it defines."""
+        return {
+            defines(stmt)[0]: tuple(
+                dict.fromkeys(node for expr in expressions(stmt) for node in walk(expr) if isinstance(node, Read))
+            )
+            for stmt in self.cascade.body
+        }
 
     @cached_property
     def full(self) -> dict[str, Window]:
@@ -92,22 +103,20 @@ class Reach:
         )
 
     def _statement(self, stmt: Stmt, windows: Mapping[str, Window]) -> list[tuple[str, Box]]:
-        narrowed = self._narrowed(stmt, windows)
+        narrowed = self.narrowed(stmt, windows)
         if any(low >= high for low, high in narrowed.values()):
             return []
-        nodes = [node for expr in expressions(stmt) for node in walk(expr) if isinstance(node, Read)]
-        return [(node.tensor, self._box(node, narrowed)) for node in nodes]
+        return [(node.tensor, self._box(node, narrowed)) for node in self.nodes[defines(stmt)[0]]]
 
-    def _narrowed(self, stmt: Stmt, windows: Mapping[str, Window]) -> dict[str, Window]:
+    def narrowed(self, stmt: Stmt, windows: Mapping[str, Window]) -> dict[str, Window]:
         """The windows of a statement's ranks, with what its filters leave of those that had none."""
-        ranks = iterated(stmt)
-        tests = self.filters[defines(stmt)[0]]
-        found = {rank: windows.get(rank, self.full[rank]) for rank in ranks}
-        for rank in ranks:
-            about = [test for test in tests if rank in free_ranks(test)]
-            if rank in windows or not about:
+        name = defines(stmt)[0]
+        if name not in self.bounds:
+            self.bounds[name] = self._bounds(stmt)
+        found = {rank: windows.get(rank, self.full[rank]) for rank in iterated(stmt)}
+        for rank, bounds in self.bounds[name].items():
+            if rank in windows:
                 continue
-            bounds = loop_bounds(about, rank, [other for other in ranks if other != rank])
             low, high = found[rank]
             if bounds.first is not None:
                 low = max(low, interval(bounds.first, self._at_tiles(found))[0])
@@ -115,6 +124,17 @@ class Reach:
                 high = min(high, interval(bounds.stop, self._at_tiles(found))[1])
             found[rank] = low, max(low, high)
         return found
+
+    def _bounds(self, stmt: Stmt) -> dict[str, Bounds]:
+        """What filters leave of each rank of a statement, whatever the windows of the others are."""
+        ranks = iterated(stmt)
+        tests = self.filters[defines(stmt)[0]]
+        about = {rank: [test for test in tests if rank in free_ranks(test)] for rank in ranks}
+        return {
+            rank: loop_bounds(own, rank, [other for other in ranks if other != rank])
+            for rank, own in about.items()
+            if own
+        }
 
     def _at_tiles(self, windows: Mapping[str, Window]) -> _Known:
         return _Known(self.sizes, windows)

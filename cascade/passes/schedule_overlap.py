@@ -56,13 +56,13 @@ def serial_us(problem: Problem) -> float:
     return sum(min(mode.us for mode in task.modes) for task in problem.tasks)
 
 
-def exposed_us(problem: Problem, timetable: Timetable, resource: str, hides: str) -> float:
-    """For how long tasks of one resource run and none that holds the other alone."""
+def exposed_us(problem: Problem, timetable: Timetable, resources: Sequence[str], hides: str) -> float:
+    """For how long tasks that hold some of these resources run, and no task that holds the other alone."""
     busy: list[tuple[float, float]] = []
     cover: list[tuple[float, float]] = []
     for task, slot in zip(problem.tasks, timetable.slots, strict=True):
         mode = task.modes[slot.mode]
-        if mode.demand(resource):
+        if any(mode.demand(resource) for resource in resources):
             busy.append((slot.start_us, slot.end_us))
         elif mode.demand(hides):
             cover.append((slot.start_us, slot.end_us))
@@ -272,10 +272,10 @@ def repeated(problem: Problem, carried: Sequence[tuple[int, int]], copies: int) 
     return Problem(tuple(tasks), problem.capacities)
 
 
-def cycle_us(problem: Problem, carried: Sequence[tuple[int, int]], copies: int = 4) -> float:
+def cycle_us(problem: Problem, carried: Sequence[tuple[int, int]], copies: int = 4, rounds: int = ROUNDS) -> float:
     """The time between the ends of two copies, where copies follow each other without a break."""
-    long = list_schedule(repeated(problem, carried, copies)).makespan_us
-    return (long - list_schedule(problem).makespan_us) / (copies - 1)
+    long = list_schedule(repeated(problem, carried, copies), rounds).makespan_us
+    return (long - list_schedule(problem, rounds).makespan_us) / (copies - 1)
 
 
 # --- what is run -----------------------------------------------------------------------------------------------------

@@ -42,6 +42,14 @@ def split(program: Program, rank: str, cuts: Sequence[int]) -> Program:
 
     Raises C553 where no statement keeps the rank, a cut lies outside, or a device would lack what it reads.
     """
+    found = sliced(program, rank, cuts)
+    if lacking := next(lacks(found), None):
+        _refuse(f"device {lacking[1]} would lack {quote(lacking[2])} for {quote(_name(found.steps[lacking[0]]))}")
+    return found
+
+
+def sliced(program: Program, rank: str, cuts: Sequence[int]) -> Program:
+    """What `split` gives, without the proof that no device lacks anything: for a search, which proves what it takes."""
     reach = Reach(program.cascade, dict(program.sizes))
     _, extent = reach.full.get(rank, (0, 0))
     if list(cuts) != sorted({cut for cut in cuts if 0 < cut < extent}):
@@ -62,10 +70,7 @@ def split(program: Program, rank: str, cuts: Sequence[int]) -> Program:
         dataclasses.replace(place, cuts=tuple(cuts)) if dims.get(place.tensor) == place.dim else place
         for place in program.places
     )
-    found = dataclasses.replace(program, steps=tuple(steps), places=places)
-    if lacking := next(lacks(found), None):
-        _refuse(f"device {lacking[1]} would lack {quote(lacking[2])} for {quote(_name(found.steps[lacking[0]]))}")
-    return found
+    return dataclasses.replace(program, steps=tuple(steps), places=places)
 
 
 def split_ranks(reach: Reach, rank: str) -> tuple[dict[str, str], dict[str, int]]:
@@ -81,7 +86,7 @@ def split_ranks(reach: Reach, rank: str) -> tuple[dict[str, str], dict[str, int]
                 dims |= {target.name: target.ranks.index(own) for target in targets(stmt) if own in target.ranks}
         for name in reversed(reach.units):  # from readers to what they read
             for tensor, index in _reads(reach, name):
-                if tensor not in dims and along.get(name) in index:
+                if tensor not in dims and name in along and along[name] in index:
                     dims[tensor] = index.index(along[name])
             for stmt in reach.units[name].statements:
                 for target in targets(stmt):

@@ -625,8 +625,8 @@ def plan_command(options: Options, name: str, trace: str | None, exact: bool) ->
 
     \b
     Examples:
-      cascadec plan examples/tensor_parallel_block.cascade --machine h100x8 -s T=4096 -s D=8192 -s H=64 -s HK=8 \\
-        -s E=128 -s F=28672 --trace block.json
+      cascadec plan layer.cascade --machine h100x8 -s T=4096 -s D=8192 -s F=28672
+      cascadec plan layer.cascade --machine a100x8 -s T=8192 -s D=8192 -s F=28672 --trace layer.json
     """
     planner = importlib.import_module("cascade.backends.distributed.plan")
     machines = importlib.import_module("cascade.backends.distributed.machine")

@@ -29,7 +29,7 @@ from typing import Any
 from cascade.errors import CommandError, Diagnostic
 from cascade.timetable import Problem, Queues, Slot, Task, Timetable
 
-ROUNDS = 100
+ROUNDS = 200
 """Orders that are tried beside the one by critical path."""
 
 TICKS_PER_US = 100

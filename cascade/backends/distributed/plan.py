@@ -92,7 +92,7 @@ def plan(
     carried = carried_on(chosen, steps)
     return Plan(
         chosen, node, rank, cut, problem, tuple(steps), timetable, queues, lower_bound(problem), serial_us(whole),
-        cycle_us(problem, carried, COPIES) if carried else None,
+        cycle_us(problem, carried, COPIES, SEARCH_ROUNDS) if carried else None,
     )  # fmt: skip
 
 

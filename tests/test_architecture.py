@@ -34,7 +34,7 @@ LAYERS = (
     {"interp"},
     {"frontend", "passes"},
     {"backends"},
-    {"arguments"},
+    {"arguments", "distributed"},
     {"trial"},
     {"pipeline"},
     {"compiled"},
@@ -51,6 +51,7 @@ TORCH_HOMES = {
     "frontend.positional",
     "backends.triton.launch",
     "backends.distributed.simulate",
+    "backends.distributed.runtime",
 }
 HOMES = {
     "lark": {"frontend"},

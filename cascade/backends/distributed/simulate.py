@@ -165,20 +165,28 @@ class Device:
 class Ranks:
     """All ranks of a program and what they hold so far."""
 
-    def __init__(self, program: Program, inputs: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        inputs: Mapping[str, Tensor],
+        only: int | None = None,
+        precision: Precision = Precision.REFERENCE,
+    ) -> None:
         self.program = program
+        self.precision = precision
         self.sizes = dict(program.sizes)
         self.shapes = infer_shapes(program.cascade)
         self.units = units_by_name(program.cascade)
         self.owner = {name: unit for unit in self.units.values() for stmt in unit.statements for name in defines(stmt)}
-        self.devices = [self._device(place, inputs) for place in coordinates(program.axes)]
+        places = coordinates(program.axes)
+        self.devices = [self._device(place, inputs) for place in (places if only is None else [places[only]])]
 
     def _device(self, place: Mapping[str, int], inputs: Mapping[str, Tensor]) -> Device:
-        machine = Machine(self.program.cascade, self.shapes, self.sizes, Precision.REFERENCE, torch.device("cpu"))
+        machine = Machine(self.program.cascade, self.shapes, self.sizes, self.precision, torch.device("cpu"))
         device = Device(place, machine)
         for param in self.program.cascade.params:
             given = inputs[param.name]
-            data = given.to(torch.float64) if given.dtype.is_floating_point else given.clone()
+            data = given.to(self.precision.storage(FROM_TORCH[given.dtype])).clone()
             inside = torch.ones(given.shape, dtype=torch.bool)
             for at in (at for at in self.program.places if at.tensor == param.name):
                 number, count = number_along(place, at.axes, self.program.axes), self.program.devices(at.axes)
@@ -215,11 +223,11 @@ class Ranks:
         here = {rank: windows.get(rank, full[rank]) for rank in reduced.ranks}
         covered = tuple(windows.get(rank, full[rank]) for rank in reduced.reduced)
         part = Part(tuple(here.values()), (covered,), reduced.part(machine, windows))
-        self._keep(device, reduced, part)
+        self.keep(device, reduced, part)
         inner = [t for stmt in unit.statements for t in targets(stmt) if t not in reduced.shown]
         self._holds(device, inner, windows)
 
-    def _keep(self, device: Device, reduced: Reduction, part: Part) -> None:
+    def keep(self, device: Device, reduced: Reduction, part: Part) -> None:
         """A part joined to what the rank has of the same box; it is shown when every coordinate is in it."""
         here = dict(zip(reduced.ranks, part.box, strict=True))
         waiting = device.parts.setdefault(defines(reduced.unit.statements[0])[0], [])
@@ -257,15 +265,15 @@ class Ranks:
         if step.kind in REDUCING:
             self._reduce(group, step)
             return
-        shape = self._shape(step.tensor)
+        shape = self.shape(step.tensor)
         taken = [self._snapshot(device, name) for device in group for name in (step.tensor,)]
         for number, device in enumerate(group):
             for other, source in enumerate(taken):
-                box = self._moved(step, shape, number, other, len(group))
+                box = self.moved(step, shape, number, other, len(group))
                 if box is not None and source is not None and other != number:
-                    _copy(device, step.tensor, source, box)
+                    receive(device, step.tensor, source, box)
 
-    def _moved(self, step: Collective, shape: Sequence[int], to: int, of: int, count: int) -> tuple[Window, ...] | None:
+    def moved(self, step: Collective, shape: Sequence[int], to: int, of: int, count: int) -> tuple[Window, ...] | None:
         """The box that one device gets from another; None where they do not meet."""
         box: list[Window] = [(0, extent) for extent in shape]
         for dim, low, high in step.at:
@@ -311,17 +319,18 @@ class Ranks:
                 here = dict(zip(reduced.ranks, box, strict=True))
                 whole = Part(box, covered, reduced.joined(device.machine, here, found))
                 device.parts[name] = [part for part in device.parts[name] if part.box != box]
-                self._keep(device, reduced, _stretch(whole, reduced, step.target, number, len(group)))
+                self.keep(device, reduced, part_of(whole, reduced, step.target, number, len(group)))
 
     # --- results -----------------------------------------------------------------------------------------------------
 
-    def _shape(self, name: str) -> tuple[int, ...]:
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The extents of a tensor."""
         return tuple(size if isinstance(size, int) else self.sizes[size] for size in self.shapes.tensors[name])
 
     def result(self, name: str) -> Tensor:
         """A result as all ranks together hold it, absent coordinates filled."""
         result = next(result for result in self.program.cascade.results if result.name == name)
-        whole = torch.full(self._shape(name), torch.nan, dtype=torch.float64)
+        whole = torch.full(self.shape(name), torch.nan, dtype=torch.float64)
         for device in self.devices:
             if name not in device.held:
                 continue
@@ -342,7 +351,7 @@ def _unknown(dtype: torch.dtype) -> Tensor:
     return torch.tensor(False) if dtype is torch.bool else torch.tensor(torch.iinfo(dtype).min // 2, dtype=dtype)
 
 
-def _stretch(whole: Part, reduced: Reduction, dim: int | None, number: int, count: int) -> Part:
+def part_of(whole: Part, reduced: Reduction, dim: int | None, number: int, count: int) -> Part:
     """What a device has of a merged result: all of it, or its stretch of one dimension."""
     if dim is None:
         return whole
@@ -360,7 +369,7 @@ def _cut(value: v.Value, rank: str, place: slice) -> v.Value:
     return replace(value, data=value.data[at], present=None if value.present is None else value.present[at])
 
 
-def _copy(device: Device, name: str, source: tuple[Stored, Tensor], box: tuple[Window, ...]) -> None:
+def receive(device: Device, name: str, source: tuple[Stored, Tensor], box: tuple[Window, ...]) -> None:
     """What another rank holds of a box of a tensor, written into a rank's own buffer."""
     stored, held = source
     if name not in device.held:

@@ -4,12 +4,15 @@ are at hand."""
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from cascade import pipeline
@@ -26,7 +29,8 @@ from cascade.passes.shard import cheapest
 from cascade.passes.split_tokens import Touches, dependencies, split
 from cascade.placed import Collective, Kind, read_program, render_program
 from cascade.trial import param_types, random_inputs
-from cascade.verify.timetable import check_ranks, check_written
+from cascade.timetable import Queues
+from cascade.verify.timetable import check_ranks, check_written, implied
 from tests.timing import allowed
 
 ROOT = Path(__file__).parents[1]
@@ -188,3 +192,49 @@ def test_split_layers_take_what_was_measured_where_tokens_are_many() -> None:
         if row["model"].startswith("Llama") and row["tp"] == "8" and 4096 <= tokens <= 32768:
             layer = 1000 * float(row["tokenweave_ms"]) / LAYERS
             assert planned(tokens).cycle_us == pytest.approx(layer, rel=0.05 if tokens >= 8192 else 0.10)
+
+
+# --- what queues and waits allow ---------------------------------------------------------------------------------------
+
+
+def small_plan() -> Plan:
+    """A plan with two slices, small enough to run."""
+    text = EXAMPLE.read_text(encoding="utf-8").replace("mesh tp = 8", "mesh tp = 2")
+    text = text.replace("shard f over tp", "shard f over tp\n    split t at 3")
+    return plan(block(text), {"T": 7, "D": 4, "H": 8, "HK": 8, "E": 2, "F": 9}, node("h100x8"))
+
+
+def interleaved(found: Plan, queues: Queues, rng: random.Random, last: int | None = None) -> list[int]:
+    """The steps of the tasks in a random order that queues and waits allow; task `last` as late as it can be."""
+    before = implied(queues)
+    left, order = set(range(len(found.problem.tasks))), []
+    while left:
+        ready = sorted(task for task in left if not any(late == task and early in left for late, early in before))
+        chosen = rng.choice([task for task in ready if task != last] or ready)
+        left.remove(chosen)
+        order += found.steps[chosen]
+    return order
+
+
+def right(found: Plan, order: list[int]) -> bool:
+    cascade, sizes = found.program.cascade, dict(found.program.sizes)
+    inputs = random_inputs(cascade, sizes, param_types(cascade, DType.F64), 0)
+    wanted = run(cascade, inputs, sizes, Precision.REFERENCE)["Y"].double()
+    try:
+        return torch.allclose(simulate(found.program, inputs, order)["Y"], wanted, rtol=1e-12, atol=1e-12)
+    except KeyError:  # of a tensor that is read nothing at all was written
+        return False
+
+
+def test_any_order_that_queues_and_waits_allow_gives_the_same() -> None:
+    found = small_plan()
+    orders = [interleaved(found, found.queues, random.Random(seed)) for seed in range(8)]
+    assert len(set(map(tuple, orders))) > 1 and all(right(found, order) for order in orders)
+
+
+def test_without_a_wait_some_order_is_wrong() -> None:
+    found = small_plan()
+    assert found.queues.waits
+    for wait in found.queues.waits:
+        fewer = dataclasses.replace(found.queues, waits=tuple(one for one in found.queues.waits if one != wait))
+        assert not right(found, interleaved(found, fewer, random.Random(0), last=wait[1])), wait

@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import json
 import random
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from click.testing import CliRunner
 
 from cascade import pipeline
-from cascade.backends.distributed.kernels import groups
+from cascade.backends.distributed.kernels import Clock, groups
 from cascade.backends.distributed.machine import NODES, node
 from cascade.backends.distributed.plan import Plan, plan, plan_json, plan_text, trace_json
 from cascade.backends.distributed.simulate import simulate
@@ -25,7 +26,7 @@ from cascade.errors import CommandError, UnsupportedError
 from cascade.frontend.build import parse_cascade
 from cascade.interp import Precision, run
 from cascade.ir import Cascade, DType
-from cascade.passes.shard import cheapest
+from cascade.passes.shard import cheapest, stated
 from cascade.passes.split_tokens import Touches, dependencies, split
 from cascade.placed import Collective, Kind, read_program, render_program
 from cascade.trial import param_types, random_inputs
@@ -238,3 +239,37 @@ def test_without_a_wait_some_order_is_wrong() -> None:
     for wait in found.queues.waits:
         fewer = dataclasses.replace(found.queues, waits=tuple(one for one in found.queues.waits if one != wait))
         assert not right(found, interleaved(found, fewer, random.Random(0), last=wait[1])), wait
+
+
+MLP = """
+cascade mlp(M[T,D], Wg[F,D], Wu[F,D], Wd[D,F]) -> Y[T,D] {
+    J[t,f] = silu(sum[d] M[t,d] * Wg[f,d]) * (sum[d] M[t,d] * Wu[f,d])
+    Y[t,d] = J[t,f] * Wd[d,f]
+} schedule { mesh tp = 8
+ shard f over tp }
+"""
+
+
+def products_us(tokens: int, cuts: tuple[int, ...] = ()) -> float:
+    """The two kernels of an MLP on one of eight devices, slice after slice, without the collective."""
+    whole = stated(block(MLP), {"T": tokens, "D": 8192, "F": 28672})
+    program = split(whole, "t", cuts) if cuts else whole
+    clock, windows = Clock.of(whole, node("h100x8")), len(cuts) + 1
+    steps = [step for step in program.steps if not isinstance(step, Collective)]
+    kernels = [steps[piece::windows] for piece in range(windows)]
+    return sum(
+        clock.compute_us([step for step in one if (step.name == "Y") == last], 132)
+        for one in kernels
+        for last in (0, 1)
+    )
+
+
+def test_splitting_costs_what_was_measured() -> None:
+    """The published cost of the best cut of an MLP: the median difference is within 3 points."""
+    differences = []
+    for row in published("tokenweave_fig9_mlp_split_h100.csv"):
+        tokens = int(row["tokens"])
+        best = min(products_us(tokens, (cut,)) for cut in range(256, tokens - 255, 256))
+        measured = float(row["best_offset_split_us"]) / float(row["no_split_us"])
+        differences.append(100 * abs(best / products_us(tokens) - measured))
+    assert not differences or statistics.median(differences) <= 3

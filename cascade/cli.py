@@ -673,6 +673,30 @@ class SizesType(click.ParamType[tuple[str, tuple[int, ...]]]):
 FIGURES = ("utilisation", "time", "speedup", "energy", "roofline", "pareto")
 
 
+@commands.command("plan")
+@about_program
+@click.option("--machine", "name", metavar="NAME", required=True, help="A machine of several devices.")
+@click.option("--trace", "trace", metavar="FILE", help="Write the timetable as a Chrome trace, which Perfetto opens.")
+@click.option("--exact", is_flag=True, help="Prove the schedule with OR-tools, where it is installed.")
+def plan_command(options: Options, name: str, trace: str | None, exact: bool) -> None:
+    """Plan a cascade for several devices: what is sharded, where its tokens are split, what runs beside what.
+
+    The mesh is that of the schedule; what it does not say is chosen. Times are modelled, not measured.
+
+    \b
+    Examples:
+      cascadec plan layer.cascade --machine h100x8 -s T=4096 -s D=8192 -s F=28672
+      cascadec plan layer.cascade --machine a100x8 -s T=8192 -s D=8192 -s F=28672 --trace layer.json
+    """
+    planner = importlib.import_module("cascade.backends.distributed.plan")
+    machines = importlib.import_module("cascade.backends.distributed.machine")
+    cascade = pipeline.run_pipeline(load(options), Canonicalize.name).final
+    found = planner.plan(cascade, options.sizes, machines.node(name), options.dtype or DType.BF16, exact)
+    if trace is not None:
+        write_whole(Path(trace), json.dumps(planner.trace_json(found)))
+    emit(planner.plan_json(found), lambda: click.echo(planner.plan_text(found)), options.json)
+
+
 @commands.command("sweep")
 @click.argument("file", metavar="FILE")
 @click.option("-s", "--size", "sizes", type=SizesType(), multiple=True, help="Sizes of a shape symbol, M=1024,4096.")

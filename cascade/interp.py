@@ -72,7 +72,7 @@ def run(
     shapes = infer_shapes(cascade)
     extents = bind_sizes(cascade, {name: tuple(tensor.shape) for name, tensor in inputs.items()}, sizes or {})
     device = next((tensor.device for tensor in inputs.values()), torch.device("cpu"))
-    machine = _Machine(cascade, shapes, extents, precision, device, block=block, passing=passing_ranks(cascade))
+    machine = Machine(cascade, shapes, extents, precision, device, block=block, passing=passing_ranks(cascade))
     for param in cascade.params:
         machine.store[param.name] = _given(param, inputs[param.name], precision)
     machine.run(cascade.body, {}, groups(cascade))
@@ -124,7 +124,7 @@ def _given(param: Param, tensor: Tensor, precision: Precision) -> Stored:
 
 
 @dataclass(slots=True, eq=False)
-class _Machine(State):
+class Machine(State):
     """The execution of a cascade: units in order, each statement over its windows, results into the store."""
 
     block: int | None = None
@@ -137,7 +137,7 @@ class _Machine(State):
         """The statements in dependency order, groups block by block, cycles coordinate by coordinate."""
         for unit in units(statements, fused):
             if isinstance(unit.group, Fold):
-                self._fold(unit.group, unit.statements, windows)
+                self.fold(unit.group, unit.statements, windows)
             elif unit.group is not None:
                 rest = tuple(group for group in fused if group is not unit.group)
                 for stretch in self._blocks(unit.group.rank, windows):
@@ -223,10 +223,10 @@ class _Machine(State):
             value = self._value(stmt, windows)
             self._write(target, v.expand(value, target.ranks, lengths(here)), here, _low(stmt))
             return
-        found = self._partial(stmt, windows)
+        found = self.partial(stmt, windows)
         if not all(windows[rank][0] == 0 for rank in streamed):
-            found = self._joined(stmt, self._held(stmt, here), found)
-        self._hold(stmt, found, here)
+            found = self.joined(stmt, self._held(stmt, here), found)
+        self.hold(stmt, found, here)
 
     def _value(self, stmt: Einsum, windows: Windows) -> Value:
         """The value of a statement over these windows: as it stands, or by values of an index."""
@@ -278,14 +278,14 @@ class _Machine(State):
 
     def _top_k(self, stmt: TopK, windows: Windows) -> None:
         here = {rank: windows.get(rank, self.full(rank)) for rank in stmt.values.ranks}
-        found = self._partial(stmt, windows)
+        found = self.partial(stmt, windows)
         if stmt.rank in windows and windows[stmt.rank][0] > 0:
-            found = self._joined(stmt, self._held(stmt, here), found)
-        self._hold(stmt, found, here)
+            found = self.joined(stmt, self._held(stmt, here), found)
+        self.hold(stmt, found, here)
 
     # --- partial reductions ------------------------------------------------------------------------------------------
 
-    def _partial(self, stmt: Einsum | TopK, windows: Windows) -> Partial:
+    def partial(self, stmt: Einsum | TopK, windows: Windows) -> Partial:
         """What a reduction gives over these windows alone: its value, and what else it takes to fold it further.
 
         The coordinate of an extreme has the extreme with it, the kept values of a `topk` their coordinates.
@@ -306,7 +306,7 @@ class _Machine(State):
         best = v.expand(Evaluation(self, companion, windows).statement(companion.expr), ranks, extents)
         return replace(value, data=value.data + windows.get(reduction.ranks[0], (0, 0))[0]), best
 
-    def _joined(self, stmt: Einsum | TopK, old: Partial, new: Partial) -> Partial:
+    def joined(self, stmt: Einsum | TopK, old: Partial, new: Partial) -> Partial:
         """Two partial reductions folded into one, `old` from earlier coordinates than `new`."""
         if isinstance(stmt, TopK):
             return self._joined_top_k(stmt, old, new)
@@ -344,7 +344,7 @@ class _Machine(State):
         best = self.extremes.get(targets(stmt)[0].name)
         return held if best is None else (*held, best)
 
-    def _hold(self, stmt: Einsum | TopK, found: Partial, here: Windows) -> None:
+    def hold(self, stmt: Einsum | TopK, found: Partial, here: Windows) -> None:
         """Stores a partial reduction, as the value that others see."""
         for target, value in zip(targets(stmt), found, strict=False):
             self._write(target, value, here, ())
@@ -353,10 +353,9 @@ class _Machine(State):
 
     # --- folds -------------------------------------------------------------------------------------------------------
 
-    def _fold(self, fold: Fold, statements: Sequence[Stmt], windows: Windows) -> None:
+    def fold(self, fold: Fold, statements: Sequence[Stmt], windows: Windows) -> PartState:
         """One trip over a rank with a state: each part from its first block to its last, then the parts merged."""
-        owner = {name: stmt for stmt in statements for name in defines(stmt)}
-        trip = _Trip(fold, tuple(dict.fromkeys(owner[name] for name in fold.update)), windows)
+        trip = _trip(fold, statements, windows)
         states: list[PartState] = []
         for part in self._parts(fold.rank, windows):
             state = self._first(trip) if not states else {}
@@ -366,6 +365,13 @@ class _Machine(State):
         while len(states) > 1:
             odd = states[-1:] if len(states) % 2 else []
             states = [self._step(trip, pair, None) for pair in zip(states[::2], states[1::2], strict=False)] + odd
+        return states[0]
+
+    def merged(
+        self, fold: Fold, statements: Sequence[Stmt], windows: Windows, states: Sequence[PartState]
+    ) -> PartState:
+        """The states of parts of a rank merged into one, which is stored as what others see."""
+        return self._step(_trip(fold, statements, windows), states, None)
 
     def _parts(self, rank: str, windows: Windows) -> list[tuple[int, int]]:
         """The stretches that a `split` cuts a rank into; empty ones are left out."""
@@ -407,12 +413,12 @@ class _Machine(State):
                     found.append(self._block(trip, stmt, block))
                 if not found:  # neither part has seen an element
                     continue
-                after[target.name] = functools.reduce(functools.partial(self._joined, stmt), found)
-                self._hold(stmt, after[target.name], self._here(target, trip.windows))
+                after[target.name] = functools.reduce(functools.partial(self.joined, stmt), found)
+                self.hold(stmt, after[target.name], self._here(target, trip.windows))
             elif trip.is_of_state(stmt):
                 self._execute(stmt, trip.windows)
             elif block is not None and trip.reduces(stmt):  # of this block alone: a state joins it
-                self._hold(stmt, self._partial(stmt, block), self._here(target, trip.windows))
+                self.hold(stmt, self.partial(stmt, block), self._here(target, trip.windows))
             elif block is not None:
                 self._execute(stmt, block)
         return after
@@ -420,7 +426,7 @@ class _Machine(State):
     def _block(self, trip: _Trip, stmt: Einsum | TopK, block: Windows) -> Partial:
         """What a block gives to a state: its reduction, or that of the member which the state joins with others."""
         if trip.reduces(stmt):
-            return self._partial(stmt, block)
+            return self.partial(stmt, block)
         joined = next(
             node for node in walk(expressions(stmt)[0]) if isinstance(node, Read) and node.tensor in trip.inner
         )
@@ -461,7 +467,7 @@ class _Machine(State):
             if isinstance(size, str)
         }
         extents = bind_sizes(callee, {name: tuple(s.data.shape) for name, s in arguments.items()}, given)
-        inner = _Machine(callee, shapes, extents, self.precision, self.device, dict(arguments), block=self.block)
+        inner = Machine(callee, shapes, extents, self.precision, self.device, dict(arguments), block=self.block)
         inner.passing = passing_ranks(callee)
         inner.run(callee.body, {}, groups(callee))
         for result in callee.results:
@@ -556,6 +562,11 @@ class _Trip:
         """The reductions that a state joins with its virtual elements: they hold for a block only."""
         names = (defines(stmt)[0] for stmt in self.statements if self.reduces(stmt))
         return {name for name in names if name not in self.fold.state}
+
+
+def _trip(fold: Fold, statements: Sequence[Stmt], windows: Windows) -> _Trip:
+    owner = {name: stmt for stmt in statements for name in defines(stmt)}
+    return _Trip(fold, tuple(dict.fromkeys(owner[name] for name in fold.update)), windows)
 
 
 def _reduced(stmt: Stmt) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ from cascade.evaluate import Stored, Windows
 from cascade.frontend.build import parse_cascade
 from cascade.inference import FLOATS as FLOATED
 from cascade.inference import bind_sizes, infer_shapes
-from cascade.interp import Precision, _Machine, groups, run
+from cascade.interp import Precision, Machine, groups, run
 from cascade.ir import Apply, Cascade, Const, DType, Einsum, Expr, Param, Rank, Read, Reduce, Result, Target, TopK
 from cascade.pipeline import run_pipeline
 from cascade.text import render
@@ -782,7 +782,7 @@ def unlucky(program: Cascade, inputs: Mapping[str, Tensor], given: Mapping[str, 
 
 
 @dataclass(slots=True, eq=False)
-class AtRandom(_Machine):
+class AtRandom(Machine):
     """The interpreter in float64, with what a statement gives rounded to its type at random: up, down or not at all."""
 
     generator: torch.Generator = field(default_factory=torch.Generator)
@@ -808,7 +808,7 @@ class AtRandom(_Machine):
             moved = value.data.isfinite() & (value.data != 0)
             data = torch.where(moved, value.data + noise * step, value.data)  # what is exact stays so
             value = dataclasses.replace(value, data=data.to(kind).double())
-        _Machine._write(self, target, value, here, low)  # `super` knows no class with slots
+        Machine._write(self, target, value, here, low)  # `super` knows no class with slots
 
 
 # --- shrinking -------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ LAYERS = (
     {"ops"},
     {"ir"},
     {"walk", "wording"},
+    {"placed", "timetable"},
     {"scopes", "order", "intervals"},
     {"inference"},
     {"presence"},
@@ -33,7 +34,7 @@ LAYERS = (
     {"interp"},
     {"frontend", "passes"},
     {"backends"},
-    {"arguments"},
+    {"arguments", "distributed"},
     {"trial"},
     {"pipeline"},
     {"compiled"},
@@ -50,6 +51,8 @@ TORCH_HOMES = {
     "frontend.positional",
     "backends.triton.launch",
     "backends.triton.kept",
+    "backends.distributed.simulate",
+    "backends.distributed.runtime",
 }
 HOMES = {
     "lark": {"frontend"},

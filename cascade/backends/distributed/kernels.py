@@ -1,0 +1,422 @@
+"""Steps of a distributed program as tasks: which statements are taken for one kernel, and how long each runs.
+
+    compute Q, K, V along heads       one task, products of one operand
+    compute S, P_max, ..., U          one task, what is between them is larger than all that goes in and comes out
+    compute Z, M_x, M_sum, M          one task, maps and reductions of the same rows
+    all-reduce Z                      one task, on the links
+
+This is a model of kernels for planning, not the planner of kernels: statements join if one reads the other, they run
+along the same axes, and what passes between them can stay on chip. A map joins what it reads; a reduction joins
+maps; products join where they share an operand, and through a tensor that is larger than what the two read and leave
+behind. A group that another task would have to wait inside of is not made.
+
+A task takes a floor, and then the longest of: its products, by waves of tiles; its other operations on the vector
+lanes; the bytes that it moves, each tensor once. Tiles are the best of a few shapes; smaller ones reach less.
+
+The floor of a task stands for its launch and for filling and draining its pipeline; it is what makes splitting cost
+something beyond whole waves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from cascade.backends.distributed.machine import Node
+from cascade.ir import Apply, Einsum, Expr, Read, Reduce, Stmt
+from cascade.passes.reach import Box, Reach
+from cascade.passes.shard import Sharding
+from cascade.placed import Collective, Compute, Kind, Program, Window, stretch, windows_of
+from cascade.timetable import Mode, Problem, Task
+from cascade.walk import defines, free_ranks, reads, targets
+
+SMS = "sms"
+OUT = "links out"
+IN = "links in"
+
+TILES = ((128, 256, 0.91), (128, 128, 0.82), (64, 256, 0.73))
+"""Rows and columns of a tile, and which share of the matrix rate it reaches."""
+
+LAST_WAVE = 0.3
+"""Which share of the empty places of the last wave is lost: persistent kernels fill some of them."""
+
+FLOOR_US = 8.0
+"""What a task takes beside its work: a launch, the first loads, the last stores."""
+
+# These are fitted to the published cost of splitting a tensor-parallel MLP on an H100 (figure 9 of TokenWeave, arXiv
+# 2505.11329): to the whole and to two halves, within 4 % in the mean square and 9 % at most.
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A matrix product on one device: how many of them, rows, columns, and the operations of all."""
+
+    batch: int
+    rows: int
+    columns: int
+    flops: float
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one kernel does on one device: its products, its other operations, the bytes that it moves."""
+
+    products: tuple[Product, ...]
+    vector: float
+    moved: float
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Statements that are one task: their steps by position in the program that is not split."""
+
+    steps: tuple[int, ...]
+
+
+def groups(program: Program, needs: Sequence[Sequence[int]]) -> tuple[Group, ...]:
+    """The tasks of a program without slices, in an order in which each stands behind what it needs (`dependencies`)."""
+    return _Grouping(program, needs).run()
+
+
+class _Grouping:
+    """Groups in the making: steps and who needs whom, joined two by two."""
+
+    def __init__(self, program: Program, needs: Sequence[Sequence[int]]) -> None:
+        self.program = program
+        self.sharding = Sharding(program.cascade, dict(program.sizes))
+        self.reach = self.sharding.reach
+        self.needs = needs
+        self.home = list(range(len(program.steps)))
+
+    def run(self) -> tuple[Group, ...]:
+        """Every step joined to what it reads, as far as it may be."""
+        siblings: dict[tuple[str, object], int] = {}
+        for number, step in enumerate(self.program.steps):
+            if isinstance(step, Collective):
+                continue
+            for other in sorted(self.needs[number], reverse=True):
+                self._join(other, number, self._streams(other, number))
+            if self._is_product(number):
+                for tensor in self._read(number):
+                    first = siblings.setdefault((tensor, self._axes(step)), number)
+                    self._join(first, number, self._is_product(first) and tensor not in self._params())
+        found: dict[int, list[int]] = {}
+        for number, home in enumerate(self.home):
+            found.setdefault(home, []).append(number)
+        return tuple(Group(tuple(steps)) for steps in self._ordered(list(found.values())))
+
+    def _join(self, one: int, other: int, may: bool) -> None:
+        """One group of two, if they may be, run along the same axes and nothing must come between."""
+        first, second = self.program.steps[one], self.program.steps[other]
+        if not may or not isinstance(first, Compute) or not isinstance(second, Compute):
+            return
+        if self._axes(first) != self._axes(second) or self.home[one] == self.home[other] or self._between(one, other):
+            return
+        old, new = self.home[other], self.home[one]
+        self.home = [new if home == old else home for home in self.home]
+
+    def _streams(self, one: int, other: int) -> bool:
+        """Whether what one gives can go to the other without being stored."""
+        if isinstance(self.program.steps[one], Collective):
+            return False
+        members = [n for n, home in enumerate(self.home) if home == self.home[one]]
+        products = any(self._is_product(n) for n in members)
+        if not self._is_product(other) and not (products and self._reduces(other)):
+            return True
+        between = sum(self.sharding.bytes[name] for name in self._defined(one) if name in self._read(other))
+        around = {name for n in (*members, other) for name in (*self._read(n), *self._defined(other))}
+        inner = {name for n in members for name in self._defined(n)}
+        return between > 2 * sum(self.sharding.bytes[name] for name in around - inner)
+
+    def _between(self, one: int, other: int) -> bool:
+        """Whether a way from one group to the other goes through a third."""
+        ends = {self.home[one], self.home[other]}
+        edges: dict[int, set[int]] = {}
+        for number, needed in enumerate(self.needs):
+            for early in needed:
+                if self.home[early] != self.home[number]:
+                    edges.setdefault(self.home[number], set()).add(self.home[early])
+        for start in ends:
+            todo = [home for home in edges.get(start, ()) if home not in ends]
+            seen: set[int] = set()
+            while todo:
+                home = todo.pop()
+                if home in seen:
+                    continue
+                seen.add(home)
+                if ends & edges.get(home, set()):
+                    return True
+                todo += edges.get(home, ())
+        return False
+
+    def _ordered(self, found: list[list[int]]) -> list[list[int]]:
+        """The groups so that each stands behind what it needs."""
+        home = {number: at for at, group in enumerate(found) for number in group}
+        done: list[int] = []
+        left = list(range(len(found)))
+        while left:
+            at = next(
+                at for at in left
+                if all(home[o] in done or home[o] == at for number in found[at] for o in self.needs[number])
+            )  # fmt: skip
+            done.append(at)
+            left.remove(at)
+        return [found[at] for at in done]
+
+    def _axes(self, step: Compute) -> object:
+        return frozenset(axis for along in step.along for axis in along.axes), step.at
+
+    def _statements(self, number: int) -> tuple[Stmt, ...]:
+        step = self.program.steps[number]
+        return self.reach.units[step.name].statements if isinstance(step, Compute) else ()
+
+    def _read(self, number: int) -> set[str]:
+        return {name for stmt in self._statements(number) for name in reads(stmt)}
+
+    def _defined(self, number: int) -> set[str]:
+        return {name for stmt in self._statements(number) for name in defines(stmt)}
+
+    def _is_product(self, number: int) -> bool:
+        return any(is_product(stmt) for stmt in self._statements(number))
+
+    def _reduces(self, number: int) -> bool:
+        return any(isinstance(stmt, Einsum) and isinstance(stmt.expr, Reduce) for stmt in self._statements(number))
+
+    def _params(self) -> set[str]:
+        return {param.name for param in self.program.cascade.params}
+
+
+# --- how long ---------------------------------------------------------------------------------------------------------
+
+
+def factors(expr: Expr) -> Iterator[Read]:
+    """The reads that a product is made of, those in its divisor and under a map left out."""
+    if isinstance(expr, Apply) and expr.op == "mul":
+        for arg in expr.args:
+            yield from factors(arg)
+    elif isinstance(expr, Apply) and expr.op == "div":
+        yield from factors(expr.args[0])
+    elif isinstance(expr, Read):
+        yield expr
+
+
+def is_product(stmt: Stmt) -> bool:
+    """Whether a statement sums products of two tensors of which each has a rank of its own that is kept."""
+    return operands(stmt) is not None
+
+
+def operands(stmt: Stmt) -> tuple[set[str], set[str]] | None:
+    """The kept ranks of the two sides of a matrix product; None where a statement is none."""
+    if not isinstance(stmt, Einsum) or not isinstance(stmt.expr, Reduce) or stmt.expr.reducer != "sum":
+        return None
+    summed, kept = set(stmt.expr.ranks), set(stmt.target.ranks)
+    sides = [set(free_ranks(read)) for read in factors(stmt.expr.body)]
+    sides = [side for side in sides if side & summed]
+    for one in sides:
+        for other in sides:
+            if (one - other) & kept and (other - one) & kept:
+                return one & kept, other & kept
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class Clock:
+    """How long tasks take on a machine, from what one device does in them."""
+
+    program: Program
+    node: Node
+    sharding: Sharding
+    flops: Mapping[str, float]
+    full: Mapping[str, Window]
+    known: dict[tuple[Compute, ...], Work] = field(default_factory=dict)
+    elsewhere: dict[frozenset[str], frozenset[str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, program: Program, node: Node) -> Clock:
+        """The clock for a program, or for the same program in slices."""
+        sharding = Sharding(program.cascade, dict(program.sizes), node)
+        return cls(program, node, sharding, sharding.flops, sharding.reach.full)
+
+    @property
+    def reach(self) -> Reach:
+        """What statements touch."""
+        return self.sharding.reach
+
+    def collective_us(self, step: Collective) -> float:
+        """How long a collective takes on what it is a slice of."""
+        extents = list(self.reach.shape(step.tensor))
+        whole = math.prod(extents)
+        for dim, low, high in step.at:
+            extents[dim] = high - low
+        size = self.sharding.bytes[step.tensor] * math.prod(extents) / max(1, whole)
+        return self.node.collective_us(step.kind, size, self.program.devices(step.axes))
+
+    def compute_us(self, steps: Sequence[Compute], slots: int) -> float:
+        """How long a kernel of these statements takes with so many SMs."""
+        work = self.work(tuple(steps))
+        gpu = self.node.gpu
+        matrix = sum(self._matrix_us(product, slots) for product in work.products)
+        lanes = 2 * gpu.lanes * slots * gpu.clock_ghz * 1e3  # operations a microsecond
+        return FLOOR_US + max(matrix + work.vector / lanes, work.moved / (gpu.bandwidth_tbs * 1e6))
+
+    def work(self, steps: tuple[Compute, ...]) -> Work:
+        """What a kernel of these statements does on one device."""
+        if steps not in self.known:
+            products: list[Product] = []
+            vector = 0.0
+            for step in steps:
+                windows = self._windows(step)
+                for stmt in self.reach.units[step.name].statements:
+                    flops = self.flops[step.name] * self._part(step, stmt, windows)
+                    product = self._product(stmt, windows, flops)
+                    products += [] if product is None else [product]
+                    vector += flops if product is None else 0.0
+            self.known[steps] = Work(tuple(products), vector, self._moved(steps))
+        return self.known[steps]
+
+    def _windows(self, step: Compute) -> dict[str, Window]:
+        """The windows of the device that has most: stretches are rounded down, the last one is never shorter."""
+        last = {axis.name: axis.size - 1 for axis in self.program.axes}
+        return windows_of(step, last, self.program.axes, self.full)
+
+    def _part(self, step: Compute, stmt: Stmt, windows: Mapping[str, Window]) -> float:
+        """Which share of the points of a statement a device has: filters thin out windows as what is read tells."""
+        part = 1.0
+        for rank, (low, high) in windows.items():
+            part *= (high - low) / max(1, self.full[rank][1])
+        rows = [rank for rank, low, high in step.at]
+        return part * self._density(stmt, rows, windows)
+
+    def _density(self, stmt: Stmt, rows: Sequence[str], windows: Mapping[str, Window]) -> float:
+        """How much denser a slice is than the whole: later rows behind a triangle have more to do than earlier ones."""
+        tests = self.reach.filters[defines(stmt)[0]]
+        if not rows or not any(rank in free_ranks(test) for test in tests for rank in rows):
+            return 1.0
+        size, whole = (self._reached(stmt, own) for own in (windows, {**windows, **{r: self.full[r] for r in rows}}))
+        return size / whole if whole else 1.0
+
+    def _reached(self, stmt: Stmt, windows: Mapping[str, Window]) -> float:
+        """The mean length that filters leave of ranks without a window, over a few stretches of those with one."""
+        pieces = 8
+        total = 0.0
+        for piece in range(pieces):
+            cut = {rank: stretch(window, piece, pieces) for rank, window in windows.items()}
+            narrowed = self.reach.narrowed(stmt, cut)
+            total += math.prod(high - low for rank, (low, high) in narrowed.items() if rank not in windows)
+        return total / pieces
+
+    def _product(self, stmt: Stmt, windows: Mapping[str, Window], flops: float) -> Product | None:
+        sides = operands(stmt)
+        if sides is None:
+            return None
+
+        def extent(ranks: set[str]) -> int:
+            spans = (windows.get(rank, self.full[rank]) for rank in ranks)
+            return max(1, math.prod(high - low for low, high in spans))
+
+        one, other = sides
+        return Product(extent(one & other), extent(one - other), extent(other - one), flops)
+
+    def _matrix_us(self, product: Product, slots: int) -> float:
+        """The waves of the tiles that are done soonest."""
+        rate = self.node.gpu.matrix_tflops["bf16"] * 1e6 / self.node.gpu.sms  # operations a microsecond and SM
+        best = math.inf
+        for rows, columns, share in TILES:
+            tiles = product.batch * -(-product.rows // rows) * -(-product.columns // columns)
+            filled = product.batch * product.rows * product.columns / (tiles * rows * columns)
+            waves = tiles / slots
+            waves = max(1.0, waves + LAST_WAVE * (math.ceil(waves) - waves))
+            best = min(best, waves * product.flops / filled / tiles / rate / share)
+        return best
+
+    def _moved(self, steps: Sequence[Compute]) -> float:
+        """The bytes that a kernel reads and writes, each tensor once, without those that stay inside."""
+        inside = frozenset(step.name for step in steps)
+        made = {name for one in inside for stmt in self.reach.units[one].statements for name in defines(stmt)}
+        if inside not in self.elsewhere:
+            others = (unit for name, unit in self.reach.units.items() if name not in inside)
+            read = {name for unit in others for stmt in unit.statements for name in reads(stmt)}
+            self.elsewhere[inside] = frozenset(read | {result.name for result in self.program.cascade.results})
+        outside = self.elsewhere[inside]
+        boxes: dict[str, list[Box]] = {}
+        for step in steps:
+            windows = self._windows(step)
+            for tensor, box in self.reach.reads(step.name, windows):
+                if tensor not in made:
+                    boxes.setdefault(tensor, []).append(box)
+            for tensor, box in self.reach.writes(step.name, windows):
+                if tensor in outside:
+                    boxes.setdefault(tensor, []).append(box)
+        return sum(self._bytes(tensor, found) for tensor, found in boxes.items())
+
+    def _bytes(self, tensor: str, boxes: Sequence[Box]) -> float:
+        """The bytes of the hull of some boxes of a tensor."""
+        shape = self.reach.shape(tensor)
+        hull = [max(box[dim][1] for box in boxes) - min(box[dim][0] for box in boxes) for dim in range(len(shape))]
+        return self.sharding.bytes[tensor] * math.prod(hull) / max(1, math.prod(shape))
+
+
+def tasks_of(
+    program: Program,
+    found: Sequence[Group],
+    per_step: Sequence[Sequence[int]],
+    needs: Sequence[Sequence[int]],
+    clock: Clock,
+) -> tuple[Problem, list[tuple[int, ...]]]:
+    """The tasks of a program in slices, and the steps of each.
+
+    `found` are the groups of the program before it was split, `per_step` the steps that each of its steps became, and
+    `needs` what each of those needs. Tasks stand in an order in which each is behind what it needs.
+    """
+    steps: list[tuple[int, ...]] = []
+    for group in found:
+        pieces = [per_step[number] for number in group.steps]
+        if len({len(piece) for piece in pieces}) == 1:
+            steps += zip(*pieces, strict=True)
+        else:
+            steps.append(tuple(step for piece in pieces for step in piece))
+    home = {step: task for task, own in enumerate(steps) for step in own}
+    names: Counter[str] = Counter()
+    tasks = []
+    for number, own in enumerate(steps):
+        wanted = tuple(sorted({home[other] for step in own for other in needs[step]} - {number}))
+        name = _named(program, own)
+        tasks.append(Task(f"{name}.{names[name]}", _modes(program, own, clock), wanted))
+        names[name] += 1
+    return Problem(tuple(tasks), ((SMS, float(clock.node.gpu.sms)), (OUT, 1.0), (IN, 1.0))), steps
+
+
+def directions(kind: Kind, node: Node) -> tuple[str, ...]:
+    """Which directions of the links a collective fills: where the switch works, a scatter sends and a gather receives.
+
+    The other direction then has a P-th of it, which is left out.
+    """
+    if node.multicast and kind is Kind.REDUCE_SCATTER:
+        return (OUT,)
+    return (IN,) if node.multicast and kind is Kind.ALL_GATHER else (OUT, IN)
+
+
+def _modes(program: Program, steps: Sequence[int], clock: Clock) -> tuple[Mode, ...]:
+    """A collective takes directions of the links and a few SMs; what computes takes all SMs, or leaves those few."""
+    first = program.steps[steps[0]]
+    sms, few = clock.node.gpu.sms, clock.node.slots
+    if isinstance(first, Collective):
+        links = ((way, 1.0) for way in directions(first.kind, clock.node))
+        return (Mode("links", clock.collective_us(first), (*links, (SMS, float(few)))),)
+    computed = [step for number in steps if isinstance(step := program.steps[number], Compute)]
+    return tuple(
+        Mode(name, clock.compute_us(computed, slots), ((SMS, float(slots)),))
+        for name, slots in (("whole", sms), ("shared", sms - few))
+    )
+
+
+def _named(program: Program, steps: Sequence[int]) -> str:
+    """What a task is called: the collective and its tensor, or the last name that its statements define."""
+    last = program.steps[steps[-1]]
+    if isinstance(last, Collective):
+        return f"{last.kind.value} {last.tensor}" + (f" hop {last.hop}" if last.hop else "")
+    names = [target.name for stmt in program.cascade.body if defines(stmt)[0] == last.name for target in targets(stmt)]
+    hops = [along.hop for along in last.along if along.hop]
+    return names[-1] + (f" hop {hops[0]}" if hops else "")

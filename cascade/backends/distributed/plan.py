@@ -1,0 +1,300 @@
+"""A plan: a cascade laid over a machine of several devices, its tokens split where that pays, scheduled and checked.
+
+    plan(canonical, {"T": 4096, ...}, node("h100x8"))      cuts, tasks, queues and waits, makespan and bound
+
+The mesh and what is sharded are those of the schedule; what it leaves open is chosen by cost (`passes/shard.py`). A
+`split` of the schedule gives cuts; without one the rank that most steps can be split along is cut in two, the cut is
+searched, and declined where the whole is faster. Of what is taken it is proved that no device lacks anything; the
+timetable and its queues go through the checker, which shares nothing with the scheduler.
+
+All times are modelled. A plan is data: it is made anywhere, and carries its version and a hash of the cascade, the
+machine and the sizes, by which whoever runs it refuses another one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cascade.backends.distributed.kernels import IN, OUT, SMS, TILES, Clock, Group, groups, tasks_of
+from cascade.backends.distributed.machine import Node
+from cascade.errors import Diagnostic, InternalError, UnsupportedError
+from cascade.inference import bind_sizes
+from cascade.ir import Cascade, DType, Split
+from cascade.passes.reach import Box, Reach, left_over, meet
+from cascade.passes.schedule_overlap import (
+    cycle_us, exact_schedule, exposed_us, list_schedule, lower_bound, queues_of, serial_us,
+)  # fmt: skip
+from cascade.passes.shard import cheapest
+from cascade.passes.split_tokens import Cut, Touches, best_cut, dependencies, sliced, split, split_ranks
+from cascade.placed import Collective, Compute, Program, render_program
+from cascade.text import render
+from cascade.timetable import Problem, Queues, Timetable
+from cascade.verify.timetable import check_queues, check_timetable, over_synchronised
+from cascade.walk import targets
+
+VERSION = 1
+"""Of the JSON of a plan."""
+
+SEARCH_ROUNDS = 0
+"""Of list scheduling beyond critical paths, for every cut that is tried; the one that is taken gets all rounds."""
+
+COPIES = 3
+"""Layers in a row by which one that follows itself is judged."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What was decided, and how good it is: times in microseconds, on one device as on all."""
+
+    program: Program
+    node: Node
+    rank: str | None
+    cut: Cut
+    problem: Problem
+    steps: tuple[tuple[int, ...], ...]
+    timetable: Timetable
+    queues: Queues
+    bound_us: float
+    serial_us: float
+    cycle_us: float | None
+
+
+def plan(
+    cascade: Cascade, sizes: Mapping[str, int], node: Node, dtype: DType = DType.BF16, exact: bool = False
+) -> Plan:
+    """The plan of a canonical cascade; `exact` asks the solver for the schedule of what the search took.
+
+    Raises C551 without a mesh, C554 where the machine has fewer devices, C553 where cuts of the schedule cannot be.
+    """
+    bound = bind_sizes(cascade, {}, sizes)
+    program = cheapest(cascade, bound, node, dtype)
+    devices = program.devices(tuple(axis.name for axis in program.axes))
+    if devices > node.devices:
+        message = f"the mesh has {devices} devices and {node.name} has {node.devices}"
+        raise UnsupportedError(Diagnostic("C554", message, help="a smaller mesh, or another --machine"))
+    maker = _Maker(program, node)
+    rank, cut = maker.search()
+    chosen = split(program, rank, cut.cuts) if rank is not None and cut.cuts else program
+    problem, steps = maker.problem(chosen, maker.needs if chosen is program else dependencies(chosen))
+    timetable = exact_schedule(problem) if exact else list_schedule(problem)
+    queues = queues_of(problem, timetable, (OUT, IN, SMS))
+    wrong = [
+        *check_timetable(problem, timetable), *check_queues(problem, queues), *over_synchronised(problem, queues),
+    ]  # fmt: skip
+    if wrong:
+        raise InternalError(f"the schedule of a plan is not valid: {wrong[0]}")
+    whole, _ = maker.problem(program, maker.needs)
+    carried = carried_on(chosen, steps)
+    return Plan(
+        chosen, node, rank, cut, problem, tuple(steps), timetable, queues, lower_bound(problem), serial_us(whole),
+        cycle_us(problem, carried, COPIES, SEARCH_ROUNDS) if carried else None,
+    )  # fmt: skip
+
+
+def carried_on(program: Program, steps: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """Pairs of a task and one that it needs of the copy before, where a result is the parameter of the next.
+
+    That is where it has the shape and the shards of a parameter, the only one that does.
+    """
+    touches = Touches.of(program)
+    shape = touches.reach.shape
+    given: dict[str, set[tuple[int, Box]]] = {}
+    for one in touches.given():
+        given.setdefault(one.tensor, set()).add((one.device, one.box))
+    found: set[tuple[int, int]] = set()
+    for result in program.cascade.results:
+        alike = [param.name for param in program.cascade.params if shape(param.name) == shape(result.name)]
+        written = [
+            (task, one.device, one.box)
+            for task, own in enumerate(steps)
+            for step in own
+            for one in touches.writes(program.steps[step])
+            if one.tensor == result.name and not one.partial
+        ]
+        covered: dict[int, list[Box]] = {}
+        for _, device, box in written:
+            covered.setdefault(device, []).append(box)
+        if len(alike) != 1 or any(left_over(box, covered.get(device, ())) for device, box in given[alike[0]]):
+            continue
+        for task, own in enumerate(steps):
+            reads = [one for step in own for one in touches.reads(program.steps[step]) if one.tensor == alike[0]]
+            found |= {
+                (task, other) for one in reads for other, device, box in written
+                if device == one.device and meet(box, one.box)
+            }  # fmt: skip
+    return sorted(found)
+
+
+class _Maker:
+    """What stays the same while cuts are tried: the groups and the clock."""
+
+    def __init__(self, program: Program, node: Node) -> None:
+        self.program = program
+        self.reach = Reach(program.cascade, dict(program.sizes))
+        self.needs = dependencies(program)
+        self.found: tuple[Group, ...] = groups(program, self.needs)
+        self.clock = Clock.of(program, node)
+
+    def problem(self, program: Program, needs: Sequence[Sequence[int]]) -> tuple[Problem, list[tuple[int, ...]]]:
+        """The tasks of the program, or of the program in slices."""
+        per_step: list[list[int]] = []
+        at = 0
+        for step in self.program.steps:
+            own = [at]
+            while program.steps[at].at != step.at and at + 1 < len(program.steps) and _same(program, at, at + 1):
+                at += 1
+                own.append(at)
+            per_step.append(own)
+            at += 1
+        return tasks_of(program, self.found, per_step, needs, self.clock)
+
+    def search(self) -> tuple[str | None, Cut]:
+        """The rank that is split and where, or why it is not."""
+        whole = self._time_us(*self.problem(self.program, self.needs), self.program)
+        rank, fixed = self._stated()
+        rank = rank or self._widest()
+        if rank is None:
+            return None, Cut((), "no rank of a result can be split", whole, None)
+        known: list[tuple[Sequence[Sequence[int]], list[tuple[int, int]]]] = []
+
+        def time_us(cuts: tuple[int, ...]) -> float:
+            if not cuts:
+                return whole
+            program = sliced(self.program, rank, cuts)
+            if not known:  # where a single cut lies does not change which slices meet
+                needs = dependencies(program)
+                known.append((needs, carried_on(program, self.problem(program, needs)[1])))
+            return self._time_us(*self.problem(program, known[0][0]), program, known[0][1])
+
+        return rank, best_cut(self.reach.full[rank][1], TILES[0][0], time_us, [fixed] if fixed else [])
+
+    def _time_us(
+        self,
+        problem: Problem,
+        steps: Sequence[Sequence[int]],
+        program: Program,
+        carried: Sequence[tuple[int, int]] | None = None,
+    ) -> float:
+        """What a search compares: from one copy to the next where they follow each other, else the makespan."""
+        carried = carried_on(program, steps) if carried is None else carried
+        if carried:
+            return cycle_us(problem, carried, COPIES, SEARCH_ROUNDS)
+        return list_schedule(problem, SEARCH_ROUNDS).makespan_us
+
+    def _stated(self) -> tuple[str | None, tuple[int, ...]]:
+        """The rank and the cuts that the schedule gives; the first split is taken."""
+        for item in self.program.cascade.schedule:
+            if isinstance(item, Split):
+                extent, parts = self.reach.full[item.rank][1], item.parts
+                count = 0 if parts is None else self.reach.extent(parts)
+                return item.rank, item.cuts or tuple(extent * part // count for part in range(1, count))
+        return None, ()
+
+    def _widest(self) -> str | None:
+        """The rank along which most units and exchanged tensors can be split, of those of results."""
+        results = {result.name for result in self.program.cascade.results}
+        best: tuple[int, str | None] = (0, None)
+        for unit in self.reach.units.values():
+            for stmt in unit.statements:
+                for target in targets(stmt):
+                    for rank in target.ranks if target.name in results else ():
+                        along, dims = split_ranks(self.reach, rank)
+                        best = max(best, (len(along) + len(dims), rank), key=lambda pair: pair[0])
+        return best[1]
+
+
+def _same(program: Program, one: int, other: int) -> bool:
+    """Whether two steps are slices of one."""
+    first, second = program.steps[one], program.steps[other]
+    if isinstance(first, Compute):
+        return isinstance(second, Compute) and dataclasses.replace(first, at=second.at) == second
+    return isinstance(second, Collective) and dataclasses.replace(first, at=second.at) == second
+
+
+# --- as JSON, as a trace, as text ------------------------------------------------------------------------------------
+
+
+def fingerprint(cascade: Cascade, sizes: Mapping[str, int], machine: str) -> str:
+    """What a plan is of: a hash of the cascade, the machine and the sizes."""
+    said = json.dumps([VERSION, render(cascade), sorted(sizes.items()), machine])
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+def plan_json(found: Plan) -> dict[str, Any]:
+    """The plan with stable keys; times in microseconds, `waits` by name."""
+    names = [task.name for task in found.problem.tasks]
+    queue = {task: name for name, tasks in found.queues.queues for task in tasks}
+    waits: dict[int, list[str]] = {}
+    for task, other in found.queues.waits:
+        waits.setdefault(task, []).append(names[other])
+    order = sorted(range(len(names)), key=lambda task: (found.timetable.slots[task].start_us, task))
+    slots = found.timetable.slots
+    return {
+        "version": VERSION,
+        "hash": fingerprint(found.program.cascade, dict(found.program.sizes), found.node.name),
+        "machine": found.node.name,
+        "split": {"rank": found.rank, "cuts": list(found.cut.cuts)} if found.cut.cuts else None,
+        "declined": found.cut.declined,
+        "makespan_us": found.timetable.makespan_us,
+        "bound_us": found.bound_us,
+        "optimal": found.timetable.optimal,
+        "serial_us": found.serial_us,
+        "cycle_us": found.cycle_us,
+        "exposed_comm_us": exposed_us(found.problem, found.timetable, (OUT, IN), SMS),
+        "tasks": [
+            {
+                "name": names[task],
+                "resource": queue[task],
+                "mode": found.problem.tasks[task].modes[slots[task].mode].name,
+                "start": slots[task].start_us,
+                "end": slots[task].end_us,
+                "waits": waits.get(task, []),
+                "steps": list(found.steps[task]),
+            }
+            for task in order
+        ],
+        "program": render_program(found.program),
+        "cascade": render(found.program.cascade),
+    }
+
+
+def trace_json(found: Plan) -> dict[str, Any]:
+    """The timetable as Chrome trace events, a row for each queue, which Perfetto opens."""
+    events: list[dict[str, Any]] = []
+    for row, (name, tasks) in enumerate(found.queues.queues):
+        events.append({"name": "thread_name", "ph": "M", "pid": 0, "tid": row, "args": {"name": name}})
+        for task in tasks:
+            slot = found.timetable.slots[task]
+            events.append({
+                "name": found.problem.tasks[task].name, "ph": "X", "pid": 0, "tid": row,
+                "ts": slot.start_us, "dur": slot.end_us - slot.start_us,
+            })  # fmt: skip
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def plan_text(found: Plan, width: int = 72) -> str:
+    """The plan for a person: what was decided, a line of time for every queue, when each task runs."""
+    end = found.timetable.makespan_us
+    split_text = f"{found.rank} at {', '.join(map(str, found.cut.cuts))}" if found.cut.cuts else "none"
+    lines = [f"{found.node.name}, modelled: {end:.1f} us, bound {found.bound_us:.1f}, serial {found.serial_us:.1f}"]
+    lines += [f"split: {split_text}" + (f"; {found.cut.declined}" if found.cut.declined else "")]
+    lines += [f"exposed communication: {exposed_us(found.problem, found.timetable, (OUT, IN), SMS):.1f} us", ""]
+    for name, tasks in found.queues.queues:
+        row = [" "] * width
+        for number, task in enumerate(tasks):
+            slot = found.timetable.slots[task]
+            first = min(width - 1, int(slot.start_us / end * width))
+            for place in range(first, max(first + 1, int(slot.end_us / end * width))):
+                row[place] = "#="[number % 2]
+        lines.append(f"{name:8} |{''.join(row)}|")
+    order = sorted(range(len(found.problem.tasks)), key=lambda task: (found.timetable.slots[task].start_us, task))
+    lines.append("")
+    for task in order:
+        slot = found.timetable.slots[task]
+        lines.append(f"{slot.start_us:10.1f} {slot.end_us:10.1f}  {found.problem.tasks[task].name}")
+    return "\n".join(lines)

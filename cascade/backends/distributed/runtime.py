@@ -1,0 +1,251 @@
+"""Runs the program of a plan on torch.distributed: one process a device, each with what it holds.
+
+Steps run in the order of the plan's tasks, the same on every rank, so collectives meet. Statements are run by the
+interpreter on buffers that are NaN where the rank holds nothing; what ranks exchange are boxes of these, by functional
+collectives of torch.distributed: sums, extremes and products as all-reduce, with presence beside them; shards as an
+all-gather of pieces of one size; all-to-all and shifts point to point. What no reduction of the library merges (the
+coordinate of an extreme, the largest few, states of folds) is gathered whole and merged by the interpreter, in the
+order of the ranks.
+
+It is a functional backend: the same program on gloo as on simulated ranks, every buffer of the full shape. Kernels,
+streams and their events are for backends of devices.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cascade import values as v
+from cascade.backends.distributed.plan import VERSION, fingerprint
+from cascade.backends.distributed.simulate import Device, Part, Ranks, Reduction, part_of, receive, reduction
+from cascade.errors import CallError, Diagnostic
+from cascade.evaluate import Stored
+from cascade.frontend.build import parse_cascade
+from cascade.placed import (
+    REDUCING, Axes, Collective, Compute, Kind, Program, coordinates, number_along, read_program, render_step,
+)  # fmt: skip
+from cascade.values import Precision
+from cascade.walk import defines
+
+MERGED = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN, "prod": dist.ReduceOp.PRODUCT}
+"""Reducers that the library merges."""
+
+
+def load(plan: str | Mapping[str, Any]) -> Loaded:
+    """The program of a plan, given as its JSON, or as text of it, on the ranks of the default process group.
+
+    Raises CallError: C347 for what is no plan, or one of another version, or whose hash does not fit what it says;
+    C348 where the group has another number of ranks, or ranks have different plans.
+    """
+    try:
+        found = json.loads(plan) if isinstance(plan, str) else dict(plan)
+        version, said = found["version"], found["hash"]
+        if version != VERSION:
+            raise _refusal("C347", f"the plan has version {version}, and this is version {VERSION}", "make it anew")
+        cascade = parse_cascade(found["cascade"], "<plan>")
+        program = read_program(found["program"], cascade)
+        machine, tasks = found["machine"], found["tasks"]
+        order = [step for task in tasks for step in task["steps"]]
+    except (ValueError, KeyError, TypeError):
+        raise _refusal("C347", "this is no plan", "cascadec plan FILE --machine NAME --json makes one") from None
+    if said != fingerprint(cascade, dict(program.sizes), machine) or sorted(order) != list(range(len(program.steps))):
+        raise _refusal("C347", "the plan does not fit its hash: it was changed after it was made", "make it anew")
+    return Loaded(program, order, said)
+
+
+class Loaded:
+    """A plan on this rank: call it with the tensors of the cascade."""
+
+    def __init__(self, program: Program, order: Sequence[int], said: str) -> None:
+        self.program, self.order = program, order
+        self.rank, world = dist.get_rank(), dist.get_world_size()
+        places = coordinates(program.axes)
+        if world != len(places):
+            message = f"the plan is for {len(places)} ranks, and the group has {world}"
+            raise _refusal("C348", message, "start as many processes as the mesh has devices")
+        plans: list[str | None] = [None] * world
+        dist.all_gather_object(plans, said)
+        if other := next((rank for rank, one in enumerate(plans) if one != plans[0]), None):
+            raise _refusal("C348", f"rank {other} has another plan than rank 0", "load one plan everywhere")
+        self.groups: dict[Axes, tuple[list[int], Any]] = {}
+        for axes in dict.fromkeys(step.axes for step in program.steps if isinstance(step, Collective)):
+            for members in _members(program, axes):  # every rank makes all groups, in one order
+                group = dist.new_group(members)
+                if self.rank in members:
+                    self.groups[axes] = members, group
+
+    def __call__(self, precision: Precision = Precision.COMPUTE, **tensors: Tensor) -> dict[str, Tensor]:
+        """The results, whole on every rank; tensors are whole, and each rank takes its shards of them.
+
+        Raises CallError (C349) where a collective fails, with this rank and the collective: a rank is gone, or late.
+        """
+        missing = [param.name for param in self.program.cascade.params if param.name not in tensors]
+        if missing:
+            raise _refusal("C334", f"the call does not give {missing[0]!r}", "pass every tensor by keyword")
+        worker = Worker(self, tensors, precision)
+        for number in self.order:
+            worker.run(number)
+        return {result.name: worker.gathered(result.name) for result in self.program.cascade.results}
+
+
+class Worker(Ranks):
+    """One rank of a program: its own device, and collectives with the others."""
+
+    def __init__(self, loaded: Loaded, tensors: Mapping[str, Tensor], precision: Precision) -> None:
+        super().__init__(loaded.program, tensors, loaded.rank, precision)
+        self.loaded = loaded
+        self.device: Device = self.devices[0]
+
+    def run(self, number: int) -> None:
+        """One step on this rank."""
+        step = self.program.steps[number]
+        if isinstance(step, Compute):
+            super().run(number)
+            return
+        try:
+            members, group = self.loaded.groups[step.axes]
+            if step.kind in REDUCING:
+                self._merge(step, members, group)
+            else:
+                self._receive(step, members, group)
+        except RuntimeError as error:
+            message = (
+                f"rank {self.loaded.rank}: the collective '{render_step(step)}' failed: {str(error).splitlines()[0]}"
+            )
+            raise _refusal("C349", message, "see which rank ended, or raise the timeout of the group") from error
+
+    # --- partial results ---------------------------------------------------------------------------------------------
+
+    def _merge(self, step: Collective, members: Sequence[int], group: Any) -> None:
+        unit = self.owner[step.tensor]
+        reduced, name = reduction(unit), defines(unit.statements[0])[0]
+        assert reduced is not None and reduced.reducer == step.reducer, "a plan merges by the reducer of its statement"
+        at = {dim: (low, high) for dim, low, high in step.at}
+        mine = [p for p in self.device.parts.get(name, ()) if all(p.box[dim] == window for dim, window in at.items())]
+        for part in mine:
+            self.device.parts[name].remove(part)
+            merged = self._merged(reduced, part, len(members), group)
+            place = members.index(self.loaded.rank)
+            self.keep(self.device, reduced, part_of(merged, reduced, step.target, place, len(members)))
+
+    def _merged(self, reduced: Reduction, part: Part, count: int, group: Any) -> Part:
+        """The part of all members, on each: by the library where it knows the reducer."""
+        small: list[Any] = [None] * count
+        plain = reduced.reducer in MERGED and isinstance(part.value, tuple)
+        dist.all_gather_object(small, part.covered if plain else part, group)
+        if plain and isinstance(part.value, tuple):
+            covered = tuple(sorted(window for one in small for window in one))
+            return Part(part.box, covered, (_all_reduced(part.value[0], reduced.reducer, group),))
+        here = dict(zip(reduced.ranks, part.box, strict=True))
+        covered = tuple(sorted(window for one in small for window in one.covered))
+        return Part(part.box, covered, reduced.joined(self.device.machine, here, small))
+
+    # --- shards ------------------------------------------------------------------------------------------------------
+
+    def _receive(self, step: Collective, members: Sequence[int], group: Any) -> None:
+        me, shape, count = members.index(self.loaded.rank), self.shape(step.tensor), len(members)
+        stored = self.device.machine.store.get(step.tensor)
+        if stored is None:
+            raise RuntimeError(f"this rank has nothing of {step.tensor}")
+        boxes = [self.moved(step, shape, me, other, count) for other in range(count)]
+        got: list[Tensor | None] = [None] * count
+        packed = _packed(stored, self.device.held[step.tensor])
+        if step.kind is Kind.ALL_GATHER:
+            assert step.source is not None
+            window = next(((low, high) for dim, low, high in step.at if dim == step.source), (0, shape[step.source]))
+            longest = -(-(window[1] - window[0]) // count)
+            own = _cut(packed, self.moved(step, shape, (me + 1) % count, me, count))
+            own = _padded(own, step.source + 1, longest)
+            pieces = [torch.empty_like(own) for _ in range(count)]
+            dist.all_gather(pieces, own, group)
+            got = [None if other == me else piece for other, piece in enumerate(pieces)]
+        else:
+            sends = {other: self.moved(step, shape, other, me, count) for other in range(count) if other != me}
+            works = [dist.isend(_cut(packed, box), members[other], group) for other, box in sends.items() if box]
+            for other, box in enumerate(boxes):
+                if other != me and box is not None:
+                    piece = torch.empty_like(_cut(packed, box))
+                    dist.recv(piece, members[other], group)
+                    got[other] = piece
+            for work in works:
+                if work is not None:
+                    work.wait()
+        for box, came in zip(boxes, got, strict=True):
+            if box is not None and came is not None:
+                receive(self.device, step.tensor, _unpacked(came, box, stored, step.source), box)
+
+    def gathered(self, name: str) -> Tensor:
+        """A result as all ranks together hold it."""
+        result = next(result for result in self.program.cascade.results if result.name == name)
+        data = self.device.machine.result(result)
+        mask = self.device.held[name]
+        mask = mask[tuple(slice(mask.shape[d] - extent, None) for d, extent in enumerate(data.shape))]
+        pieces: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(pieces, (mask, data))
+        whole = torch.zeros_like(data)
+        for there, piece in pieces:
+            whole = torch.where(there, piece, whole)
+        return whole
+
+
+def _members(program: Program, axes: Axes) -> list[list[int]]:
+    """The ranks of every group of devices that differ along these axes only, each in their order."""
+    found: dict[tuple[tuple[str, int], ...], list[tuple[int, int]]] = {}
+    for rank, place in enumerate(coordinates(program.axes)):
+        others = tuple((name, at) for name, at in place.items() if name not in axes)
+        found.setdefault(others, []).append((number_along(place, axes, program.axes), rank))
+    return [[rank for _, rank in sorted(group)] for group in found.values()]
+
+
+def _all_reduced(value: v.Value, reducer: str, group: Any) -> v.Value:
+    """A value merged over a group: absent elements count as the identity, and are present where any rank has one."""
+    present = torch.ones_like(value.data, dtype=torch.bool) if value.present is None else value.present
+    identity = torch.as_tensor(v.identity_of(reducer, value.data.dtype), dtype=value.data.dtype)
+    data = torch.where(present, value.data, identity).contiguous()
+    dist.all_reduce(data, MERGED[reducer], group)
+    there = present.to(torch.uint8).contiguous()
+    dist.all_reduce(there, dist.ReduceOp.MAX, group)
+    return replace(value, data=data, present=None if bool(there.all()) else there.bool())
+
+
+def _packed(stored: Stored, held: Tensor) -> Tensor:
+    """The data of a tensor, where it is present, and where this rank has it, in one tensor."""
+    present = torch.ones_like(held) if stored.present is None else stored.present
+    wide = torch.float64 if stored.data.is_floating_point() else torch.int64
+    return torch.stack([stored.data.to(wide), present.to(wide), held.to(wide)])
+
+
+def _cut(packed: Tensor, box: tuple[tuple[int, int], ...] | None) -> Tensor:
+    assert box is not None
+    return packed[(slice(None), *(slice(low, high) for low, high in box))].contiguous()
+
+
+def _padded(piece: Tensor, dim: int, length: int) -> Tensor:
+    """The piece with zeros behind it, as long as the longest."""
+    rest = list(piece.shape)
+    rest[dim] = length - piece.shape[dim]
+    return torch.cat([piece, piece.new_zeros(rest)], dim).contiguous()
+
+
+def _unpacked(
+    piece: Tensor, box: tuple[tuple[int, int], ...], stored: Stored, dim: int | None
+) -> tuple[Stored, Tensor]:
+    """What another rank sent, in buffers of the full shape."""
+    if dim is not None:
+        piece = piece.narrow(dim + 1, 0, box[dim][1] - box[dim][0])
+    whole = torch.zeros((3, *stored.data.shape), dtype=piece.dtype)
+    whole[(slice(None), *(slice(low, high) for low, high in box))] = piece
+    present = whole[1].bool() | ~whole[2].bool()
+    data = whole[0].to(stored.data.dtype)
+    return replace(stored, data=data, present=None if bool(present.all()) else present), whole[2].bool()
+
+
+def _refusal(code: str, message: str, hint: str) -> CallError:
+    return CallError(Diagnostic(code, message, help=hint))

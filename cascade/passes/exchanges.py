@@ -1,0 +1,257 @@
+"""Rewrites of the collectives of a distributed program, each with what it proves before it changes anything.
+
+    R2  scatter_gather   all-reduce Y                      = reduce-scatter Y to t; all-gather Y from t
+    R3  gather_later     all-gather X from t; compute S    = compute S along t; all-gather S from t
+    R4  by_shards        all-gather X from t; compute S    = compute S at its own shard, then at each that comes by
+    R6  refactor_axis    all-reduce over tp = 8            = all-reduce over inner = 4; all-reduce over outer = 2
+    R7  another_form     compute Y along k; all-reduce Y   = all-gather X; compute Y along n; all-gather Y
+
+What cannot be proved is refused with the reason (C552). They take programs that are not yet split into slices, and
+their results mean the same, up to the order in which sums are taken.
+
+Sources: R2 is the decomposition of Thakur et al., "Optimization of Collective Communication Operations in MPICH"
+(2005); R3 and R2 together are sequence parallelism (arXiv 2205.05198); R4 is "Overlap Communication with Dependent
+Computation via Decomposition" (Wang et al., ASPLOS 2023); R6 is hierarchical reduction; R7 is used by NanoFlow
+(arXiv 2408.12757). R4 over a fold of keys is ring attention (2310.01889), both ways TokenRing (2412.20501).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NoReturn
+
+from cascade.errors import Diagnostic, UnsupportedError
+from cascade.ir import Mesh, Rank, Read, Stmt
+from cascade.passes.reach import units_by_name
+from cascade.passes.shard import Held, Sharding
+from cascade.placed import Along, Axes, Axis, Collective, Compute, Kind, Place, Program, Step
+from cascade.walk import expressions, reads, targets, walk
+from cascade.wording import quote
+
+
+def scatter_gather(program: Program, number: int, dim: int) -> Program:
+    """R2: the all-reduce of step `number` as a reduce-scatter to a dimension and an all-gather.
+
+    Proves: the dimension is not sharded already, and has a coordinate for every device.
+    """
+    step = _collective(program, number, Kind.ALL_REDUCE)
+    sharding = Sharding(program.cascade, dict(program.sizes))
+    shape = sharding.reach.shape(step.tensor)
+    if not 0 <= dim < len(shape) or shape[dim] < program.devices(step.axes):
+        _refuse(f"dimension {dim} of {quote(step.tensor)} has no coordinate for each of the devices")
+    if any(at == dim for at, _ in made(program, step.tensor)):
+        _refuse(f"dimension {dim} of {quote(step.tensor)} is sharded already")
+    scatter = dataclasses.replace(step, kind=Kind.REDUCE_SCATTER, target=dim)
+    gather = Collective(Kind.ALL_GATHER, step.tensor, step.axes, source=dim)
+    return _with_steps(program, (*program.steps[:number], scatter, gather, *program.steps[number + 1 :]))
+
+
+def gather_later(program: Program, number: int) -> Program:
+    """R3: the all-gather of step `number` behind the first statement that reads its tensor, on what that defines.
+
+    Proves: the statement runs everywhere over these axes, keeps a rank that stands plainly at the gathered dimension,
+    and finds in the shards all that it reads of the tensor. Where others need the tensor whole, it is gathered for
+    them behind the statement.
+    """
+    step = _collective(program, number, Kind.ALL_GATHER)
+    sharding = Sharding(program.cascade, dict(program.sizes))
+    at = next((i for i in range(number + 1, len(program.steps)) if _reads(program.steps[i], step.tensor, sharding)), 0)
+    reader = program.steps[at]
+    if not at or not isinstance(reader, Compute):
+        _refuse(f"no statement reads {quote(step.tensor)} behind its all-gather")
+    if any(set(along.axes) & set(step.axes) for along in reader.along):
+        _refuse(f"{quote(reader.name)} is spread over {'*'.join(step.axes)} already")
+    held = _held_before(program, number)
+    stmts = sharding.reach.units[reader.name].statements
+    ranks = sharding.possible(sharding.reach.units[reader.name])
+    for rank in ranks:
+        local = dataclasses.replace(reader, along=(*reader.along, Along(rank, step.axes)))
+        kept = all(rank in target.ranks for stmt in stmts for target in targets(stmt))
+        if kept and _at(stmts, step.tensor, rank, step.source) and sharding.is_enough(local, step.tensor, held):
+            break
+    else:
+        _refuse(f"{quote(reader.name)} is not local to the shards of {quote(step.tensor)}")
+    gathers = [
+        Collective(Kind.ALL_GATHER, target.name, step.axes, source=target.ranks.index(rank))
+        for stmt in stmts
+        for target in targets(stmt)
+    ]
+    others = _needed_whole(program, at, step, held, sharding)
+    steps = (*program.steps[:number], *program.steps[number + 1 : at], local, *gathers, *((step,) if others else ()))
+    return _needed(_with_steps(program, (*steps, *program.steps[at + 1 :])), sharding)
+
+
+def by_shards(program: Program, number: int, both_ways: bool = False) -> Program:
+    """R4: the all-gathers from step `number` on and the statement behind them, shard by shard as they come by.
+
+    Each device starts with the shard it has: the order of tiles is another on each, and where it stands undoes it.
+    Along a rank that is reduced, the parts are merged where they are made: a fold over keys becomes a ring. Shards come
+    from one side, or `both_ways` from the nearer one. Proves: the statement runs along no rank over these axes that is
+    the same, it may run in parts along a rank that stands plainly at every gathered dimension, and it finds in one
+    shard all that it reads of each tensor at a stretch of that rank.
+    """
+    step = _collective(program, number, Kind.ALL_GATHER)
+    sharding = Sharding(program.cascade, dict(program.sizes))
+    at = number
+    gathers: list[tuple[Collective, Held]] = []
+    while isinstance(one := program.steps[at], Collective) and one.kind is Kind.ALL_GATHER and one.axes == step.axes:
+        gathers.append((one, _held_before(program, at)))
+        at += 1
+    reader = program.steps[at]
+    if not isinstance(reader, Compute) or not all(_reads(reader, one.tensor, sharding) for one, _ in gathers):
+        _refuse("what stands behind the all-gather does not read all that is gathered")
+    unit = sharding.reach.units[reader.name]
+    for rank in sharding.possible(unit):
+        local = dataclasses.replace(reader, along=(*reader.along, Along(rank, step.axes)))
+        plain = all(_at(unit.statements, one.tensor, rank, one.source) for one, _ in gathers)
+        free = all(rank != along.rank for along in reader.along)
+        if free and plain and all(sharding.is_enough(local, one.tensor, held) for one, held in gathers):
+            break
+    else:
+        _refuse(f"{quote(reader.name)} needs more of {quote(step.tensor)} than one shard at a time")
+    steps: list[Step] = []
+    for hop in _hops(program.devices(step.axes), both_ways):
+        if hop:
+            steps += [dataclasses.replace(one, kind=Kind.SHIFT, hop=hop) for one, _ in gathers]
+        steps.append(dataclasses.replace(reader, along=(*reader.along, Along(rank, step.axes, hop))))
+    whole = [one for one, held in gathers if _needed_whole(program, at, one, held, sharding)]
+    if whole:
+        _refuse(f"{quote(whole[0].tensor)} is needed whole behind {quote(reader.name)}")
+    return _with_steps(program, (*program.steps[:number], *steps, *program.steps[at + 1 :]))
+
+
+def _hops(devices: int, both_ways: bool) -> list[int]:
+    """How far shards come from: one after the other, or by turns from either side."""
+    if not both_ways:
+        return list(range(devices))
+    return [0, *(hop for far in range(1, devices // 2 + 1) for hop in (far, -far))][:devices]
+
+
+def refactor_axis(program: Program, axis: str, outer: Axis, inner: Axis) -> Program:
+    """R6: an axis as two; an all-reduce over it is one over the inner devices, then one over the outer ones.
+
+    Proves: the sizes multiply to that of the axis, and the names are new. Devices keep their order, so shards stay.
+    """
+    old = next((one for one in program.axes if one.name == axis), None)
+    if old is None or outer.size * inner.size != old.size:
+        _refuse(f"the axis {quote(axis)} is not {outer.size} times {inner.size} devices")
+    if outer.name == inner.name or {outer.name, inner.name} & {one.name for one in program.axes}:
+        _refuse(f"{quote(outer.name)} and {quote(inner.name)} are not two new names")
+
+    def spread(axes: Axes) -> Axes:
+        return tuple(name for one in axes for name in ((outer.name, inner.name) if one == axis else (one,)))
+
+    steps: list[Step] = []
+    for step in program.steps:
+        if isinstance(step, Compute):
+            along = tuple(dataclasses.replace(one, axes=spread(one.axes)) for one in step.along)
+            steps.append(dataclasses.replace(step, along=along))
+        elif step.kind is Kind.ALL_REDUCE and step.axes == (axis,):
+            steps += [dataclasses.replace(step, axes=(inner.name,)), dataclasses.replace(step, axes=(outer.name,))]
+        else:
+            steps.append(dataclasses.replace(step, axes=spread(step.axes)))
+    places = tuple(Place(place.tensor, place.dim, spread(place.axes)) for place in program.places)
+    axes = tuple(one for other in program.axes for one in ((outer, inner) if other.name == axis else (other,)))
+    mesh = tuple(item for item in program.cascade.schedule if not (isinstance(item, Mesh) and item.axis == axis))
+    mesh = (Mesh(outer.name, outer.size), Mesh(inner.name, inner.size), *mesh)
+    cascade = dataclasses.replace(program.cascade, schedule=mesh)
+    return Program(cascade, axes, program.sizes, places, tuple(steps))
+
+
+def another_form(program: Program, name: str, along: tuple[Along, ...]) -> Program:
+    """R7: the statement of that name along other ranks; what stands before and behind it follows by the algebra.
+
+    Proves: the ranks are among those along which the statement may run in parts (`Sharding.possible`).
+    """
+    sharding = Sharding(program.cascade, dict(program.sizes))
+    if name not in sharding.reach.units:
+        _refuse(f"no statement defines {quote(name)}")
+    possible = sharding.possible(sharding.reach.units[name])
+    for one in along:
+        if one.rank not in possible:
+            _refuse(f"{quote(name)} cannot run in parts along {quote(one.rank)}")
+    choice = {step.name: step.along for step in program.steps if isinstance(step, Compute)}
+    return sharding.program({**choice, name: along})
+
+
+# --- what the proofs ask ---------------------------------------------------------------------------------------------
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise UnsupportedError(Diagnostic("C552", f"the rewrite is not proved: {reason}"))
+
+
+def _collective(program: Program, number: int, kind: Kind) -> Collective:
+    """The collective of that kind at a step, whole and not in slices."""
+    step = program.steps[number] if 0 <= number < len(program.steps) else None
+    if not isinstance(step, Collective) or step.kind is not kind or step.at:
+        _refuse(f"step {number} is no whole {kind.value}")
+    return step
+
+
+def _with_steps(program: Program, steps: Sequence[Step]) -> Program:
+    return dataclasses.replace(program, steps=tuple(steps))
+
+
+def _reads(step: Step, tensor: str, sharding: Sharding) -> bool:
+    """Whether a step is a statement that reads the tensor."""
+    if not isinstance(step, Compute):
+        return False
+    return any(tensor in reads(stmt) for stmt in sharding.reach.units[step.name].statements)
+
+
+def made(program: Program, tensor: str) -> Held:
+    """How what a statement defines is sharded before any collective; of a parameter, how it is placed."""
+    units = units_by_name(program.cascade)
+    for step in program.steps:
+        defined = units[step.name].statements if isinstance(step, Compute) else ()
+        for target in (target for stmt in defined for target in targets(stmt) if target.name == tensor):
+            along = step.along if isinstance(step, Compute) else ()
+            return tuple(sorted((target.ranks.index(one.rank), one.axes) for one in along if one.rank in target.ranks))
+    return tuple(sorted((place.dim, place.axes) for place in program.places if place.tensor == tensor))
+
+
+def _held_before(program: Program, number: int) -> Held:
+    """How the tensor of a collective is sharded when its turn comes."""
+    last = program.steps[number]
+    assert isinstance(last, Collective)
+    held = dict(made(program, last.tensor))
+    for step in program.steps[:number]:
+        if isinstance(step, Collective) and step.tensor == last.tensor:
+            if step.source is not None:
+                held.pop(step.source, None)
+            if step.target is not None:
+                held[step.target] = step.axes
+    return tuple(sorted(held.items()))
+
+
+def _at(stmts: Sequence[Stmt], tensor: str, rank: str, dim: int | None) -> bool:
+    """Whether every read of the tensor by these statements has the rank, plainly, at that dimension."""
+    nodes = [
+        node
+        for stmt in stmts
+        for expr in expressions(stmt)
+        for node in walk(expr)
+        if isinstance(node, Read) and node.tensor == tensor
+    ]
+    return dim is not None and bool(nodes) and all(node.index[dim] == Rank(rank) for node in nodes)
+
+
+def _needed(program: Program, sharding: Sharding) -> Program:
+    """The program without the all-gathers of tensors that nothing needs whole any more."""
+    for number, step in enumerate(program.steps):
+        if isinstance(step, Collective) and step.kind is Kind.ALL_GATHER:
+            held = _held_before(program, number)
+            if not _needed_whole(program, number, step, held, sharding):
+                steps = (*program.steps[:number], *program.steps[number + 1 :])
+                return _needed(_with_steps(program, steps), sharding)
+    return program
+
+
+def _needed_whole(program: Program, at: int, gather: Collective, held: Held, sharding: Sharding) -> bool:
+    """Whether anything behind a step needs more of a gathered tensor than its shards."""
+    if gather.tensor in {result.name for result in program.cascade.results}:
+        return True
+    later = (step for step in program.steps[at + 1 :] if _reads(step, gather.tensor, sharding))
+    return any(isinstance(step, Compute) and not sharding.is_enough(step, gather.tensor, held) for step in later)

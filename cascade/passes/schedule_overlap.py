@@ -1,0 +1,318 @@
+"""When tasks run: list scheduling by critical path, an exact solver, and queues with the waits that are left.
+
+    tasks   MLP 0, all-reduce 0, MLP 1, all-reduce 1
+    sms     | MLP 0 | MLP 1 |                      makespan 30, bound 28, serial 40, exposed 8
+    links           | all-reduce 0 | all-reduce 1 |
+
+`list_schedule` starts what is ready, longest way to the end first, wherever resources allow; then it climbs from there,
+by seeded changes of the order and of the modes that are preferred. `exact_schedule`
+asks CP-SAT (the extra `overlap`), which proves it. `lower_bound` is what no timetable can beat: the work of every
+resource over its capacity, and the critical path, each task in the mode that is best for the bound. A timetable that
+meets the bound is proved by that alone.
+
+`repeated` is a layer that follows itself: copies whose first tasks wait for the last ones of the copy before.
+`cycle_us` is by how much one more copy makes it longer.
+
+Sources: list scheduling, Graham (1969); the resource-constrained problem with modes, Brucker et al. (1999).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import random
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from cascade.errors import CommandError, Diagnostic
+from cascade.timetable import Problem, Queues, Slot, Task, Timetable
+
+ROUNDS = 200
+"""Orders that are tried beside the one by critical path."""
+
+TICKS_PER_US = 100
+"""Times of the exact solver are whole numbers of these."""
+
+WORKERS = 8
+"""Threads of the exact solver: as many strategies take turns, whatever the number of cores."""
+
+EPSILON_US = 1e-9
+
+
+def lower_bound(problem: Problem) -> float:
+    """What no timetable is shorter than, in microseconds."""
+    tails = _tails(problem)
+    bound = max(tails, default=0.0)
+    for resource, capacity in problem.capacities:
+        work = sum(min(mode.us * mode.demand(resource) for mode in task.modes) for task in problem.tasks)
+        bound = max(bound, work / capacity)
+    return bound
+
+
+def serial_us(problem: Problem) -> float:
+    """How long it takes one task after the other, each in its fastest mode."""
+    return sum(min(mode.us for mode in task.modes) for task in problem.tasks)
+
+
+def exposed_us(problem: Problem, timetable: Timetable, resources: Sequence[str], hides: str) -> float:
+    """For how long tasks that hold some of these resources run, and no task that holds the other alone."""
+    busy: list[tuple[float, float]] = []
+    cover: list[tuple[float, float]] = []
+    for task, slot in zip(problem.tasks, timetable.slots, strict=True):
+        mode = task.modes[slot.mode]
+        if any(mode.demand(resource) for resource in resources):
+            busy.append((slot.start_us, slot.end_us))
+        elif mode.demand(hides):
+            cover.append((slot.start_us, slot.end_us))
+    edges = sorted({edge for pair in (*busy, *cover) for edge in pair})
+    total = 0.0
+    for start, stop in pairwise(edges):
+        inside = [any(low <= start and stop <= high for low, high in pairs) for pairs in (busy, cover)]
+        total += stop - start if inside == [True, False] else 0.0
+    return total
+
+
+# --- list scheduling -------------------------------------------------------------------------------------------------
+
+
+def list_schedule(problem: Problem, rounds: int = ROUNDS, seed: int = 0) -> Timetable:
+    """The shortest timetable that list scheduling comes to, from the start or, half of the rounds, from the end."""
+    bound = lower_bound(problem) * (1 + EPSILON_US)
+    best = _climbed(problem, rounds - rounds // 2, seed, bound)
+    if best.makespan_us > bound:
+        back = _climbed(_reversed(problem), rounds // 2, seed, bound)
+        if back.makespan_us < best.makespan_us - EPSILON_US:
+            slots = reversed(back.slots)
+            end = back.makespan_us
+            best = Timetable(tuple(Slot(slot.mode, end - slot.end_us, end - slot.start_us) for slot in slots))
+    return dataclasses.replace(best, optimal=best.makespan_us <= bound)
+
+
+def _reversed(problem: Problem) -> Problem:
+    """The tasks in reverse: each waits for those that need it. A timetable of it, mirrored, may wait on purpose."""
+    last = len(problem.tasks) - 1
+    needs: list[list[int]] = [[] for _ in problem.tasks]
+    for number, task in enumerate(problem.tasks):
+        for other in task.needs:
+            needs[other].append(last - number)
+    tasks = [
+        dataclasses.replace(task, needs=tuple(sorted(own))) for task, own in zip(problem.tasks, needs, strict=True)
+    ]
+    return dataclasses.replace(problem, tasks=tuple(reversed(tasks)))
+
+
+def _climbed(problem: Problem, rounds: int, seed: int, bound: float) -> Timetable:
+    """The timetable by critical path, and what is not longer by seeded changes of weights and preferred modes."""
+    tails = _tails(problem)
+    count = len(problem.tasks)
+    order, modes = tails, [False] * count
+    best = min(
+        (_started(problem, order, preferred) for preferred in (modes, [True] * count)),
+        key=lambda timetable: timetable.makespan_us,
+    )
+    rng = random.Random(seed)
+    for _ in range(rounds):
+        if best.makespan_us <= bound:
+            break
+        other, preferred = list(order), list(modes)
+        for number in rng.sample(range(count), min(count, rng.randint(1, 4))):
+            other[number] = tails[number] * rng.uniform(0.5, 2.0)
+            preferred[number] = rng.random() < 0.5
+        found = _started(problem, other, preferred)
+        if found.makespan_us <= best.makespan_us:
+            best, order, modes = found, other, preferred
+    return best
+
+
+def _tails(problem: Problem) -> list[float]:
+    """The longest way from the start of each task to the end of all, in fastest modes."""
+    tails = [0.0] * len(problem.tasks)
+    for number in reversed(range(len(problem.tasks))):
+        tails[number] += min(mode.us for mode in problem.tasks[number].modes)
+        for other in problem.tasks[number].needs:
+            tails[other] = max(tails[other], tails[number])
+    return tails
+
+
+def _started(problem: Problem, weights: Sequence[float], last: Sequence[bool]) -> Timetable:
+    """The timetable in which every task starts as soon as it may: of those that are ready the one of most weight.
+
+    Of the modes that fit, each task takes the first one, or the last one.
+    """
+    count = len(problem.tasks)
+    free = dict(problem.capacities)
+    missing = [len(task.needs) for task in problem.tasks]
+    readers: list[list[int]] = [[] for _ in range(count)]
+    for number, task in enumerate(problem.tasks):
+        for other in task.needs:
+            readers[other].append(number)
+    ready = [number for number in range(count) if not missing[number]]
+    running: list[int] = []
+    slots: list[Slot | None] = [None] * count
+    now = 0.0
+    while ready or running:
+        for number in sorted(ready, key=lambda number: (-weights[number], number)):
+            mode = _fitting(problem.tasks[number], free, last[number])
+            if mode is None:
+                continue
+            chosen = problem.tasks[number].modes[mode]
+            for resource, amount in chosen.demands:
+                free[resource] -= amount
+            slots[number] = Slot(mode, now, now + chosen.us)
+            ready.remove(number)
+            running.append(number)
+        now = min(slot.end_us for number in running if (slot := slots[number]) is not None)
+        for number in [number for number in running if (slot := slots[number]) and slot.end_us <= now + EPSILON_US]:
+            running.remove(number)
+            slot = slots[number]
+            assert slot is not None
+            for resource, amount in problem.tasks[number].modes[slot.mode].demands:
+                free[resource] += amount
+            for reader in readers[number]:
+                missing[reader] -= 1
+                if not missing[reader]:
+                    ready.append(reader)
+    return Timetable(tuple(slot for slot in slots if slot is not None))
+
+
+def _fitting(task: Task, free: dict[str, float], last: bool) -> int | None:
+    """The first mode that what is free allows, or the last one."""
+    fits = [
+        number
+        for number, mode in enumerate(task.modes)
+        if all(amount <= free[resource] + EPSILON_US for resource, amount in mode.demands)
+    ]
+    return (fits[-1] if last else fits[0]) if fits else None
+
+
+# --- the exact solver ------------------------------------------------------------------------------------------------
+
+
+def exact_schedule(problem: Problem, seconds: float = 10.0) -> Timetable:
+    """The shortest timetable that CP-SAT finds in this time, from the list schedule on; `optimal` where it is proved.
+
+    Times are rounded up to hundredths of a microsecond. Raises C623 where OR-tools is not installed.
+    """
+    name = "ortools.sat.python.cp_model"
+    if importlib.util.find_spec("ortools") is None:
+        message = "exact scheduling needs OR-tools, which is not installed"
+        raise CommandError(Diagnostic("C623", message, help="pip install cascade-compiler[overlap]"))
+    cp: Any = importlib.import_module(name)
+    start = list_schedule(problem)
+    if start.optimal:
+        return start
+    model = cp.CpModel()
+    horizon = round(start.makespan_us * TICKS_PER_US) + len(problem.tasks) + 1
+    begins: list[Any] = []
+    ends: list[Any] = []
+    chosen: list[list[Any]] = []
+    uses: dict[str, list[tuple[Any, int]]] = {}
+    for number, task in enumerate(problem.tasks):
+        begin, end = model.new_int_var(0, horizon, f"s{number}"), model.new_int_var(0, horizon, f"e{number}")
+        picks = [model.new_bool_var(f"m{number}_{mode}") for mode in range(len(task.modes))]
+        model.add_exactly_one(picks)
+        for mode, pick in zip(task.modes, picks, strict=True):
+            ticks = -int(-mode.us * TICKS_PER_US // 1)
+            interval = model.new_optional_interval_var(begin, ticks, end, pick, f"i{number}_{mode.name}")
+            for resource, amount in mode.demands:
+                uses.setdefault(resource, []).append((interval, round(amount * TICKS_PER_US)))
+        for other in task.needs:
+            model.add(begin >= ends[other])
+        begins.append(begin)
+        ends.append(end)
+        chosen.append(picks)
+    for resource, capacity in problem.capacities:
+        if pairs := uses.get(resource):
+            model.add_cumulative([one for one, _ in pairs], [own for _, own in pairs], round(capacity * TICKS_PER_US))
+    makespan = model.new_int_var(0, horizon, "makespan")
+    model.add_max_equality(makespan, ends)
+    model.minimize(makespan)
+    for begin, slot in zip(begins, start.slots, strict=True):
+        model.add_hint(begin, round(slot.start_us * TICKS_PER_US))
+    return _solved(problem, start, cp, model, (begins, chosen), seconds)
+
+
+def _solved(
+    problem: Problem,
+    start: Timetable,
+    cp: Any,
+    model: Any,
+    variables: tuple[list[Any], list[list[Any]]],
+    seconds: float,
+) -> Timetable:
+    """What the solver makes of a model: its timetable, or the one it started from where it found none."""
+    solver = cp.CpSolver()
+    solver.parameters.max_time_in_seconds = seconds
+    solver.parameters.num_workers = WORKERS
+    status = solver.solve(model)
+    if status not in (cp.OPTIMAL, cp.FEASIBLE):
+        return start
+    slots = []
+    for task, begin, picks in zip(problem.tasks, *variables, strict=True):
+        number = next(number for number, pick in enumerate(picks) if solver.value(pick))
+        begin_us = solver.value(begin) / TICKS_PER_US
+        slots.append(Slot(number, begin_us, begin_us + task.modes[number].us))
+    return Timetable(tuple(slots), optimal=status == cp.OPTIMAL)
+
+
+# --- layers that follow each other -----------------------------------------------------------------------------------
+
+
+def repeated(problem: Problem, carried: Sequence[tuple[int, int]], copies: int) -> Problem:
+    """So many copies of the tasks; `carried` are pairs (task, which task of the copy before it needs)."""
+    count = len(problem.tasks)
+    tasks: list[Task] = []
+    for copy in range(copies):
+        for number, task in enumerate(problem.tasks):
+            needs = [copy * count + other for other in task.needs]
+            needs += [(copy - 1) * count + early for late, early in carried if late == number and copy]
+            tasks.append(Task(f"{task.name} @{copy}", task.modes, tuple(sorted(needs))))
+    return Problem(tuple(tasks), problem.capacities)
+
+
+def cycle_us(problem: Problem, carried: Sequence[tuple[int, int]], copies: int = 4, rounds: int = ROUNDS) -> float:
+    """The time between the ends of two copies, where copies follow each other without a break."""
+    long = list_schedule(repeated(problem, carried, copies), rounds).makespan_us
+    return (long - list_schedule(problem, rounds).makespan_us) / (copies - 1)
+
+
+# --- what is run -----------------------------------------------------------------------------------------------------
+
+
+def queues_of(problem: Problem, timetable: Timetable, kinds: Sequence[str]) -> Queues:
+    """Queues whose tasks never overlap, and the waits between them that order alone does not give.
+
+    `kinds` are resources in order: a task joins a queue of the first one that it holds. A wait is left out where the
+    queue, or another wait, has it already.
+    """
+    lanes: dict[str, list[list[int]]] = {}
+    for number in sorted(range(len(problem.tasks)), key=lambda n: (timetable.slots[n].start_us, n)):
+        slot = timetable.slots[number]
+        mode = problem.tasks[number].modes[slot.mode]
+        kind = next((resource for resource in kinds if mode.demand(resource)), kinds[0])
+        for lane in lanes.setdefault(kind, []):
+            if timetable.slots[lane[-1]].end_us <= slot.start_us + EPSILON_US:
+                lane.append(number)
+                break
+        else:
+            lanes[kind].append([number])
+    queues = tuple(
+        (kind if place == 0 else f"{kind}.{place}", tuple(lane))
+        for kind, found in lanes.items()
+        for place, lane in enumerate(found)
+    )
+    before = {late: early for _, lane in queues for early, late in pairwise(lane)}
+    behind: dict[int, set[int]] = {}
+    waits: list[tuple[int, int]] = []
+    for number in sorted(range(len(problem.tasks)), key=lambda n: (timetable.slots[n].start_us, n)):
+        known: set[int] = set()
+        if number in before:
+            known |= {before[number]} | behind[before[number]]
+        for other in sorted(problem.tasks[number].needs, key=lambda n: -timetable.slots[n].end_us):
+            if other not in known:
+                waits.append((number, other))
+                known |= {other} | behind[other]
+        behind[number] = known
+    return Queues(queues, tuple(waits))

@@ -1,0 +1,72 @@
+"""What one process of a group does in the tests of plans on torch.distributed, and how a group is started."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from cascade.backends.distributed.runtime import Loaded
+from cascade.distributed import load
+from cascade.errors import CascadeError
+from cascade.placed import Program
+from cascade.values import Precision
+
+SECONDS = 20  # the timeout of a group
+
+
+def start(world: int, work: Callable[..., Any], *arguments: object) -> list[Any]:
+    """What `work(rank, *arguments)` gives on every rank of a gloo group; the text of an error where it raises one."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(_process, (world, folder, work, arguments), nprocs=world, start_method="fork")
+        paths = [Path(folder, f"{rank}.pt") for rank in range(world)]
+        return [torch.load(path, weights_only=False) if path.exists() else None for path in paths]
+
+
+def _process(rank: int, world: int, folder: str, work: Callable[..., Any], arguments: tuple[object, ...]) -> None:
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=SECONDS)
+    dist.init_process_group("gloo", f"file://{folder}/store", timeout, world, rank)
+    try:
+        found = work(rank, *arguments)
+    except CascadeError as error:
+        found = str(error)
+    torch.save(found, Path(folder, f"{rank}.pt"))
+    if not isinstance(found, str):
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def run_programs(rank: int, given: Mapping[str, tuple[Program, Mapping[str, Tensor]]]) -> dict[str, dict[str, Tensor]]:
+    """The results of some programs, their steps in order."""
+    found = {}
+    for name, (program, inputs) in given.items():
+        loaded = Loaded(program, range(len(program.steps)), name)
+        found[name] = loaded(Precision.REFERENCE, **inputs)
+    return found
+
+
+def run_plan(rank: int, plan: dict[str, Any], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The results of a plan in the types of its inputs."""
+    return load(plan)(**inputs)
+
+
+def run_plans(rank: int, plans: list[dict[str, Any]]) -> None:
+    """A plan of its own on every rank."""
+    load(plans[rank])
+
+
+def die(rank: int, program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rank 1 ends before its first step."""
+    loaded = Loaded(program, range(len(program.steps)), "one program")
+    if rank == 1:
+        os._exit(0)
+    return loaded(Precision.REFERENCE, **inputs)

@@ -1,0 +1,275 @@
+"""Plans for several devices: what they say, how fast they are made, and the model against published tables where those
+are at hand."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from cascade import pipeline
+from cascade.backends.distributed.kernels import Clock, groups
+from cascade.backends.distributed.machine import NODES, node
+from cascade.backends.distributed.plan import Plan, plan, plan_json, plan_text, trace_json
+from cascade.backends.distributed.simulate import simulate
+from cascade.cli import commands
+from cascade.errors import CommandError, UnsupportedError
+from cascade.frontend.build import parse_cascade
+from cascade.interp import Precision, run
+from cascade.ir import Cascade, DType
+from cascade.passes.shard import cheapest, stated
+from cascade.passes.split_tokens import Touches, dependencies, split
+from cascade.placed import Collective, Kind, read_program, render_program
+from cascade.trial import param_types, random_inputs
+from cascade.timetable import Queues
+from cascade.verify.timetable import check_ranks, check_written, implied
+from tests.timing import allowed
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "examples" / "tensor_parallel_block.cascade"
+PUBLISHED = Path("/work/shared/data/overlap")
+LLAMA = {"D": 8192, "H": 64, "HK": 8, "E": 128, "F": 28672}
+LAYERS = 80  # of that model
+
+
+def block(text: str | None = None) -> Cascade:
+    cascade = parse_cascade(text or EXAMPLE.read_text(encoding="utf-8"), "<block>")
+    return pipeline.run_pipeline(cascade, "canonicalize").final
+
+
+def planned(tokens: int, machine: str = "h100x8", devices: int = 8) -> Plan:
+    text = EXAMPLE.read_text(encoding="utf-8").replace("mesh tp = 8", f"mesh tp = {devices}")
+    return plan(block(text), {"T": tokens, **LLAMA}, node(machine))
+
+
+def published(name: str) -> Iterator[dict[str, str]]:
+    """The rows of a published table; none where it is not at hand."""
+    path = PUBLISHED / name
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            yield from csv.DictReader(file)
+
+
+def test_a_layer_of_a_large_model_is_split_and_its_communication_hidden() -> None:
+    found = planned(8192)
+    assert found.rank == "t" and len(found.cut.cuts) == 1 and found.cut.declined is None
+    assert found.bound_us <= found.timetable.makespan_us < 0.95 * found.serial_us
+    assert found.cycle_us is not None and found.cycle_us < 0.85 * found.serial_us
+    kinds = [step.kind for step in found.program.steps if isinstance(step, Collective)]
+    assert kinds.count(Kind.REDUCE_SCATTER) == kinds.count(Kind.ALL_GATHER) == 4
+
+
+def test_few_tokens_are_not_split_and_the_plan_says_why() -> None:
+    found = planned(512)
+    assert not found.cut.cuts and found.cut.split_us is not None and found.cut.split_us > found.cut.whole_us
+    assert found.cut.declined is not None and f"{found.cut.split_us:.1f} us" in found.cut.declined
+    assert planned(128).cut.declined == "128 coordinates are less than two tiles of 128"
+
+
+def test_a_plan_is_made_in_a_second() -> None:
+    planned(4096)
+    start = time.perf_counter()
+    planned(4096)
+    assert time.perf_counter() - start < allowed(1.0)
+
+
+def test_what_a_plan_runs_means_what_its_cascade_means() -> None:
+    large = planned(8192).program
+    sizes = {"T": 7, "D": 4, "H": 8, "HK": 8, "E": 2, "F": 9}
+    cascade = large.cascade
+    program = split(cheapest(cascade, sizes, node("h100x8")), "t", (3,))
+    inputs = random_inputs(cascade, sizes, param_types(cascade, DType.F64), 0)
+    wanted = run(cascade, inputs, sizes, Precision.REFERENCE)["Y"].double()
+    assert float((simulate(program, inputs)["Y"] - wanted).abs().max()) <= 1e-12 * (1 + float(wanted.abs().max()))
+
+
+def test_every_element_is_computed_once_and_ranks_agree_on_the_order() -> None:
+    found = planned(4096)
+    boxes: dict[tuple[int, str], list[tuple[tuple[int, int], ...]]] = {}
+    for one in written(found):
+        boxes.setdefault(one[0], []).append(one[1])
+    assert not list(check_written(boxes))
+    order = [str(step) for step in found.program.steps if isinstance(step, Collective)]
+    assert not list(check_ranks(dict.fromkeys(range(8), order)))
+
+
+def written(found: Plan) -> Iterator[tuple[tuple[int, str], tuple[tuple[int, int], ...]]]:
+    touches = Touches.of(found.program)
+    for step in found.program.steps:
+        if not isinstance(step, Collective):
+            for one in touches.writes(step):
+                yield (one.device, one.tensor), one.box
+
+
+def test_attention_is_one_task_and_products_of_one_operand_are() -> None:
+    program = cheapest(block(), {"T": 4096, **LLAMA}, node("h100x8"))
+    names = [
+        {step.name for number in group.steps if not isinstance(step := program.steps[number], Collective)}
+        for group in groups(program, dependencies(program))
+    ]
+    assert any({"S", "P_max", "P_sum", "P", "U"} == one for one in names)
+    assert any({"Q", "K", "V"} <= one for one in names) and any({"J_sum", "J_sum_1", "J"} <= one for one in names)
+
+
+def test_cuts_of_the_schedule_are_taken() -> None:
+    text = EXAMPLE.read_text(encoding="utf-8").replace("shard f over tp", "shard f over tp\n    split t at 512, 1024")
+    found = plan(block(text), {"T": 2048, **LLAMA}, node("h200x8"))
+    assert found.cut.cuts == (512, 1024)
+
+
+def test_a_mesh_larger_than_the_machine_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="C554"):
+        planned(1024, devices=16)
+    with pytest.raises(CommandError, match="C605"):
+        node("h10x8")
+
+
+@pytest.mark.parametrize("machine", NODES)
+def test_the_command_writes_json_a_trace_and_text(machine: str, tmp_path: Path) -> None:
+    sizes = [word for name, size in {"T": 4096, **LLAMA}.items() for word in ("-s", f"{name}={size}")]
+    trace = tmp_path / "trace.json"
+    line = ["plan", str(EXAMPLE), "--machine", machine, *sizes]
+    out = CliRunner().invoke(commands, [*line, "--json", "--trace", str(trace)])
+    assert out.exit_code == 0
+    found = json.loads(out.output)
+    keys = {"split", "declined", "makespan_us", "bound_us", "serial_us", "exposed_comm_us", "tasks"}
+    assert keys <= set(found) and (found["split"] is None) == (found["declined"] is not None)
+    names = [task["name"] for task in found["tasks"]]
+    assert len(set(names)) == len(names)
+    ends = {task["name"]: task["end"] for task in found["tasks"]}
+    for task in found["tasks"]:
+        assert {"name", "resource", "start", "end", "waits"} <= set(task)
+        assert all(ends[other] <= task["start"] + 1e-6 for other in task["waits"])
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert sum(event["ph"] == "X" for event in events) == len(names)
+    text = CliRunner().invoke(commands, line).output
+    assert "modelled" in text and "split:" in text
+
+
+def test_the_program_of_a_plan_reads_back() -> None:
+    found = planned(4096)
+    assert read_program(render_program(found.program), found.program.cascade) == found.program
+    assert plan_json(found)["program"] == render_program(found.program)
+    assert plan_json(found)["hash"] != plan_json(planned(2048))["hash"]
+    assert trace_json(found)["traceEvents"] and plan_text(found)
+
+
+# --- against published tables, where they are at hand ------------------------------------------------------------------
+
+
+def test_collectives_take_what_was_measured() -> None:
+    columns = {
+        Kind.ALL_REDUCE: "multimem_all_reduce_us", Kind.REDUCE_SCATTER: "multimem_rs_us", Kind.ALL_GATHER: "multimem_ag_us",
+    }  # fmt: skip
+    for row in published("tokenweave_fig4_arln_kernels_us.csv"):
+        size = 2 * int(row["tokens"]) * int(row["hidden_size"])
+        for kind, column in columns.items():
+            assert node("h100x8").collective_us(kind, size, 8) == pytest.approx(float(row[column]), rel=0.08)
+
+
+def test_whole_layers_take_what_was_measured() -> None:
+    """Prefill of Llama 70B on eight H100, baseline: within 6 % from 4096 tokens on; 16 % below, where the model, which
+    gathers and scatters apart and knows no fused kernel, is too slow."""
+    for row in published("tokenweave_fig11_prefill_latency_ms.csv"):
+        tokens = int(row["prompt_len"])
+        if row["model"].startswith("Llama") and row["tp"] == "8" and tokens <= 32768:
+            layer = 1000 * float(row["baseline_multimem_ms"]) / LAYERS
+            assert planned(tokens).serial_us == pytest.approx(layer, rel=0.06 if tokens >= 4096 else 0.16)
+
+
+def test_split_layers_take_what_was_measured_where_tokens_are_many() -> None:
+    """The same, split: within 5 % from 8192 tokens on, 10 % at 4096."""
+    for row in published("tokenweave_fig11_prefill_latency_ms.csv"):
+        tokens = int(row["prompt_len"])
+        if row["model"].startswith("Llama") and row["tp"] == "8" and 4096 <= tokens <= 32768:
+            layer = 1000 * float(row["tokenweave_ms"]) / LAYERS
+            assert planned(tokens).cycle_us == pytest.approx(layer, rel=0.05 if tokens >= 8192 else 0.10)
+
+
+# --- what queues and waits allow ---------------------------------------------------------------------------------------
+
+
+def small_plan() -> Plan:
+    """A plan with two slices, small enough to run."""
+    text = EXAMPLE.read_text(encoding="utf-8").replace("mesh tp = 8", "mesh tp = 2")
+    text = text.replace("shard f over tp", "shard f over tp\n    split t at 3")
+    return plan(block(text), {"T": 7, "D": 4, "H": 8, "HK": 8, "E": 2, "F": 9}, node("h100x8"))
+
+
+def interleaved(found: Plan, queues: Queues, rng: random.Random, last: int | None = None) -> list[int]:
+    """The steps of the tasks in a random order that queues and waits allow; task `last` as late as it can be."""
+    before = implied(queues)
+    left, order = set(range(len(found.problem.tasks))), []
+    while left:
+        ready = sorted(task for task in left if not any(late == task and early in left for late, early in before))
+        chosen = rng.choice([task for task in ready if task != last] or ready)
+        left.remove(chosen)
+        order += found.steps[chosen]
+    return order
+
+
+def right(found: Plan, order: list[int]) -> bool:
+    cascade, sizes = found.program.cascade, dict(found.program.sizes)
+    inputs = random_inputs(cascade, sizes, param_types(cascade, DType.F64), 0)
+    wanted = run(cascade, inputs, sizes, Precision.REFERENCE)["Y"].double()
+    try:
+        return torch.allclose(simulate(found.program, inputs, order)["Y"], wanted, rtol=1e-12, atol=1e-12)
+    except KeyError:  # of a tensor that is read nothing at all was written
+        return False
+
+
+def test_any_order_that_queues_and_waits_allow_gives_the_same() -> None:
+    found = small_plan()
+    orders = [interleaved(found, found.queues, random.Random(seed)) for seed in range(8)]
+    assert len(set(map(tuple, orders))) > 1 and all(right(found, order) for order in orders)
+
+
+def test_without_a_wait_some_order_is_wrong() -> None:
+    found = small_plan()
+    assert found.queues.waits
+    for wait in found.queues.waits:
+        fewer = dataclasses.replace(found.queues, waits=tuple(one for one in found.queues.waits if one != wait))
+        assert not right(found, interleaved(found, fewer, random.Random(0), last=wait[1])), wait
+
+
+MLP = """
+cascade mlp(M[T,D], Wg[F,D], Wu[F,D], Wd[D,F]) -> Y[T,D] {
+    J[t,f] = silu(sum[d] M[t,d] * Wg[f,d]) * (sum[d] M[t,d] * Wu[f,d])
+    Y[t,d] = J[t,f] * Wd[d,f]
+} schedule { mesh tp = 8
+ shard f over tp }
+"""
+
+
+def products_us(tokens: int, cuts: tuple[int, ...] = ()) -> float:
+    """The two kernels of an MLP on one of eight devices, slice after slice, without the collective."""
+    whole = stated(block(MLP), {"T": tokens, "D": 8192, "F": 28672})
+    program = split(whole, "t", cuts) if cuts else whole
+    clock, windows = Clock.of(whole, node("h100x8")), len(cuts) + 1
+    steps = [step for step in program.steps if not isinstance(step, Collective)]
+    kernels = [steps[piece::windows] for piece in range(windows)]
+    return sum(
+        clock.compute_us([step for step in one if (step.name == "Y") == last], 132)
+        for one in kernels
+        for last in (0, 1)
+    )
+
+
+def test_splitting_costs_what_was_measured() -> None:
+    """The published cost of the best cut of an MLP: the median difference is within 3 points."""
+    differences = []
+    for row in published("tokenweave_fig9_mlp_split_h100.csv"):
+        tokens = int(row["tokens"])
+        best = min(products_us(tokens, (cut,)) for cut in range(256, tokens - 255, 256))
+        measured = float(row["best_offset_split_us"]) / float(row["no_split_us"])
+        differences.append(100 * abs(best / products_us(tokens) - measured))
+    assert not differences or statistics.median(differences) <= 3

@@ -1,0 +1,191 @@
+"""Schedules: valid by a checker that shares nothing with the scheduler, bounded, near the best on small instances by
+brute force and by CP-SAT where it is installed, and with no wait too few or too many."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import random
+from collections.abc import Callable
+
+import pytest
+
+from cascade.errors import CommandError
+from cascade.passes.schedule_overlap import (
+    cycle_us, exact_schedule, exposed_us, list_schedule, lower_bound, queues_of, repeated, serial_us,
+)  # fmt: skip
+from cascade.timetable import Mode, Problem, Queues, Slot, Task, Timetable
+from cascade.verify.timetable import (
+    check_queues, check_ranks, check_timetable, check_written, implied, over_synchronised,
+)  # fmt: skip
+
+KINDS = ("sms", "links")
+
+
+def task(name: str, us: float, resource: str, *needs: int) -> Task:
+    return Task(name, (Mode("only", us, ((resource, 1.0),)),), needs)
+
+
+def two_halves() -> Problem:
+    """Two halves of tokens through a layer of two products, each followed by a collective."""
+    tasks = []
+    for half in range(2):
+        at = 4 * half
+        tasks += [
+            task(f"a{half}", 10, "sms", *((0,) if half else ())), task(f"ra{half}", 8, "links", at),
+            task(f"b{half}", 12, "sms", at + 1), task(f"rb{half}", 8, "links", at + 2),
+        ]  # fmt: skip
+    return Problem(tuple(tasks), (("sms", 1.0), ("links", 1.0)))
+
+
+def random_problem(rng: random.Random, count: int) -> Problem:
+    tasks = []
+    for number in range(count):
+        needs = tuple(sorted(rng.sample(range(number), min(number, rng.randint(0, 2)))))
+        kind = rng.choice(KINDS)
+        modes = [Mode("whole", float(rng.randint(1, 20)), ((kind, 4.0),))]
+        if kind == "sms" and rng.random() < 0.5:
+            modes.append(Mode("shared", modes[0].us * 1.25, ((kind, 3.0),)))
+        if kind == "links" and rng.random() < 0.5:
+            modes = [dataclasses.replace(modes[0], demands=(("links", 4.0), ("sms", 1.0)))]
+        tasks.append(Task(f"t{number}", tuple(modes), needs))
+    return Problem(tuple(tasks), (("sms", 4.0), ("links", 4.0)))
+
+
+def brute_force(problem: Problem) -> float:
+    """The shortest makespan over all orders of starting and all modes, each task as early as resources allow."""
+    best = float("inf")
+    for order in itertools.permutations(range(len(problem.tasks))):
+        place = {number: at for at, number in enumerate(order)}
+        if any(place[other] > place[n] for n, one in enumerate(problem.tasks) for other in one.needs):
+            continue
+        for modes in itertools.product(*(range(len(one.modes)) for one in problem.tasks)):
+            slots: dict[int, Slot] = {}
+            for number in order:
+                mode = problem.tasks[number].modes[modes[number]]
+                ready = max((slots[other].end_us for other in problem.tasks[number].needs), default=0.0)
+                for start in sorted({ready, *(s.end_us for s in slots.values() if s.end_us > ready)}):
+                    trial = {**slots, number: Slot(modes[number], start, start + mode.us)}
+                    if fits(problem, trial):
+                        slots = trial
+                        break
+            best = min(best, max(slot.end_us for slot in slots.values()))
+    return best
+
+
+def fits(problem: Problem, slots: dict[int, Slot]) -> bool:
+    for at in {slot.start_us for slot in slots.values()}:
+        for resource, capacity in problem.capacities:
+            running = (n for n, s in slots.items() if s.start_us <= at < s.end_us)
+            if sum(problem.tasks[n].modes[slots[n].mode].demand(resource) for n in running) > capacity + 1e-9:
+                return False
+    return True
+
+
+def test_two_halves_hide_their_collectives() -> None:
+    problem = two_halves()
+    found = list_schedule(problem)
+    assert not list(check_timetable(problem, found))
+    assert (serial_us(problem), lower_bound(problem), found.makespan_us) == (76, 48, 52)
+    assert exposed_us(problem, found, ["links"], "sms") == 52 - 44
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_schedules_are_valid_and_above_their_bound(seed: int) -> None:
+    problem = random_problem(random.Random(seed), 30)
+    found = list_schedule(problem)
+    assert not list(check_timetable(problem, found))
+    assert lower_bound(problem) - 1e-6 <= found.makespan_us <= serial_us(problem) * 1.25 + 1e-6
+    queues = queues_of(problem, found, KINDS)
+    assert not list(check_queues(problem, queues)) and not list(over_synchronised(problem, queues))
+
+
+def test_list_schedules_are_near_the_best_by_brute_force() -> None:
+    found = [
+        (list_schedule(p).makespan_us, brute_force(p)) for s in range(25) for p in [random_problem(random.Random(s), 5)]
+    ]
+    assert all(ours >= best - 1e-6 for ours, best in found)
+    assert sum(ours for ours, _ in found) <= 1.05 * sum(best for _, best in found)
+
+
+def test_list_schedules_are_near_what_the_solver_proves() -> None:
+    problems = [two_halves(), *(random_problem(random.Random(seed), 10) for seed in range(8))]
+    if importlib.util.find_spec("ortools") is None:  # an extra: without it the error says what to install
+        with pytest.raises(CommandError, match="C623"):
+            exact_schedule(problems[0])
+        return
+    ours, best = [list_schedule(problem) for problem in problems], [exact_schedule(problem) for problem in problems]
+    for problem, one, other in zip(problems, ours, best, strict=True):
+        assert other.optimal and not list(check_timetable(problem, one)) and not list(check_timetable(problem, other))
+        assert other.makespan_us <= one.makespan_us + 0.5
+    assert sum(one.makespan_us for one in ours) <= 1.05 * sum(other.makespan_us for other in best)
+
+
+def test_layers_in_a_row_overlap_more_than_one_alone() -> None:
+    problem = two_halves()
+    carried = [(0, 3), (4, 7)]  # each half needs its own result of the layer before
+    assert lower_bound(problem) >= 44 and len(repeated(problem, carried, 3).tasks) == 24
+    assert 44 <= cycle_us(problem, carried) <= 52
+
+
+# --- the checker -----------------------------------------------------------------------------------------------------
+
+
+def valid() -> tuple[Problem, Timetable, Queues]:
+    problem = two_halves()
+    found = list_schedule(problem)
+    return problem, found, queues_of(problem, found, KINDS)
+
+
+def late(timetable: Timetable, number: int, by: float) -> Timetable:
+    slots = list(timetable.slots)
+    slots[number] = Slot(slots[number].mode, slots[number].start_us + by, slots[number].end_us + by)
+    return Timetable(tuple(slots))
+
+
+TIMETABLES: dict[str, Callable[[Timetable], Timetable]] = {
+    "a task before what it needs": lambda t: late(t, 2, -9.0),
+    "two tasks on one resource": lambda t: late(t, 4, -1.0),
+    "a task that ends too soon": lambda t: Timetable((Slot(0, 0.0, 9.0), *t.slots[1:])),
+    "a task missing": lambda t: Timetable(t.slots[:-1]),
+    "a mode that is not there": lambda t: Timetable((Slot(1, 0.0, 10.0), *t.slots[1:])),
+    "before the start": lambda t: late(t, 0, -1.0),
+}
+
+
+@pytest.mark.parametrize("name", TIMETABLES)
+def test_a_wrong_timetable_is_found(name: str) -> None:
+    problem, timetable, _ = valid()
+    assert not list(check_timetable(problem, timetable))
+    assert list(check_timetable(problem, TIMETABLES[name](timetable)))
+
+
+def test_every_wait_is_needed_and_a_needless_one_is_found() -> None:
+    problem, _, queues = valid()
+    assert queues.waits and not list(check_queues(problem, queues))
+    for wait in queues.waits:
+        fewer = dataclasses.replace(queues, waits=tuple(other for other in queues.waits if other != wait))
+        assert list(check_queues(problem, fewer))
+    behind = set(implied(queues))
+    more = next((a, b) for a in range(8) for b in range(8) if (a, b) not in behind and b == 1 and a == 4)
+    assert list(over_synchronised(problem, dataclasses.replace(queues, waits=(*queues.waits, more))))
+
+
+def test_waits_in_a_circle_and_tasks_in_no_queue_are_found() -> None:
+    problem, _, queues = valid()
+    first = queues.queues[0][1]
+    circle = dataclasses.replace(queues, waits=(*queues.waits, (first[0], first[-1])))
+    assert list(check_queues(problem, circle)) == ["waits go in a circle"]
+    gone = dataclasses.replace(queues, queues=((queues.queues[0][0], first[1:]), *queues.queues[1:]))
+    assert list(check_queues(problem, gone)) == ["a task is in no queue, or in two"]
+
+
+def test_ranks_issue_collectives_in_one_order() -> None:
+    assert not list(check_ranks({0: ["a", "b"], 1: ["a", "b"]}))
+    assert list(check_ranks({0: ["a", "b"], 1: ["b", "a"]})) and list(check_ranks({0: ["a", "b"], 1: ["a"]}))
+
+
+def test_what_is_computed_twice_is_found() -> None:
+    assert not list(check_written({(0, "Y"): [((0, 4),), ((4, 8),)]}))
+    assert list(check_written({(0, "Y"): [((0, 5),), ((4, 8),)]}))

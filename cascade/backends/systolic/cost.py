@@ -438,10 +438,10 @@ def _bound(name: str, steps: tuple[Step, ...], machine: Machine, wanted: str | N
 def _cannot(name: str, steps: tuple[Step, ...], machine: Machine, wanted: str | None) -> UnsupportedError:
     units = [unit for unit in machine.units.values() if wanted in (None, unit.name)]
     lacking = {step.op for step in steps if not any(unit.operation(step.op) for unit in units)}
-    where = f"unit {wanted} of {machine.name}" if wanted else f"{machine.name}: no unit"
+    where = f"unit {wanted} of {machine.name} lacks" if wanted else f"no unit of {machine.name} has"
     what = f"{name} needs {quoted_list(sorted(lacking or {step.op for step in steps}))}"
     hint = "add the operation to a unit of the machine file, or bind the Einsum to another unit"
-    return UnsupportedError(Diagnostic("C541", f"{what}, which {where} does not have", help=hint))
+    return UnsupportedError(Diagnostic("C541", f"{what}, which {where}", help=hint))
 
 
 def _check_names(cascaded: Cascaded, machine: Machine, mapping: Map) -> None:

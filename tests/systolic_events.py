@@ -200,12 +200,13 @@ class Counting:
         stmt = self.stmts[name]
         assert isinstance(stmt, Einsum)
         each = self.latency(stmt.expr, unit)
-        others = [rank for rank in ranks if rank not in (place.rows, place.columns, place.stream)]
+        rows, columns = (side.split("*") for side in (place.rows, place.columns))
+        others = [rank for rank in ranks if rank not in (*rows, *columns, place.stream)]
         cycles = 0
         for tile in walker.tiles(stage, walker.within(stage, set(ranks))):
             for _ in itertools.product(*(tile[rank] for rank in others)):
-                for _ in batches(len(tile[place.rows]), unit.rows):
-                    for _ in batches(len(tile[place.columns]), unit.columns):
+                for _ in batches(len(list(itertools.product(*(tile[rank] for rank in rows)))), unit.rows):
+                    for _ in batches(len(list(itertools.product(*(tile[rank] for rank in columns)))), unit.columns):
                         if unit.fill and place.stream not in self.folded(name):
                             cycles += unit.rows  # what stays is loaded row by row
                         cycles += each * len(tile[place.stream])

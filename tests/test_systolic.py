@@ -74,10 +74,16 @@ def random_mapping(rng: random.Random, cascade: Cascade) -> Mapping:
 
 
 def random_places(rng: random.Random, cascade: Cascade, units: dict[str, str]) -> tuple[tuple[str, Placement], ...]:
-    """Some way to lay each product on the array, where it runs there."""
+    """Some way to lay each product on the array, where it runs there, at times with another rank along a side."""
     works = take_apart(cascade).works
     ways = {name: list(placements(work)) for name, work in works.items() if units[name] == "array"}
-    return tuple((name, rng.choice(found)) for name, found in ways.items() if found)
+    places = {name: rng.choice(found) for name, found in ways.items() if found}
+    for name, place in places.items():
+        others = [rank for rank in works[name].ranks if rank not in place.ranks]
+        if others and rng.random() < 0.5:
+            side = rng.choice(("rows", "columns"))
+            places[name] = replace(place, **{side: f"{getattr(place, side)}*{rng.choice(others)}"})
+    return tuple(places.items())
 
 
 def random_loops(rng: random.Random, ranks: tuple[str, ...], prefix: str) -> tuple[Loop, ...]:
@@ -445,6 +451,8 @@ WRONG = [
     ('[[regions]]\nkept = 1\n[[regions.stages]]\neinsums = ["C"]', "C621"),
     ('[[regions]]\n[[regions.stages]]\neinsums = ["C"]\n[[regions.phases]]\nwork = { 3d = ["C"] }', "C622"),
     ("[[regions]]\n[[regions]]", "C621"),
+    ('[[regions]]\n[[regions.stages]]\neinsums = ["C"]\n[place]\nC = { rows = "m*k", columns = "m", stream = "n" }', "C622"),
+    ('[[regions]]\n[[regions.stages]]\neinsums = ["C"]\n[place]\nC = { rows = "m*", columns = "k", stream = "n" }', "C622"),
     ("regions = 3", "C621"),
     ("x = [", "C620"),
 ]

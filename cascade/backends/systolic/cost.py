@@ -387,13 +387,13 @@ def _registers(load: _Load, one_lane: bool) -> float:
 
 
 def placed_cycles(work: Work, unit: Unit, place: Placement, extents: Mapping[str, int], each: int) -> int:
-    """Cycles of an Einsum with two ranks along the sides of an array, a third streaming through it.
+    """Cycles of an Einsum with ranks along the sides of an array, another one streaming through it.
 
     What does not move with the stream stays in the array. All other ranks are gone through one after another.
     """
-    sides = (place.rows, place.columns)
-    folds = ceil_div(extents[place.rows], unit.rows) * ceil_div(extents[place.columns], unit.columns)
-    folds *= math.prod(extents[rank] for rank in work.ranks if rank not in (*sides, place.stream))
+    down, across = (math.prod(extents[rank] for rank in side) for side in place.sides)
+    folds = ceil_div(down, unit.rows) * ceil_div(across, unit.columns)
+    folds *= math.prod(extents[rank] for rank in work.ranks if rank not in place.ranks)
     time = extents[place.stream] * each
     if not unit.fill:
         return folds * time
@@ -463,9 +463,11 @@ def _check_names(cascaded: Cascaded, machine: Machine, mapping: Map) -> None:
             raise _misfit(f"{name} runs {times}", "name every Einsum in one stage of one region")
     for name, place in mapping.place:
         ranks = cascaded.works[name].ranks
-        for rank in (place.rows, place.columns, place.stream):
+        for rank in place.ranks:
             if rank not in ranks:
                 raise _misfit(f"{name} has no rank {rank} to lay on an array", suggest(rank, ranks, "its ranks are"))
+            if place.ranks.count(rank) > 1:
+                raise _misfit(f"{rank} of {name} is laid on an array twice", "name each rank once; others come in turn")
 
 
 def _misfit(message: str, hint: str) -> CommandError:

@@ -166,3 +166,31 @@ def test_the_way_that_is_taken_by_default_is_the_fastest() -> None:
         on = array(rows, columns)
         free = evaluator(gemm(), on, ON_ARRAY).cost(sizes).einsums["C"].cycles
         assert free <= min(modelled(on, sizes, stays) for stays in PLACES)
+
+
+PHYSICAL = [
+    (
+        "batched",
+        "A[B,M,K], W[B,K,N]) -> C[B,M,N] {\n C[b,m,n] = sum[k] A[b,m,k] * W[b,k,n]",
+        {"B": 3, "M": 5, "K": 4, "N": 6},
+    ),
+    ("vectors", "A[B,K], W[B,K,N]) -> C[B,N] {\n C[b,n] = sum[k] A[b,k] * W[b,k,n]", {"B": 3, "K": 4, "N": 6}),
+    (
+        "heads",
+        "A[B,M,K], W[G,K,N]) -> C[B,M,N] {\n C[b,m,n] = sum[k] A[b,m,k] * W[b//2,k,n]",
+        {"B": 4, "G": 2, "M": 5, "K": 4, "N": 6},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "program", "sizes"), PHYSICAL)
+def test_a_batch_is_gone_through_in_turn(name: str, program: str, sizes: dict[str, int]) -> None:
+    """Operands that a rank moves both cannot lie along a side: each of a batch takes what one takes alone."""
+    cascade = run_pipeline(from_text(f"cascade {name}({program}\n}}", "test", None).cascade, "canonicalize").final
+    on = array(4, 3)
+    batched = evaluator(cascade, on, ON_ARRAY).cost(sizes).einsums["C"].cycles
+    alone = {"M": sizes.get("M", 1), "N": sizes["N"], "K": sizes["K"]}
+    left = [[1] * alone["K"] for _ in range(alone["M"])]
+    right = [[1] * alone["N"] for _ in range(alone["K"])]
+    fastest = min(run(left, right, stays, 4, 3)[1] for stays in PLACES)
+    assert batched == sizes["B"] * fastest

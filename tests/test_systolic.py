@@ -82,7 +82,7 @@ def random_places(rng: random.Random, cascade: Cascade, units: dict[str, str]) -
         others = [rank for rank in works[name].ranks if rank not in place.ranks]
         if others and rng.random() < 0.5:
             side = rng.choice(("rows", "columns"))
-            places[name] = replace(place, **{side: f"{getattr(place, side)}*{rng.choice(others)}"})
+            places[name] = replace(place, **{side: "*".join(filter(None, (getattr(place, side), rng.choice(others))))})
     return tuple(places.items())
 
 
@@ -427,6 +427,22 @@ def test_a_unit_beside_memory_is_chosen_by_operations_a_byte(rows: int, unit: st
     assert cost.regions[0].movement.by_memory == {path: cost.traffic}
 
 
+def test_a_search_shares_a_tensor_that_data_chooses() -> None:
+    """Rows of a table for every token: the table is loaded once, not for each of them."""
+    text = "cascade a(X[T,D], I: i32[T], W[N,D,F]) -> Y[T,F] {\n Y[t,f] = sum[d] X[t,d] * W[I[t],d,f]\n}"
+    cascaded, sizes = take_apart(prepared(text)), {"T": 512, "D": 64, "F": 32, "N": 4}
+    chosen = machine("fusemax")
+    cost = Evaluator(cascaded, chosen, search(cascaded, chosen, sizes)).cost(sizes)
+    assert cost.traffic == 2 * (512 * 64 + 4 * 64 * 32 + 512 * 32) + 4 * 512
+
+
+def test_a_search_does_not_fill_an_array_for_a_vector() -> None:
+    text = "cascade a(X[B,K], W[B,K,N]) -> Y[B,N] {\n Y[b,n] = sum[k] X[b,k] * W[b,k,n]\n}"
+    cascaded, chosen, sizes = take_apart(prepared(text)), machine("tpu-v4-like"), {"B": 64, "K": 64, "N": 64}
+    cost = Evaluator(cascaded, chosen, search(cascaded, chosen, sizes)).cost(sizes)
+    assert cost.einsums["Y"].unit == "vpu"
+
+
 def test_under_the_search_a_larger_buffer_moves_no_more() -> None:
     cascaded, sizes = take_apart(prepared(GEMM)), {"M": 384, "N": 320, "K": 256}
     before = None
@@ -451,8 +467,14 @@ WRONG = [
     ('[[regions]]\nkept = 1\n[[regions.stages]]\neinsums = ["C"]', "C621"),
     ('[[regions]]\n[[regions.stages]]\neinsums = ["C"]\n[[regions.phases]]\nwork = { 3d = ["C"] }', "C622"),
     ("[[regions]]\n[[regions]]", "C621"),
-    ('[[regions]]\n[[regions.stages]]\neinsums = ["C"]\n[place]\nC = { rows = "m*k", columns = "m", stream = "n" }', "C622"),
-    ('[[regions]]\n[[regions.stages]]\neinsums = ["C"]\n[place]\nC = { rows = "m*", columns = "k", stream = "n" }', "C622"),
+    (
+        '[[regions]]\n[[regions.stages]]\neinsums = ["C"]\n[place]\nC = { rows = "m*k", columns = "m", stream = "n" }',
+        "C622",
+    ),
+    (
+        '[[regions]]\n[[regions.stages]]\neinsums = ["C"]\n[place]\nC = { rows = "m*", columns = "k", stream = "n" }',
+        "C622",
+    ),
     ("regions = 3", "C621"),
     ("x = [", "C620"),
 ]

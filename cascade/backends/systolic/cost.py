@@ -394,7 +394,7 @@ def placed_cycles(work: Work, unit: Unit, place: Placement, extents: Mapping[str
     down, across = (math.prod(extents[rank] for rank in side) for side in place.sides)
     folds = ceil_div(down, unit.rows) * ceil_div(across, unit.columns)
     folds *= math.prod(extents[rank] for rank in work.ranks if rank not in place.ranks)
-    time = extents[place.stream] * each
+    time = (extents[place.stream] if place.stream else 1) * each
     if not unit.fill:
         return folds * time
     stays = place.stream in work.reduced
@@ -402,15 +402,26 @@ def placed_cycles(work: Work, unit: Unit, place: Placement, extents: Mapping[str
 
 
 def placements(work: Work) -> Iterator[Placement]:
-    """The ways to lay a sum of products on an array: its result stays, or an operand that has a folded rank does."""
+    """The ways to lay a sum of products on an array: its result stays, or an operand that has a folded rank does.
+
+    An array passes one operand along its rows, another along its columns, so a rank along a side moves one of them
+    alone: those that all operands have, as in a batch, are gone through in turn. Where an operand has no rank of its
+    own, as the vector of a matrix-vector product, it takes one row, or goes through as one element.
+    """
     body = body_of(work.stmt)
     if not (isinstance(body, Reduce) and body.reducer == "sum" and len(work.reads) > 1):
         return
-    kept = [rank for rank in work.ranks if rank not in work.reduced]
+    readers = {
+        rank: {at for at, read in enumerate(work.reads) if rank in read.ranks}
+        for rank in work.ranks
+        if rank not in work.reduced
+    }
+    own: dict[str, set[int]] = {rank: found for rank, found in readers.items() if len(found) < len(work.reads)}
     for folded in work.reduced:
-        for one, other in itertools.permutations(kept, 2):
-            yield Placement(one, other, folded)
-            yield Placement(folded, one, other)
+        for one, other in itertools.permutations({**own, "": set()}, 2):
+            if not own.get(one, set()) & own.get(other, set()):
+                yield Placement(one, other, folded)
+                yield Placement(folded, one, other)
 
 
 def best_placement(work: Work, unit: Unit, extents: Mapping[str, int]) -> Placement | None:

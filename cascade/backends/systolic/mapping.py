@@ -18,7 +18,7 @@ no loop takes apart is spread over the lanes of a unit. In TOML:
 `keep` holds a tensor inside of a loop, by its label (the rank, where no other is given); `all` is the whole tensor,
 `tile` what one iteration takes, loaded in each anew, `dram` is off chip, `registers` in the units. Left out: a tensor
 from outside is loaded for every iteration that needs other elements, and one that is made stays as long as nothing must
-be made twice. `spill` are tensors that may stay partly off chip where not all fits. `place` lays ranks along the two sides
+be made twice. `spill` are tensors that may stay partly off chip where not all fits. `place` lays ranks along the sides
 of an array.
 
 `published` holds what the published evaluation of a mapping counts in another way than this model; it takes effect
@@ -71,7 +71,8 @@ class Phase:
 class Placement:
     """The ranks along the rows and the columns of an array, and the one that streams through it.
 
-    A side may have several ranks, `c*r`: the coordinates of one for each coordinate of the other, side by side.
+    A side may have several ranks, `c*r`: the coordinates of one for each coordinate of the other, side by side. An
+    empty text is no rank: one row, one column, or one element that goes through.
     """
 
     rows: str
@@ -81,14 +82,16 @@ class Placement:
     @property
     def sides(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The ranks along the rows and along the columns."""
-        down, across = ((rank.strip() for rank in side.split("*")) for side in (self.rows, self.columns))
+        down, across = (
+            [rank.strip() for rank in side.split("*")] if side else [] for side in (self.rows, self.columns)
+        )
         return tuple(down), tuple(across)
 
     @property
     def ranks(self) -> tuple[str, ...]:
         """All of them; the others of an Einsum are gone through one coordinate at a time."""
         down, across = self.sides
-        return (*down, *across, self.stream)
+        return (*down, *across, *((self.stream,) if self.stream else ()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,7 +102,7 @@ def _cycles(evaluator: Evaluator, work: Work, nest: Nest) -> Form:
     if place is None:
         return points * each / sympy.Integer(unit.lanes)
     lengths = {**nest.extents, **nest.lengths(nest.cut(work.ranks))}
-    stream = lengths[place.stream] * each
+    stream = (lengths[place.stream] if place.stream else sympy.Integer(1)) * each
     folds = points / math.prod(nest.extents[rank] for rank in place.ranks)
     tiles = math.prod(nest.extents[rank] / lengths[rank] for rank in place.ranks)
     inside = sympy.Integer(1)

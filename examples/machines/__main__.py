@@ -1,8 +1,8 @@
 """Runs a cascade on modelled machines in several ways and prints a row for each, the first one of a machine being 1x.
 
-Without a mapping these are two: `alone`, the Einsums as written, each between loads and stores of its own, and
-`fused`, what the pipeline makes of them, a region for each of its groups. Mappings of both are searched. With
-`--mapping` they are the mappings that are given, of the Einsums as written. Sizes may be lists, `-s M=1,8,64`.
+`alone`: the Einsums as written, each between loads and stores of its own; `fused`: what the pipeline makes of them, a
+region for each of its groups. Mappings of both are searched; `--mapping` adds others, of the Einsums as written. Sizes
+may be lists, `-s M=1,8,64`.
 """
 
 from __future__ import annotations
@@ -10,46 +10,15 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from cascade.backends.systolic.cost import Cost, Evaluator
-from cascade.backends.systolic.machine import machine
-from cascade.backends.systolic.mapping import mapping
+from cascade.backends.systolic.cost import Cost
 from cascade.backends.systolic.report import bytes_text, seconds_text
-from cascade.backends.systolic.search import search
-from cascade.backends.systolic.work import Cascaded, take_apart
-from cascade.compiled import from_text
-from cascade.passes.canonicalize import Canonicalize
-from cascade.pipeline import run_pipeline
+from examples.machines.ways import Way, ways
 
 BUSY = 0.005  # a share of the time from which on an Einsum or a unit is worth a word
 COLUMNS = ("machine", "sizes", "how", "time", "", "bound by", "units used", "traffic", "on chip")
 UNITS = ("machine", "sizes", "how", "time", "", "bound by", "Einsums by unit")
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to run a cascade: its name, the Einsums, a mapping file or None for a search."""
-
-    name: str
-    cascaded: Cascaded
-    path: str | None = None
-
-    def cost(self, on: str, sizes: Mapping[str, int]) -> Cost:
-        """What it costs on a machine, a shipped one or a file."""
-        chosen = machine(on)
-        found = search(self.cascaded, chosen, sizes) if self.path is None else mapping(self.path)
-        return Evaluator(self.cascaded, chosen, found).cost(sizes)
-
-
-def ways(text: str, name: str | None = None, mappings: list[str] | None = None) -> list[Way]:
-    """The ways to run the cascade of that name in a program."""
-    cascade = from_text(text, "<example>", name).cascade
-    written = take_apart(run_pipeline(cascade, Canonicalize.name).final)
-    if mappings:
-        return [Way(Path(path).stem, written, path) for path in mappings]
-    return [Way("alone", written), Way("fused", take_apart(run_pipeline(cascade).final))]
 
 
 def rows(found: list[Way], on: str, sizes: Mapping[str, int], label: str, by_unit: bool) -> Iterator[tuple[str, ...]]:
@@ -106,11 +75,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("--name", help="the cascade of that name, where the file has several")
     parser.add_argument("--machine", action="append", required=True, metavar="NAME|FILE")
-    parser.add_argument("--mapping", action="append", metavar="FILE")
+    parser.add_argument("--mapping", action="append", default=[], metavar="FILE")
     parser.add_argument("-s", "--size", action="append", default=[], type=size, metavar="NAME=NUMBER,...")
+    parser.add_argument(
+        "--only", action="append", metavar="HOW", help="these ways alone: alone, fused, a mapping's name"
+    )
     parser.add_argument("--by-unit", action="store_true", help="which Einsums each unit runs")
     chosen = parser.parse_args(arguments)
-    found = ways(Path(chosen.file).read_text(), chosen.name, chosen.mapping)
+    every = ways(Path(chosen.file).read_text(), chosen.name, chosen.mapping)
+    found = [way for way in every if chosen.only is None or way.name in chosen.only]
     sizes = dict(chosen.size)
     varied = [name for name, numbers in sizes.items() if len(numbers) > 1]
     body: list[tuple[str, ...]] = []

@@ -101,15 +101,22 @@ def test_a_page_shows_what_its_commands_print(command: Command, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
-def test_the_blocks_of_a_page_are_run(path: Path) -> None:
-    """Python blocks run in order; a cascade that is shown is one of the examples; there are no blocks of other kinds."""
+def test_the_blocks_of_a_page_are_run(path: Path, capsys: pytest.CaptureFixture[str], update_golden: bool) -> None:
+    """Python prints what the text block behind it shows; what is shown of a file is in one of the examples."""
     for block in blocks(path, "python"):
         exec(compile(block, path.name, "exec"), {})
+        text, found = path.read_text(), capsys.readouterr().out
+        before, after = text.split(f"```python\n{block}```\n", 1)
+        shown = re.match(r"\n```text\n(.*?)^```$", after, re.M | re.S)
+        if update_golden and shown is not None:
+            path.write_text(f"{before}```python\n{block}```\n\n```text\n{found}```{after[shown.end() :]}")
+        elif shown is not None:
+            assert shown[1] == found
     examples = "\n".join(file.read_text() for file in sorted((ROOT / "examples").rglob("*.cascade")))
     files = "\n".join(file.read_text() for file in sorted((ROOT / "examples").rglob("*.toml")))
     assert all(block in examples for block in blocks(path, "cascade"))
     assert all(block in files for block in blocks(path, "toml"))
-    assert set(re.findall(r"^```(\w+)$", path.read_text(), re.M)) <= {"python", "cascade", "toml", "console"}
+    assert set(re.findall(r"^```(\w+)$", path.read_text(), re.M)) <= {"python", "text", "cascade", "toml", "console"}
 
 
 def test_the_cascade_at_the_top_is_the_example() -> None:

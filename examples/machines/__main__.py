@@ -2,7 +2,7 @@
 
 `alone`: the Einsums as written, each between loads and stores of its own; `fused`: what the pipeline makes of them, a
 region for each of its groups. Mappings of both are searched; `--mapping` adds others, of the Einsums as written. Sizes
-may be lists, `-s M=1,8,64`.
+may be lists, `-s M=1,8,64`, every combination or, with `--together`, the first of each, the second, and so on.
 """
 
 from __future__ import annotations
@@ -14,18 +14,24 @@ from pathlib import Path
 
 from cascade.backends.systolic.cost import Cost
 from cascade.backends.systolic.report import bytes_text, seconds_text
-from examples.machines.ways import Way, ways
+from cascade.errors import CascadeError
+from examples.machines.ways import Way, lanes, ways
 
 BUSY = 0.005  # a share of the time from which on an Einsum or a unit is worth a word
-COLUMNS = ("machine", "sizes", "how", "time", "", "bound by", "units used", "traffic", "on chip")
-UNITS = ("machine", "sizes", "how", "time", "", "bound by", "Einsums by unit")
+FIRST = ("machine", "sizes", "how", "time", "", "bound by")
+REST = {
+    "cost": ("units used", "traffic", "on chip"),
+    "units": ("Einsums by unit",),
+    "lanes": ("lanes at work", "traffic"),
+}
 
 
-def rows(found: list[Way], on: str, sizes: Mapping[str, int], label: str, by_unit: bool) -> Iterator[tuple[str, ...]]:
+def rows(found: list[Way], on: str, sizes: Mapping[str, int], label: str, show: str) -> Iterator[tuple[str, ...]]:
     """A row for every way."""
     first: Cost | None = None
     for way in found:
-        cost = way.cost(on, sizes)
+        evaluator = way.evaluator(on, sizes)
+        cost = evaluator.cost(sizes)
         first = first or cost
         longest = max(cost.regions, key=lambda region: region.seconds)
         row = (
@@ -36,12 +42,18 @@ def rows(found: list[Way], on: str, sizes: Mapping[str, int], label: str, by_uni
             f"{first.seconds / cost.seconds:.3g}x",
             longest.bound,
         )
-        if by_unit:
+        if show == "units":
             yield (*row, units(cost))
+        elif show == "lanes":
+            yield (*row, shares(lanes(evaluator, cost)), bytes_text(cost.traffic))
         else:
-            used = ", ".join(f"{unit} {share:.0%}" for unit, share in cost.utilisation.items() if share >= BUSY)
             held = max(region.movement.held for region in cost.regions)
-            yield (*row, used, bytes_text(cost.traffic), bytes_text(held))
+            yield (*row, shares(cost.utilisation), bytes_text(cost.traffic), bytes_text(held))
+
+
+def shares(found: Mapping[str, float]) -> str:
+    """The shares of units, those that are worth a word."""
+    return ", ".join(f"{unit} {share:.0%}" for unit, share in found.items() if share >= BUSY)
 
 
 def units(cost: Cost) -> str:
@@ -69,6 +81,14 @@ def size(text: str) -> tuple[str, list[int]]:
     return name, [int(number) for number in numbers.split(",")]
 
 
+def points(sizes: Mapping[str, list[int]], together: bool) -> Iterator[dict[str, int]]:
+    """The sizes of each point; together, a list of one number stays that number."""
+    most = max(map(len, sizes.values()), default=1)
+    lists = [numbers * most if together and len(numbers) == 1 else numbers for numbers in sizes.values()]
+    for numbers in zip(*lists, strict=True) if together else itertools.product(*lists):
+        yield dict(zip(sizes, numbers, strict=True))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser("python -m examples.machines", description=__doc__)
@@ -80,19 +100,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--only", action="append", metavar="HOW", help="these ways alone: alone, fused, a mapping's name"
     )
-    parser.add_argument("--by-unit", action="store_true", help="which Einsums each unit runs")
+    parser.add_argument("--together", action="store_true", help="lists of sizes change together")
+    parser.add_argument("--show", choices=REST, default="cost", help="what the last columns are (default cost)")
     chosen = parser.parse_args(arguments)
     every = ways(Path(chosen.file).read_text(), chosen.name, chosen.mapping)
     found = [way for way in every if chosen.only is None or way.name in chosen.only]
     sizes = dict(chosen.size)
     varied = [name for name, numbers in sizes.items() if len(numbers) > 1]
     body: list[tuple[str, ...]] = []
-    for on, numbers in itertools.product(chosen.machine, itertools.product(*sizes.values())):
-        at = dict(zip(sizes, numbers, strict=True))
+    for on, at in itertools.product(chosen.machine, list(points(sizes, chosen.together))):
         label = " ".join(f"{name}={at[name]}" for name in varied)
-        body += rows(found, on, at, label, chosen.by_unit)
-    print(text_table(UNITS if chosen.by_unit else COLUMNS, body))
+        body += rows(found, on, at, label, chosen.show)
+    print(text_table((*FIRST, *REST[chosen.show]), body))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except CascadeError as error:
+        raise SystemExit(str(error)) from None

@@ -24,11 +24,26 @@ class Way:
     cascaded: Cascaded
     path: str | None = None
 
-    def cost(self, on: str, sizes: Mapping[str, int]) -> Cost:
-        """What it costs on a machine, a shipped one or a file."""
+    def evaluator(self, on: str, sizes: Mapping[str, int]) -> Evaluator:
+        """The way on a machine, a shipped one or a file."""
         chosen = machine(on)
         found = search(self.cascaded, chosen, sizes) if self.path is None else mapping(self.path)
-        return Evaluator(self.cascaded, chosen, found).cost(sizes)
+        return Evaluator(self.cascaded, chosen, found)
+
+    def cost(self, on: str, sizes: Mapping[str, int]) -> Cost:
+        """What it costs there."""
+        return self.evaluator(on, sizes).cost(sizes)
+
+
+def lanes(evaluator: Evaluator, cost: Cost) -> dict[str, float]:
+    """The share of the lanes of each unit that have something to do while it works, on what the Einsums ask of it."""
+    done: dict[str, int] = {}
+    busy: dict[str, int] = {}
+    for name in evaluator.cascaded.works:
+        einsum, unit = cost.einsums[name], evaluator.unit[name]
+        done[unit.name] = done.get(unit.name, 0) + einsum.points * evaluator.latency(name)
+        busy[unit.name] = busy.get(unit.name, 0) + einsum.cycles * unit.lanes
+    return {unit: work / busy[unit] for unit, work in done.items() if busy[unit]}
 
 
 def ways(text: str, name: str | None = None, mappings: Sequence[str] = ()) -> list[Way]:

@@ -3,8 +3,7 @@
 The tables in `benchmarks/results` are read, their workloads planned for contiguous tensors of the same sizes, and times
 that `cascadec cost --machine` would print compared with those that were measured: of calls, and in the table `model` of
 the model's own first choice for the kernel that takes longest. A row that cannot be planned like that says why: what a
-filter leaves is told by data, results are written in place, or statements run outside of kernels. Without `--rows` a
-line for each table is printed.
+filter leaves is told by data, or statements run outside of kernels. Without `--rows` a line for each table is printed.
 """
 
 from __future__ import annotations
@@ -83,10 +82,9 @@ def planned(workload: Workload, on: Machine) -> tuple[tuple[Forecast, ...], str]
     tensors: dict[str, Tensor] = {param.name: inputs[param.name] for param in final.params}
     sizes = bind_sizes(final, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, {})
     types = {name: FROM_TORCH[tensor.dtype] for name, tensor in tensors.items()}
-    kernels, outside = forecast(final, sizes, types, on)
+    kernels, outside = forecast(final, sizes, types, on, workload.in_place)
     reasons = [
         *(f"data tells how much of {name} there is" for name in told_by_data(final, sizes)[:1]),
-        *(f"{name} is written in place" for name in list(workload.in_place)[:1]),
         *(f"{name} is in no kernel" for name in outside[:1]),
     ]
     return kernels, "; ".join(reasons)
@@ -125,7 +123,7 @@ def summary(found: list[Row]) -> list[str]:
             share = f"{near(some) / len(some):.0%}"
             lines.append(f"{table:12}{len(some):6}{share:>12}{statistics.median(offs):12.1%}{max(offs):10.1%}")
     reasons = [row.why for row in found if row.why]
-    lines.append(f"not compared: {len(reasons)} rows, of which data, memory or the interpreter tell more than sizes")
+    lines += [f"not compared: {reasons.count(why)} rows, {why}" for why in dict.fromkeys(reasons)]
     return lines
 
 

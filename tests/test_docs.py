@@ -88,6 +88,7 @@ def test_a_shell_command_prints_what_the_readme_shows(command: Command, tmp_path
     assert not command.output or found.strip() == command.output.strip()
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("command", **named([command for path in PAGES for command in commands(path)]))
 def test_a_page_shows_what_its_commands_print(command: Command, tmp_path: Path, update_golden: bool) -> None:
     found = printed(command, tmp_path)

@@ -9,6 +9,7 @@ from benchmarks.predicting import main, measured, near, rows
 from benchmarks.table import RESULTS
 
 
+@pytest.mark.campaign
 def test_most_measured_times_are_predicted() -> None:
     found = list(rows())
     compared = [row for row in found if not row.why]

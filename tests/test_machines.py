@@ -118,3 +118,26 @@ def test_a_large_array_is_wasted_on_depthwise_layers_only() -> None:
         small, large = (used("depthwise", "channels.toml", array, shape | {"R": 3, "S": 3}) for array in ARRAYS)
         assert large <= 0.5 * small + 1e-9
         assert used("pointwise", "dense.toml", 64, shape | {"K": channels}) > 0.95
+
+
+# --- one task after another, or all at once --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tokens", "out"), [(4096, 64), (4096, 512), (65536, 64), (65536, 512)])
+def test_sequential_or_dataflow_by_hand(tokens: int, out: int) -> None:
+    """Tasks in turn on all lanes, what has no room going out and in; or the longer task on half of the lanes."""
+    sizes = {"T": tokens, "D": 64, "F": 1024, "G": out}
+    on = machine(str(FOLDER / "reconfigurable.toml"))
+    first, second, between = tokens * (64 + 1) * 1024, tokens * 1024 * out, 2 * tokens * 1024
+    ends = 2 * tokens * (64 + out) + 2 * 1024 * (64 + out)
+    beside = 2 * 1024 * (64 + out) + 2 * 256 * 64  # both weights, and a tile of X
+    spilled = max(0, between + beside - on.buffer.bytes)
+    rate, bandwidth = 65536 * on.clock_hz, on.memories["dram"].bandwidth
+    sequential = max((first + second) / rate, (ends + 2 * spilled) / bandwidth)
+    dataflow = max(first / (rate / 2), second / (rate / 2), ends / bandwidth)
+    found = [
+        way("chain.cascade", None, f"{name}.toml").cost(str(FOLDER / "reconfigurable.toml"), sizes)
+        for name in ("sequential", "dataflow")
+    ]
+    assert [cost.seconds for cost in found] == pytest.approx([sequential, dataflow], rel=1e-3)
+    assert (found[0].seconds < found[1].seconds) == (sequential < dataflow)

@@ -18,6 +18,11 @@ def test_most_measured_times_are_predicted() -> None:
     assert all(row.predicted > 0 for row in found)
 
 
+def test_ranks_are_joined_and_views_are_free_as_in_a_launch() -> None:
+    (row,) = rows(only="decoder layer")
+    assert not row.why and abs(row.off) < 0.25
+
+
 def test_a_row_that_data_decides_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--only", "document 1100 4 16 2048 64", "--rows"]) == 0
     line, *_ = capsys.readouterr().out.splitlines()

@@ -47,7 +47,7 @@ def rows(found: list[Way], on: str, sizes: Mapping[str, int], label: str, show: 
         elif show == "lanes":
             yield (*row, shares(lanes(evaluator, cost)), bytes_text(cost.traffic))
         else:
-            held = max(region.movement.held for region in cost.regions)
+            held = max(min(region.movement.held, evaluator.machine.buffer.bytes) for region in cost.regions)
             yield (*row, shares(cost.utilisation), bytes_text(cost.traffic), bytes_text(held))
 
 

@@ -379,12 +379,15 @@ class Bind(Node):
 
 @dataclass(frozen=True, slots=True)
 class Place(Node):
-    """`place S on m, n by k`: the ranks along the rows and columns of an array, and the one that streams past."""
+    """`place S on m, n by k`: the ranks along the rows and columns of an array, and the one that streams past.
+
+    Several may lie along a side, `c * r`: the coordinates of one for each of the other. Without any it is 1.
+    """
 
     statement: str
-    rows: str
-    columns: str
-    stream: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    stream: str | None
 
     @property
     def statements(self) -> tuple[str, ...]:

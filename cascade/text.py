@@ -223,7 +223,8 @@ def render_directive(directive: Directive) -> str:
         case Bind():
             return f"bind {{{', '.join(directive.statements)}}} on {directive.unit}"
         case Place():
-            return f"place {directive.statement} on {directive.rows}, {directive.columns} by {directive.stream}"
+            rows, columns = (" * ".join(side) or "1" for side in (directive.rows, directive.columns))
+            return f"place {directive.statement} on {rows}, {columns} by {directive.stream or 1}"
         case _:
             assert_never(directive)
 

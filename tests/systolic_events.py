@@ -202,15 +202,18 @@ class Counting:
         stmt = self.stmts[name]
         assert isinstance(stmt, Einsum)
         each = self.latency(stmt.expr, unit)
-        others = [rank for rank in ranks if rank not in (place.rows, place.columns, place.stream)]
+        rows, columns, stream = (
+            [rank for rank in text.split("*") if rank] for text in (place.rows, place.columns, place.stream)
+        )
+        others = [rank for rank in ranks if rank not in (*rows, *columns, *stream)]
         cycles = 0
         for tile in walker.tiles(stage, walker.within(stage, set(ranks))):
             for _ in itertools.product(*(tile[rank] for rank in others)):
-                for _ in batches(len(tile[place.rows]), unit.rows):
-                    for _ in batches(len(tile[place.columns]), unit.columns):
+                for _ in batches(len(list(itertools.product(*(tile[rank] for rank in rows)))), unit.rows):
+                    for _ in batches(len(list(itertools.product(*(tile[rank] for rank in columns)))), unit.columns):
                         if unit.fill and place.stream not in self.folded(name):
                             cycles += unit.rows  # what stays is loaded row by row
-                        cycles += each * len(tile[place.stream])
+                        cycles += each * len(list(itertools.product(*(tile[rank] for rank in stream))))
                         if unit.fill:
                             cycles += unit.rows - 1 + unit.columns - 1  # the last data enter late, and cross it
         return cycles

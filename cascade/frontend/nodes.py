@@ -339,8 +339,18 @@ class Nodes(Transformer[Word, Any]):
     def bind(self, word: Word, names: tuple[Word, ...], _on: Word, unit: Word) -> Bind:
         return Bind(tuple(map(str, names)), str(unit), span=across(word, unit))
 
-    def place(self, word: Word, name: Word, _on: Word, rows: Word, columns: Word, _by: Word, stream: Word) -> Place:
-        return Place(str(name), str(rows), str(columns), str(stream), span=across(word, stream))
+    def place(
+        self, word: Word, name: Word, _on: Word, rows: tuple[str, ...], columns: tuple[str, ...], _by: Word, last: Word
+    ) -> Place:
+        stream = self.side(last)
+        return Place(str(name), rows, columns, stream[0] if stream else None, span=across(word, last))
+
+    def side(self, *words: Word) -> tuple[str, ...]:
+        wrong = next((word for word in words if word.type != "NAME" and word not in ("*", "1")), None)
+        if wrong is not None:
+            message = f"expected ranks or 1, found {quote(wrong)}"
+            raise Mistake("C105", message, wrong, "a side of an array has ranks, as in c * r, or 1 where it has none")
+        return () if words[0] == "1" else tuple(map(str, words[::2]))
 
     # --- definitions
 

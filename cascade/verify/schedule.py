@@ -101,7 +101,7 @@ def _unknown_in_mapping(
                 yield from _unknown(name, "statement", program.owner, directive.span)
         case Place():
             yield from _unknown(directive.statement, "statement", program.owner, directive.span)
-            for rank in (directive.rows, directive.columns, directive.stream):
+            for rank in (*directive.rows, *directive.columns, *((directive.stream,) if directive.stream else ())):
                 yield from _unknown(rank, "rank variable", ranks, directive.span, "on")
         case _:
             assert_never(directive)

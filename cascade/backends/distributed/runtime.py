@@ -1,7 +1,7 @@
 """Runs the program of a plan on torch.distributed: one process a device, each with what it holds.
 
 Steps run in the order of the plan's tasks, the same on every rank, so collectives meet. Statements are run by the
-interpreter on buffers that are NaN where the rank holds nothing; what ranks exchange are boxes of these, by functional
+interpreter on buffers that are NaN where the rank holds nothing; what ranks exchange are boxes of these, by the
 collectives of torch.distributed: sums, extremes and products as all-reduce, with presence beside them; shards as an
 all-gather of pieces of one size; all-to-all and shifts point to point. What no reduction of the library merges (the
 coordinate of an extreme, the largest few, states of folds) is gathered whole and merged by the interpreter, in the

@@ -410,14 +410,14 @@ def _registers(load: _Load, one_lane: bool) -> float:
 
 
 def placed_cycles(work: Work, unit: Unit, place: Placement, extents: Mapping[str, int], each: int) -> int:
-    """Cycles of an Einsum with two ranks along the sides of an array, a third streaming through it.
+    """Cycles of an Einsum with ranks along the sides of an array, another one streaming through it.
 
     What does not move with the stream stays in the array. All other ranks are gone through one after another.
     """
-    sides = (place.rows, place.columns)
-    folds = ceil_div(extents[place.rows], unit.rows) * ceil_div(extents[place.columns], unit.columns)
-    folds *= math.prod(extents[rank] for rank in work.ranks if rank not in (*sides, place.stream))
-    time = extents[place.stream] * each
+    down, across = (math.prod(extents[rank] for rank in side) for side in place.sides)
+    folds = ceil_div(down, unit.rows) * ceil_div(across, unit.columns)
+    folds *= math.prod(extents[rank] for rank in work.ranks if rank not in place.ranks)
+    time = (extents[place.stream] if place.stream else 1) * each
     if not unit.fill:
         return folds * time
     stays = place.stream in work.reduced
@@ -425,15 +425,26 @@ def placed_cycles(work: Work, unit: Unit, place: Placement, extents: Mapping[str
 
 
 def placements(work: Work) -> Iterator[Placement]:
-    """The ways to lay a sum of products on an array: its result stays, or an operand that has a folded rank does."""
+    """The ways to lay a sum of products on an array: its result stays, or an operand that has a folded rank does.
+
+    An array passes one operand along its rows, another along its columns, so a rank along a side moves one of them
+    alone: those that all operands have, as in a batch, are gone through in turn. Where an operand has no rank of its
+    own, as the vector of a matrix-vector product, it takes one row, or goes through as one element.
+    """
     body = body_of(work.stmt)
     if not (isinstance(body, Reduce) and body.reducer == "sum" and len(work.reads) > 1):
         return
-    kept = [rank for rank in work.ranks if rank not in work.reduced]
+    readers = {
+        rank: {at for at, read in enumerate(work.reads) if rank in read.ranks}
+        for rank in work.ranks
+        if rank not in work.reduced
+    }
+    own: dict[str, set[int]] = {rank: found for rank, found in readers.items() if len(found) < len(work.reads)}
     for folded in work.reduced:
-        for one, other in itertools.permutations(kept, 2):
-            yield Placement(one, other, folded)
-            yield Placement(folded, one, other)
+        for one, other in itertools.permutations({**own, "": set()}, 2):
+            if not own.get(one, set()) & own.get(other, set()):
+                yield Placement(one, other, folded)
+                yield Placement(folded, one, other)
 
 
 def best_placement(work: Work, unit: Unit, extents: Mapping[str, int]) -> Placement | None:
@@ -461,10 +472,10 @@ def _bound(name: str, steps: tuple[Step, ...], machine: Machine, wanted: str | N
 def _cannot(name: str, steps: tuple[Step, ...], machine: Machine, wanted: str | None) -> UnsupportedError:
     units = [unit for unit in machine.units.values() if wanted in (None, unit.name)]
     lacking = {step.op for step in steps if not any(unit.operation(step.op) for unit in units)}
-    where = f"unit {wanted} of {machine.name}" if wanted else f"{machine.name}: no unit"
+    where = f"unit {wanted} of {machine.name} lacks" if wanted else f"no unit of {machine.name} has"
     what = f"{name} needs {quoted_list(sorted(lacking or {step.op for step in steps}))}"
     hint = "add the operation to a unit of the machine file, or bind the Einsum to another unit"
-    return UnsupportedError(Diagnostic("C541", f"{what}, which {where} does not have", help=hint))
+    return UnsupportedError(Diagnostic("C541", f"{what}, which {where}", help=hint))
 
 
 def _check_names(cascaded: Cascaded, machine: Machine, mapping: Map) -> None:
@@ -486,9 +497,11 @@ def _check_names(cascaded: Cascaded, machine: Machine, mapping: Map) -> None:
             raise _misfit(f"{name} runs {times}", "name every Einsum in one stage of one region")
     for name, place in mapping.place:
         ranks = cascaded.works[name].ranks
-        for rank in (place.rows, place.columns, place.stream):
+        for rank in place.ranks:
             if rank not in ranks:
                 raise _misfit(f"{name} has no rank {rank} to lay on an array", suggest(rank, ranks, "its ranks are"))
+            if place.ranks.count(rank) > 1:
+                raise _misfit(f"{rank} of {name} is laid on an array twice", "name each rank once; others come in turn")
 
 
 def _misfit(message: str, hint: str) -> CommandError:

@@ -18,8 +18,8 @@ no loop takes apart is spread over the lanes of a unit. In TOML:
 `keep` holds a tensor inside of a loop, by its label (the rank, where no other is given); `all` is the whole tensor,
 `tile` what one iteration takes, loaded in each anew, `dram` is off chip, `registers` in the units. Left out: a tensor
 from outside is loaded for every iteration that needs other elements, and one that is made stays as long as nothing must
-be made twice. `spill` are tensors that may stay partly off chip where not all fits. `place` lays two ranks along the
-sides of an array.
+be made twice. `spill` are tensors that may stay partly off chip where not all fits. `place` lays ranks along the sides
+of an array.
 
 A schedule has the same in its own words, `region`, `bind` and `place` (`ir.py`): `scheduled` reads them, `directives`
 writes them.
@@ -46,11 +46,29 @@ LEVELS = (ALL, TILE, DRAM, REGISTERS)
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The ranks along the rows and the columns of an array, and the one that streams through it."""
+    """The ranks along the rows and the columns of an array, and the one that streams through it.
+
+    A side may have several ranks, `c*r`: the coordinates of one for each coordinate of the other, side by side. An
+    empty text is no rank: one row, one column, or one element that goes through.
+    """
 
     rows: str
     columns: str
     stream: str
+
+    @property
+    def sides(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The ranks along the rows and along the columns."""
+        down, across = (
+            [rank.strip() for rank in side.split("*")] if side else [] for side in (self.rows, self.columns)
+        )
+        return tuple(down), tuple(across)
+
+    @property
+    def ranks(self) -> tuple[str, ...]:
+        """All of them; the others of an Einsum are gone through one coordinate at a time."""
+        down, across = self.sides
+        return (*down, *across, *((self.stream,) if self.stream else ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +105,9 @@ def scheduled(cascade: Cascade) -> Mapping | None:
     binds = (item for item in cascade.schedule if isinstance(item, Bind))
     units = tuple((name, bind.unit) for bind in binds for name in bind.statements)
     places = (item for item in cascade.schedule if isinstance(item, Place))
-    place = tuple((item.statement, Placement(item.rows, item.columns, item.stream)) for item in places)
+    place = tuple(
+        (item.statement, Placement("*".join(item.rows), "*".join(item.columns), item.stream or "")) for item in places
+    )
     return Mapping(regions, units, place) if regions else None
 
 
@@ -99,7 +119,7 @@ def directives(mapping: Mapping) -> tuple[Directive, ...]:
     taken: set[str] = set()
     regions = (replace(region, name=fresh(_identifier(region.name), taken)) for region in mapping.regions)
     binds = (Bind(tuple(names), unit) for unit, names in units.items())
-    places = (Place(name, at.rows, at.columns, at.stream) for name, at in mapping.place)
+    places = (Place(name, *at.sides, at.stream or None) for name, at in mapping.place)
     return (*regions, *binds, *places)
 
 

@@ -468,7 +468,8 @@ def _check_region(
     ranks = cascaded.shapes.ranks
     for loop in (*region.loops, *(loop for stage in region.stages for loop in stage.loops)):
         if loop.rank not in ranks:
-            raise _misfit(f"the cascade has no rank {loop.rank}", suggest(loop.rank, ranks, "its ranks are"))
+            message = f"a loop of region {region.name!r} is over {loop.rank}, which is no rank of the cascade"
+            raise _misfit(message, suggest(loop.rank, ranks, "its ranks are"))
     for name in (*dict(region.keep), *region.spill):
         if name not in readers and name not in here:
             hint = suggest(name, (*readers, *here), "its tensors are")

@@ -18,7 +18,7 @@ from cascade.backends.systolic.cost import Evaluator
 from cascade.backends.systolic.machine import Machine
 from cascade.backends.systolic.mapping import Mapping as Map
 from cascade.backends.systolic.nest import ceil_div
-from cascade.backends.systolic.work import Cascaded, operations
+from cascade.backends.systolic.work import Access, Cascaded, operations
 from cascade.errors import CascadeError, CommandError, Diagnostic, UnsupportedError
 from cascade.ir import Loop, Region, Stage
 from cascade.passes.traffic import scheduled_groups
@@ -57,7 +57,7 @@ def search(
         for bound in bindings(cascaded, machine, mapping, region):
             with contextlib.suppress(UnsupportedError):
                 found.append(_best(Evaluator(cascaded, machine, bound), number, sizes, progress))
-        mapping = min(found, key=lambda best: best.rank).mapping
+        mapping = _moved(cascaded, machine, min(found, key=lambda best: best.rank), number, sizes).mapping
         number += 1
     return mapping
 
@@ -69,16 +69,42 @@ def taken_apart(mapping: Map, number: int) -> Map:
 
 
 def bindings(cascaded: Cascaded, machine: Machine, mapping: Map, region: Region) -> Iterator[Map]:
-    """Where units reach memory on paths of their own: the mapping with all of a region on each unit that can do it.
+    """The mapping with all that a unit can do of a region on it, where the fastest unit may not be the best.
 
-    Which is best depends on operations a byte: few of them want the unit with most bandwidth, many the one with lanes.
+    That is where units reach memory on paths of their own (few operations a byte want the one with most bandwidth, many
+    the one with lanes) and where an array has to be filled.
     """
-    if len(machine.memories) < 2 or region.phases:
+    if region.phases or (len(machine.memories) < 2 and not any(unit.fill for unit in machine.units.values())):
         return
+    seen = [Evaluator(cascaded, machine, mapping).unit]
     others = tuple(pair for pair in mapping.units if pair[0] not in region.statements)
     for unit in machine.units.values():
-        if all(operations(cascaded.works[name].steps, unit) is not None for name in region.statements):
-            yield replace(mapping, units=(*others, *((name, unit.name) for name in region.statements)))
+        able = [name for name in region.statements if operations(cascaded.works[name].steps, unit) is not None]
+        bound = replace(mapping, units=(*others, *((name, unit.name) for name in able)))
+        chosen = Evaluator(cascaded, machine, bound).unit
+        if chosen not in seen:
+            seen.append(chosen)
+            yield bound
+
+
+def _moved(cascaded: Cascaded, machine: Machine, best: _Best, number: int, sizes: Mapping[str, int]) -> _Best:
+    """The mapping with Einsums of a region moved to another unit, one by one, where that takes less.
+
+    Units of a region work at the same time, so what one can do may better be shared among them.
+    """
+    region = best.mapping.regions[number]
+    if region.phases:
+        return best
+    for name, unit in itertools.product(region.statements, machine.units.values()):
+        if operations(cascaded.works[name].steps, unit) is None:
+            continue
+        others = tuple(pair for pair in best.mapping.units if pair[0] != name)
+        moved = replace(best.mapping, units=(*others, (name, unit.name)))
+        with contextlib.suppress(CascadeError):
+            rank = _rank(Evaluator(cascaded, machine, moved), number, region, sizes)
+            if rank < best.rank:
+                best = replace(best, mapping=moved, rank=rank)
+    return best
 
 
 Rank = tuple[float, int, int]  # seconds, bytes of memory, bytes on chip: the less the better
@@ -225,7 +251,7 @@ def candidates(
     works = [cascaded.works[name] for name in region.statements]
     common = [rank for rank in works[0].ranks if all(rank in work.ranks for work in works)]
     every = [access for work in works for access in (*work.reads, *work.writes)]
-    outer = [rank for rank in common if all(rank in access.ranks for access in every) and extents[rank] > 1]
+    outer = [rank for rank in common if extents[rank] > 1 and all(_moves(access, rank) for access in every)]
     if len(outer) == len(common):
         outer = outer[:-1]
     points = tuple(Loop(rank, 1, rank) for rank in outer)
@@ -235,6 +261,11 @@ def candidates(
         for own in itertools.product(*inner):
             stages = tuple(replace(stage, loops=loops) for stage, loops in zip(region.stages, own, strict=True))
             yield replace(region, loops=(*points, *shared), stages=stages)
+
+
+def _moves(access: Access, rank: str) -> bool:
+    """Whether every coordinate of a rank finds a tensor at others; data, divisions and windows may share some."""
+    return any(place.ranks == (rank,) and place.steps is not None for place in access.places)
 
 
 def _own(

@@ -103,11 +103,12 @@ def _cycles(evaluator: Evaluator, work: Work, nest: Nest) -> Form:
     if place is None:
         return points * each / sympy.Integer(unit.lanes)
     lengths = {**nest.extents, **nest.lengths(nest.cut(work.ranks))}
-    stream = lengths[place.stream] * each
-    folds = points / (nest.extents[place.rows] * nest.extents[place.columns] * nest.extents[place.stream])
-    tiles = math.prod(nest.extents[rank] / lengths[rank] for rank in (place.rows, place.columns, place.stream))
-    inside = sympy.ceiling(lengths[place.rows] / sympy.Integer(unit.rows))
-    inside *= sympy.ceiling(lengths[place.columns] / sympy.Integer(unit.columns))
+    stream = (lengths[place.stream] if place.stream else sympy.Integer(1)) * each
+    folds = points / math.prod(nest.extents[rank] for rank in place.ranks)
+    tiles = math.prod(nest.extents[rank] / lengths[rank] for rank in place.ranks)
+    inside = sympy.Integer(1)
+    for side, lanes in zip(place.sides, (unit.rows, unit.columns), strict=True):
+        inside *= sympy.ceiling(math.prod(lengths[rank] for rank in side) / sympy.Integer(lanes))
     extra = unit.rows + unit.columns - 2 + (0 if place.stream in work.reduced else unit.rows)
     return folds * tiles * inside * (stream + (extra if unit.fill else 0))
 

@@ -20,6 +20,7 @@ from cascade.backends.triton.planner import Planner, Tiling
 from cascade.backends.triton.restate import restated
 from cascade.backends.triton.standalone import contiguous
 from cascade.backends.triton.tune import choose, planned
+from cascade.backends.triton.updates import Update, update_of
 from cascade.inference import bind_sizes
 from cascade.ir import Cascade, DType
 from cascade.walk import defines
@@ -37,24 +38,23 @@ class Forecast:
 
 
 def forecast(
-    final: Cascade, sizes: Mapping[str, int], types: Mapping[str, DType], machine: Machine
+    final: Cascade,
+    sizes: Mapping[str, int],
+    types: Mapping[str, DType],
+    machine: Machine,
+    in_place: Mapping[str, str] | None = None,
 ) -> tuple[tuple[Forecast, ...], tuple[str, ...]]:
-    """The kernels of a cascade after the pipeline, in order, and the names of what runs in none."""
-    bound = bind_sizes(final, {}, sizes)
-    cascade = restated(final, bound, types, bound).cascade
-    layouts = {
-        param.name: contiguous(
-            [size if isinstance(size, int) else bound[size] for size in param.shape], types[param.name]
-        )
-        for param in cascade.params
-    }
-    planner = Planner(cascade, bound, layouts, machine.arch >= "sm_90")
+    """The kernels of a cascade after the pipeline, in order, and the names of what runs in none.
+
+    `in_place` are results that take the memory of a parameter, as `compile` has it.
+    """
+    planner = _planner(final, bind_sizes(final, {}, sizes), types, machine, in_place or {})
     groups = planner.groups()
     found: list[Forecast] = []
     outside: list[str] = []
     for number, group in enumerate(groups):
         if isinstance(group, Rest):
-            outside += [name for stmt in group.statements for name in defines(stmt)]
+            outside += [name for stmt in group.statements for name in defines(stmt) if name not in planner.views]
             continue
         name = f"{final.name}_{number}"
         choice = choose(planner, name, group, groups, machine)
@@ -62,6 +62,25 @@ def forecast(
         names = tuple(name for stmt in group.statements for name in defines(stmt))
         found.append(Forecast(name, names, choice.tiling, work(kernel, extents), choice.estimate))
     return tuple(found), tuple(outside)
+
+
+def _planner(
+    final: Cascade, bound: Mapping[str, int], types: Mapping[str, DType], machine: Machine, in_place: Mapping[str, str]
+) -> Planner:
+    """The planner of a first call with contiguous tensors: ranks that lie side by side are one, as in a launch."""
+    layouts = {
+        param.name: contiguous(
+            [size if isinstance(size, int) else bound[size] for size in param.shape], types[param.name]
+        )
+        for param in final.params
+    }
+    found = restated(final, bound, types, bound, frozenset(layouts))
+    updates = {result: update_of(found.cascade, result, param) for result, param in in_place.items()}
+    return Planner(
+        found.cascade, found.joined.extents(bound), layouts, machine.arch >= "sm_90", why=found.why,
+        views=found.joined.views,
+        updates={result: update for result, update in updates.items() if isinstance(update, Update)},
+    )  # fmt: skip
 
 
 def forecast_json(kernels: tuple[Forecast, ...], outside: tuple[str, ...], machine: Machine) -> dict[str, Any]:

@@ -59,6 +59,7 @@ class Events:
     buffer_writes: int = 0
     held: list[int] = field(default_factory=list)
     region_cycles: list[int] = field(default_factory=list)
+    idle: Counter[str] = field(default_factory=Counter)  # cycles that arrays save by leaving out what has no live point
 
 
 class Counting:
@@ -197,7 +198,10 @@ class Counting:
         self.events.region_cycles.append(max(busy.values()))
 
     def laid(self, name: str, place: Placement, walker: Walker, stage: int) -> int:
-        """Cycles of an Einsum that is laid on an array: every tile, every other coordinate, every part of the array."""
+        """Cycles of an Einsum that is laid on an array: every tile, every other coordinate, every part of the array.
+
+        A part without a live point is left out, and what would go through it; what it would take is kept in `idle`.
+        """
         unit, ranks = self.machine.units[self.units[name]], self.ranks(name)
         stmt = self.stmts[name]
         assert isinstance(stmt, Einsum)
@@ -206,17 +210,39 @@ class Counting:
             [rank for rank in text.split("*") if rank] for text in (place.rows, place.columns, place.stream)
         )
         others = [rank for rank in ranks if rank not in (*rows, *columns, *stream)]
+        tests = self.filters(name, stmt)
         cycles = 0
         for tile in walker.tiles(stage, walker.within(stage, set(ranks))):
-            for _ in itertools.product(*(tile[rank] for rank in others)):
-                for _ in batches(len(list(itertools.product(*(tile[rank] for rank in rows)))), unit.rows):
-                    for _ in batches(len(list(itertools.product(*(tile[rank] for rank in columns)))), unit.columns):
+            for other in itertools.product(*(tile[rank] for rank in others)):
+                for down in self.parts(tile, rows, unit.rows):
+                    for across in self.parts(tile, columns, unit.columns):
+                        edges = 0
                         if unit.fill and place.stream not in self.folded(name):
-                            cycles += unit.rows  # what stays is loaded row by row
-                        cycles += each * len(list(itertools.product(*(tile[rank] for rank in stream))))
+                            edges += unit.rows  # what stays is loaded row by row
                         if unit.fill:
-                            cycles += unit.rows - 1 + unit.columns - 1  # the last data enter late, and cross it
+                            edges += unit.rows - 1 + unit.columns - 1  # the last data enter late, and cross it
+                        passing = list(itertools.product(*(tile[rank] for rank in stream)))
+                        fixed = dict(zip(others, other, strict=True))
+                        live = 0
+                        for element in passing:
+                            at = fixed | dict(zip(stream, element, strict=True))
+                            places = (
+                                at | dict(zip(rows, one, strict=True)) | dict(zip(columns, two, strict=True))
+                                for one in down for two in across
+                            )  # fmt: skip
+                            live += any(
+                                all(value(test, point, self.sizes) in (None, True) for test in tests)
+                                for point in places
+                            )
+                        cycles += live * each + edges * (live > 0)
+                        self.events.idle[name] += (len(passing) - live) * each + edges * (live == 0)
         return cycles
+
+    @staticmethod
+    def parts(tile: Tile, ranks: list[str], lanes: int) -> list[list[tuple[int, ...]]]:
+        """The coordinates along one side of an array, as many at a time as it has elements."""
+        spots = list(itertools.product(*(tile[rank] for rank in ranks)))
+        return [spots[part.start : part.stop] for part in batches(len(spots), lanes)]
 
     @staticmethod
     def at_once(stage: int, live: list[tuple[int, int, int]]) -> int:

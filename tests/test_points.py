@@ -65,6 +65,46 @@ def test_a_triangle_and_a_band(length: int) -> None:
     assert lattice.points([causal, near], extents, {}) == rows * (rows + 1) // 2 + (length - rows) * 128
 
 
+def tiles_with_points(tests: list[Expr], extents: dict[str, int], tile: dict[str, int]) -> int:
+    """The tiles that have a point at which all tests hold, by looking at every point of each."""
+    compiled = [closure(test, tuple(extents), SIZES) for test in tests]
+    parts = [
+        [range(at, min(at + tile[rank], extent)) for at in range(0, extent, tile[rank])]
+        for rank, extent in extents.items()
+    ]
+    return sum(
+        any(all(test(point) for test in compiled) for point in itertools.product(*chosen))
+        for chosen in itertools.product(*parts)
+    )
+
+
+def test_tiles_that_have_points_are_counted_as_by_looking_at_each() -> None:
+    decided = 0
+    for seed in range(800):
+        rng = random.Random(seed)
+        ranks = RANKS[: rng.choice((1, 2, 2))]
+        extents = {rank: rng.choice((1, 2, 5, 9, 16, 21)) for rank in ranks}
+        tile = {rank: rng.choice((1, 2, 4, 4, 7)) for rank in ranks}
+        tests: list[Expr] = [
+            Apply(rng.choice(("lt", "le", "gt", "ge")), (random_form(rng, ranks), random_form(rng, ranks)))
+        ]
+        found = lattice.tiles(tests, extents, SIZES, tile)
+        decided += found is not None
+        assert found in (None, tiles_with_points(tests, extents, tile)), (seed, tests, extents, tile)
+    assert decided > 600
+
+
+@pytest.mark.parametrize(
+    "tile", [{"m": 4, "n": 4}, {"m": 1, "n": 4}, {"m": 4, "n": 1}, {"m": 16, "n": 4}, {"m": 5, "n": 5}]
+)
+@pytest.mark.parametrize("near", [1, 3, 9])
+def test_tiles_of_a_window(tile: dict[str, int], near: int) -> None:
+    extents = {"m": 21, "n": 32}
+    causal = Apply("le", (Rank("n"), Rank("m")))
+    window = Apply("lt", (Apply("sub", (Rank("m"), Rank("n"))), Const(near)))
+    assert lattice.tiles([causal, window], extents, {}, tile) == tiles_with_points([causal, window], extents, tile)
+
+
 def test_what_it_cannot_count_is_none() -> None:
     odd = Apply("eq", (Apply("mod", (Rank("m"), Const(2))), Const(0)))
     steep = Apply("le", (Apply("mul", (Const(2), Rank("m"))), Apply("mul", (Const(3), Rank("n")))))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import reduce
@@ -115,6 +115,45 @@ def _comparison(op: str, left: Linear | None, right: Linear | None) -> list[Conj
 
 def points(tests: Iterable[Expr], extents: Mapping[str, int], sizes: Mapping[str, int]) -> int | None:
     """At how many coordinates of the ranks of `extents` all tests hold; None where this way of counting does not do."""
+    found = _united(tests, sizes)
+    return None if found is None else _total(found, extents)
+
+
+def tiles(
+    tests: Iterable[Expr], extents: Mapping[str, int], sizes: Mapping[str, int], tile: Mapping[str, int]
+) -> int | None:
+    """How many tiles, of so many coordinates of each rank, have points at which tests hold; None as for `points`.
+
+    A tile counts where each linear form is 0 or more somewhere in it, the same point or not: that is exact for one
+    form, and for several that bound the same difference of two ranks, as a window does.
+    """
+    found = _united(tests, sizes)
+    if found is None:
+        return None
+    coarse = [frozenset(form for atom in atoms for form in _coarse(atom, extents, tile)) for atoms in found]
+    return _total(coarse, {rank: -(-extent // tile[rank]) for rank, extent in extents.items()})
+
+
+def _coarse(atom: Linear, extents: Mapping[str, int], tile: Mapping[str, int]) -> Iterator[Linear]:
+    """Forms over numbers of tiles that are all 0 or more where a form is so somewhere in the tile.
+
+    Its largest value is at the ends of the tile; the last tile of a rank may end with the rank.
+    """
+    ends: list[list[Linear]] = []
+    for rank, factor in atom.factors:
+        size = tile[rank]
+        inside = factor * (size - 1) if factor > 0 else 0
+        ends.append([Linear(((rank, factor * size),), inside)])
+        if factor > 0 and extents[rank] % size:
+            ends[-1].append(Linear((), factor * (extents[rank] - 1)))
+    for chosen in itertools.product(*ends):
+        form = reduce(Linear.plus, chosen, Linear((), atom.constant))
+        scale = math.gcd(*(factor for _, factor in form.factors)) or 1
+        yield Linear(tuple((rank, factor // scale) for rank, factor in form.factors), form.constant // scale)
+
+
+def _united(tests: Iterable[Expr], sizes: Mapping[str, int]) -> list[Conjunction] | None:
+    """Tests as one union of few conjunctions; None where they are none."""
     found: list[Conjunction] = [frozenset()]
     for test in tests:
         part = union(test, sizes)
@@ -123,6 +162,11 @@ def points(tests: Iterable[Expr], extents: Mapping[str, int], sizes: Mapping[str
         found = list(dict.fromkeys(a | b for a, b in itertools.product(found, part)))
         if len(found) > MAX_UNION:
             return None
+    return found
+
+
+def _total(found: Sequence[Conjunction], extents: Mapping[str, int]) -> int | None:
+    """The points of a box that are in one of some conjunctions."""
     total = 0
     for count in range(1, len(found) + 1):
         for chosen in itertools.combinations(found, count):

@@ -14,7 +14,7 @@ iterations add to them. A unit reads no tensor from the buffer that it has made 
 
 Filters count for work, exactly where `points.py` can; data move as whole tiles. An array that is filled and drained at
 its edges takes `stream + rows + columns - 2` cycles for every pair of tiles that it holds, and `rows` more where these
-are operands: Samajdar et al., SCALE-Sim, ISPASS 2020.
+are operands: Samajdar et al., SCALE-Sim, ISPASS 2020. Pairs of tiles in which no point is live are left out.
 
 Units: cycles, seconds, bytes, pJ. Requires: canonical.
 """
@@ -37,8 +37,10 @@ from cascade.backends.systolic.work import Cascaded, Merge, Step, Work, operands
 from cascade.errors import CommandError, Diagnostic, UnsupportedError, quoted_list
 from cascade.inference import bind_sizes, infer_dtypes
 from cascade.ir import Cascade, DType, Expr, Reduce
+from cascade.passes import lattice
 from cascade.passes.points import LivePoints, body_of
 from cascade.passes.traffic import BYTES
+from cascade.walk import free_ranks
 from cascade.wording import suggest
 
 WORDS = {1: DType.BF16, 2: DType.BF16, 4: DType.F32, 8: DType.F64}
@@ -237,18 +239,29 @@ class Evaluator:
         depth = nest.cut(work.ranks)
         if unit.fill and place is None:
             place = best_placement(work, unit, {**extents, **nest.lengths(depth)})
+            if place is not None and self.filters[work.name]:
+                place = min(placements(work), key=lambda way: self._on_array(work, points, nest, way))
         each = self.each[work.name]
         if place is None:
             cycles = ceil_div(live, unit.lanes) * each
         else:  # every tile is laid on the array anew
-            tiles = nest.tiles(work.ranks, depth)
-            cycles = sum(weight * placed_cycles(work, unit, place, lengths, each) for weight, lengths in tiles)
+            cycles = self._on_array(work, points, nest, place)
         for ranks, one, takes in self.firsts[work.name]:
             first = math.prod([extents[rank] for rank in ranks])
             for name, count in one.items():
                 done[name] = done.get(name, 0) + count * first
             cycles += ceil_div(first, unit.lanes) * takes
         return _Load(unit, live, done, cycles)
+
+    def _on_array(self, work: Work, points: LivePoints, nest: Nest, place: Placement) -> int:
+        """Cycles of an Einsum whose tiles are laid on an array: those with live points, where that can be counted."""
+        unit, each, depth = self.unit[work.name], self.each[work.name], nest.cut(work.ranks)
+        live = live_folds(work, unit, place, nest, self.filters[work.name], points.sizes)
+        if live is not None:
+            folds, elements = live
+            return elements * each + folds * edges(work, unit, place)
+        tiles = nest.tiles(work.ranks, depth)
+        return sum(weight * placed_cycles(work, unit, place, lengths, each) for weight, lengths in tiles)
 
     def _points(self, work: Work, points: LivePoints, extents: Mapping[str, int]) -> int:
         """The live points of an Einsum."""
@@ -417,11 +430,40 @@ def placed_cycles(work: Work, unit: Unit, place: Placement, extents: Mapping[str
     down, across = (math.prod(extents[rank] for rank in side) for side in place.sides)
     folds = ceil_div(down, unit.rows) * ceil_div(across, unit.columns)
     folds *= math.prod(extents[rank] for rank in work.ranks if rank not in place.ranks)
-    time = (extents[place.stream] if place.stream else 1) * each
-    if not unit.fill:
-        return folds * time
+    return folds * ((extents[place.stream] if place.stream else 1) * each + edges(work, unit, place))
+
+
+def edges(work: Work, unit: Unit, place: Placement) -> int:
+    """Cycles in which an array fills and drains, for each tile that is laid on it."""
     stays = place.stream in work.reduced
-    return folds * (time + unit.rows + unit.columns - 2 + (0 if stays else unit.rows))
+    return unit.rows + unit.columns - 2 + (0 if stays else unit.rows) if unit.fill else 0
+
+
+def live_folds(
+    work: Work, unit: Unit, place: Placement, nest: Nest, filters: tuple[Expr, ...], sizes: Mapping[str, int]
+) -> tuple[int, int] | None:
+    """How often an array is laid out with live points in it, and the elements that stream through it for these.
+
+    None without a filter, and where tiles with live points cannot be counted: where filters are no linear forms, where
+    a side has several ranks, or tiles of the array do not begin where those of the loops do.
+    """
+    lengths = nest.inside(nest.cut(work.ranks))
+    lanes = {rank: count for side, count in zip(place.sides, (unit.rows, unit.columns), strict=True) for rank in side}
+    tile = {rank: min(lanes.get(rank, 1), lengths[rank]) for rank in work.ranks}
+    whole = all(lengths[rank] in (nest.extents[rank], tile[rank]) or not lengths[rank] % tile[rank] for rank in lanes)
+    if not filters or any(len(side) > 1 for side in place.sides) or not whole:
+        return None
+    concerned = {rank for test in filters for rank in free_ranks(test)}
+    extents = {rank: nest.extents[rank] for rank in work.ranks if rank in concerned}
+    found = []
+    for step in (lengths[place.stream] if place.stream else 1, 1):
+        each = {**tile, **({place.stream: step} if place.stream else {})}
+        live = lattice.tiles(filters, extents, sizes, each)
+        if live is None:
+            return None
+        others = (ceil_div(nest.extents[rank], each[rank]) for rank in work.ranks if rank not in concerned)
+        found.append(live * math.prod(others))
+    return found[0], found[1]
 
 
 def placements(work: Work) -> Iterator[Placement]:

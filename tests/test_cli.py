@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import importlib.util
 import json
 import os
 import re
@@ -447,7 +446,6 @@ def test_sweep_draws_the_figures_that_are_asked_for(capfd: pytest.CaptureFixture
     assert text.count("<rect") == 2 * 4
 
 
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
 @pytest.mark.parametrize(("form", "begins"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])
 def test_sweep_draws_pictures(capfd: pytest.CaptureFixture[str], tmp_path: Path, form: str, begins: bytes) -> None:
     path = tmp_path / f"rows.{form}"
@@ -455,7 +453,6 @@ def test_sweep_draws_pictures(capfd: pytest.CaptureFixture[str], tmp_path: Path,
     assert path.read_bytes().startswith(begins)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")
 def test_sweep_writes_parquet(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     assert run_command([*SWEEP, "-s", "N=512,1024", "-o", str(path), "--json"]) == 0
@@ -463,7 +460,6 @@ def test_sweep_writes_parquet(capfd: pytest.CaptureFixture[str], tmp_path: Path)
     assert importlib.import_module("pyarrow.parquet").read_table(path).to_pylist() == rows
 
 
-@pytest.mark.skipif(importlib.util.find_spec("distributed") is None, reason="distributed is not installed")
 def test_sweep_runs_on_a_cluster(capfd: pytest.CaptureFixture[str]) -> None:
     distributed = importlib.import_module("distributed")
     with distributed.LocalCluster(

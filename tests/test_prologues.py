@@ -35,8 +35,11 @@ BOTH = """cascade both(Q[M,H,E], g[E], K[N,H,E], k[E], V[N,H,E]) -> O[H,M,E] {
     P[h,m,n] = softmax[n] S[h,m,n]; O[h,m,e] = P[h,m,n] * V[n,h,e] }"""
 TWICE = STEP.replace("-> O[B,H,E]", "-> O[B,H,E], Y[B,H]").replace("; S[t,h,n]", "; Y[t,h] = sum[e] A[t,h,e]; S[t,h,n]")
 KEPT = STEP.replace("-> O[B,H,E]", "-> O[B,H,E], A[B,H,E]")
-SIZES = {"B": 3, "H": 4, "E": 32, "N": 200, "M": 96}
-LARGE = {"B": 32, "H": 8, "E": 128, "N": 8192, "M": 8192}
+CHOSEN = """cascade chosen(X[T,N], W[D,E], K[B,E], V[T,E]) -> O[B,E] {
+    c[t,j], i[t,j] = topk[n, 2] X[t,n]; G[t] = sum[j] c[t,j]
+    S[b,m] = sum[e] K[b,e] * V[m,e] * G[m]; P[b,m] = softmax[m] S[b,m]; O[b,e] = P[b,m] * V[m,e] }"""
+SIZES = {"B": 3, "H": 4, "E": 32, "N": 200, "M": 96, "T": 70, "D": 8}
+LARGE = {"B": 32, "H": 8, "E": 128, "N": 8192, "M": 8192, "T": 4096, "D": 8}
 
 
 def final(text: str) -> Cascade:
@@ -89,12 +92,16 @@ def test_what_others_need_is_stored(text: str) -> None:
     assert all("S" not in names for names in kernels(text, LARGE) if "A" in names)
 
 
+def test_what_is_chosen_keeps_its_kernel() -> None:
+    assert all("S" not in names for names in kernels(CHOSEN, LARGE) if "c" in names)
+
+
 def test_nothing_changes_where_nothing_is_gained() -> None:
     before = final(MANY)
     assert with_prologues(before, extents(before, LARGE)) is before
 
 
-@pytest.mark.parametrize("text", [STEP, RENAMED, NORMED, MANY, KEYS, BOTH, TWICE, KEPT])
+@pytest.mark.parametrize("text", [STEP, RENAMED, NORMED, MANY, KEYS, BOTH, CHOSEN, TWICE, KEPT])
 def test_another_name_is_the_same_program(text: str) -> None:
     before = final(text)
     found = with_prologues(before, extents(before, SIZES))

@@ -5,7 +5,7 @@
     all-reduce Y over tp by sum          all-reduce Y over tp by sum at 0=0:512    all-reduce Y ... at 0=512:1024
 
 R1. The rank is that of a statement; the dimension it stands for is followed through what is read plainly, from readers
-to what they read and back, and every statement is split along one rank: the queries' of an attention, never its keys'.
+to what they read and back, and every statement is split along one of its ranks.
 Where a statement reduces the rank, its slices are partial results that merge where they are made, and what follows is
 whole. A tensor that is sharded along the split dimension is sharded within each slice.
 

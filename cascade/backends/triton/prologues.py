@@ -45,7 +45,8 @@ def _prologues(cascade: Cascade, extents: Mapping[str, int]) -> Iterator[Cascade
         made = set(first.names)
         readers = [stmt for stmt in cascade.body if stmt not in first.plain and not made.isdisjoint(reads(stmt))]
         then = next((group for group in groups if readers and all(stmt in group.plain for stmt in readers)), None)
-        if then is None or not results.isdisjoint(made):
+        maps = all(isinstance(stmt, Einsum) and not stmt.inits for stmt in first.plain)
+        if then is None or not maps or not results.isdisjoint(made):
             continue
         names = _names(first, readers, cascade)
         if names is not None and any(old != new for old, new in names.items()):

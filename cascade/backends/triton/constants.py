@@ -18,9 +18,11 @@ from cascade.backends.triton.operands import with_constant_operands
 from cascade.backends.triton.partition import all_ranks, without
 from cascade.backends.triton.plan import BYTES
 from cascade.bounds import absent_tensors
+from cascade.errors import VerifyError
 from cascade.inference import infer_dtypes, infer_shapes
 from cascade.ir import Cascade, Cast, DType, Einsum, Extent, Fold, GroupBy, Param, Read, Result, Size, Stmt
 from cascade.order import units
+from cascade.verify import verify
 from cascade.walk import defines, expressions, reads, walk
 
 SHORT = (DType.F16, DType.BF16)
@@ -37,7 +39,8 @@ class Divided:
 def divided(
     cascade: Cascade, extents: Mapping[str, int], inputs: Mapping[str, DType], constant: Collection[str]
 ) -> Divided | None:
-    """The cascade in two, at extents of the shape symbols and types of the parameters; None where nothing is kept.
+    """The cascade in two, at extents of the shape symbols and types of the parameters; None where nothing is kept, or
+    where a part would not stand alone.
 
     Operands of products that constants make are statements of their own first.
     """
@@ -69,7 +72,17 @@ def divided(
         schedule=tuple(left for item in prepared.schedule if (left := without(item, gone)) is not None),
         given=tuple(given for given in prepared.given if any(given.rank in all_ranks(stmt) for stmt in rest)),
     )
-    return Divided(once, left_over)
+    return Divided(once, left_over) if _stands(once) and _stands(left_over) else None
+
+
+def _stands(cascade: Cascade) -> bool:
+    """Whether a part is a cascade by itself: all its extents are told, and its folds have all that they carry."""
+    try:
+        verify(cascade)
+    except VerifyError:
+        return False
+    told = {size for param in cascade.params for size in param.shape}
+    return all(isinstance(size, int) or size in told for size in infer_shapes(cascade).ranks.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +102,7 @@ class _Made:
         cls, cascade: Cascade, extents: Mapping[str, int], inputs: Mapping[str, DType], constant: Collection[str]
     ) -> _Made:
         shapes = infer_shapes(cascade)
-        apart = {result.name for result in cascade.results} | set(absent_tensors(cascade, extents))
+        apart = {result.name for result in cascade.results} | set(absent_tensors(cascade))
         for item in cascade.schedule:
             apart |= set(item.statements) if isinstance(item, GroupBy) else set()
             apart |= _moved_by(item) if isinstance(item, Fold) else set()

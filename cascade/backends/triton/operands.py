@@ -57,7 +57,7 @@ def with_constant_operands(
 
     They are to be made once, so it pays wherever they have no more bytes than what they are made of.
     """
-    program = Program.of(cascade, extents, inputs, extents)
+    program = Program.of(cascade, extents, inputs, {})
     sides = (
         (stmt, *found) for stmt in cascade.body for found in program.constant_sides(stmt, constant)
         if program.is_no_longer(*found[1:])

@@ -78,7 +78,7 @@ def collect(result: Result, workload: Workload, device: torch.device, effort: st
         if calls:
             contenders[name] = calls
         if calls and peer.checked and ours is not None and OURS in contenders and name not in result.doubts:
-            far = apart(ours, theirs)
+            far = apart(ours, theirs, workload.settled(sets[0]))
             if not far <= APART:
                 result.failed[OURS] = f"wrong: a row outside of the checked slice differs from {name} by {far:.2g}"
                 del contenders[OURS]
@@ -159,13 +159,14 @@ def errors(found: Tensor, wanted: Tensor) -> tuple[float, float]:
     return float((found - wanted).norm() / wanted.norm()), worst_row(found.flatten(1), wanted.flatten(1))
 
 
-def apart(ours: Any, theirs: Any) -> float:
-    """The largest difference of a row of floating-point results, relative to the row; nan where a result is."""
+def apart(ours: Any, theirs: Any, settled: slice | Tensor = slice(None)) -> float:
+    """The largest difference of a settled row of floating-point results, relative to the row; nan where a result is."""
     worst = 0.0
     for one, other in zip(tensors(ours), tensors(theirs), strict=True):
         if one.is_floating_point():
             width = one.shape[-1] if one.dim() > 1 else 1
-            far = worst_row(one.reshape(-1, width).float(), other.reshape(-1, width).float())
+            one, other = (part.reshape(-1, width)[settled].float() for part in (one, other))
+            far = worst_row(one, other)
             worst = far if math.isnan(far) else max(worst, far)
     return worst
 

@@ -13,6 +13,11 @@ Inputs = dict[str, Any]
 """The tensors of a cascade by name; a peer may add what it needs, such as a mask."""
 
 
+def every_row(inputs: Inputs) -> slice | Tensor:
+    """No rounding turns a choice that a row of the result hangs on."""
+    return slice(None)
+
+
 def unprepared(inputs: Inputs) -> Inputs:
     """The inputs as they are."""
     return inputs
@@ -60,7 +65,8 @@ class Workload:
     `inputs` makes a new set of random inputs from a seeded generator; `expected` computes the results on a slice of
     them, in float64, and `found` takes the same slice out of what was computed: both with one row of the result a row.
     Inputs that are written keep their values from call to call. `flops` and `moved` are the operations and the bytes of
-    one call: whichever is not 0 gives the rate that is shown.
+    one call: whichever is not 0 gives the rate that is shown. `settled` tells which rows of the result no rounding can
+    turn, where data chooses what they are made of: the others are not held against those of a peer.
     """
 
     name: str
@@ -73,6 +79,7 @@ class Workload:
     flops: float = 0.0
     moved: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)  # of compiling: results in place, constants
+    settled: Callable[[Inputs], slice | Tensor] = every_row
 
 
 def size_of(value: Any) -> int:

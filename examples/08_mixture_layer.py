@@ -19,11 +19,17 @@ CHOSEN = 2  # experts of a token
 decoder = importlib.import_module("examples.07_decoder_layer")
 
 
+def logits(X, cosine, sine, g1, Wq, Wk, Wv, Wo, g2, Wr, **experts):
+    """What attention gives, and how well each expert suits each token."""
+    z = decoder.attended(X, cosine, sine, g1, Wq, Wk, Wv, Wo)
+    return z, F.linear(F.rms_norm(z, g2.shape, g2, 1e-6), Wr)
+
+
 def plain(X, cosine, sine, g1, Wq, Wk, Wv, Wo, g2, Wr, Wg, Wu, Wd):
     """The same layer in plain torch, expert by expert."""
-    z = decoder.attended(X, cosine, sine, g1, Wq, Wk, Wv, Wo)
+    z, suits = logits(X, cosine, sine, g1, Wq, Wk, Wv, Wo, g2, Wr)
     m = F.rms_norm(z, g2.shape, g2, 1e-6)
-    weights, experts = torch.topk(torch.softmax(F.linear(m, Wr), -1), CHOSEN)
+    weights, experts = torch.topk(torch.softmax(suits, -1), CHOSEN)
     weights = weights / weights.sum(-1, keepdim=True)
     out = z.clone()
     for expert in range(len(Wr)):

@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cascade.backends.triton.partition import NO_TILE, Rest, partition
+from cascade.backends.triton.partition import NO_TILE, Rest, partition, without
 from cascade.backends.triton.products import matrix_product
 from cascade.inference import Shapes, infer_shapes, stated
 from cascade.ir import (
@@ -186,7 +186,7 @@ class _Pair:
                     body.append(flat.back(stmt, sizes[1]))
                 elif name not in own and name in self.read:
                     body.append(flat.view(name, self.shapes))
-        schedule = tuple(new for item in cascade.schedule if (new := flat.directive(item)) is not None)
+        schedule = tuple(new for item in cascade.schedule for new in flat.directives(item, cascade.body))
         found = dataclasses.replace(
             cascade, body=tuple(body), schedule=schedule, given=(*cascade.given, Given(flat.rank.name, symbol))
         )
@@ -263,19 +263,23 @@ class _Flat:
             stmt.target, Read(self.name(stmt.target.name), tuple(one if p == self.rank else p for p in index))
         )
 
-    def directive(self, item: Directive) -> Directive | None:
-        """A part of the schedule with the statements under their names; None where nothing is left of it."""
+    def directives(self, item: Directive, body: Sequence[Stmt]) -> Iterator[Directive]:
+        """A part of the schedule with the statements under their names, of a trip those with the rank by themselves."""
         own = {name for stmt in self.pair.statements for name in defines(stmt)}
         if isinstance(item, Fuse) and Rank(item.rank) in self.pair.ranks:
             if own.issuperset(item.statements):
-                return dataclasses.replace(item, statements=self.names(item.statements), rank=self.rank.name)
-            left = tuple(name for name in item.statements if name not in own)
-            return dataclasses.replace(item, statements=left) if len(left) > 1 else None
-        if isinstance(item, Fuse):
-            return dataclasses.replace(item, statements=self.names(item.statements))
-        if not isinstance(item, Fold) or own.isdisjoint((*item.state, *item.update, *item.finalize)):
-            return item
-        return self.renamed_fold(item) if own.issuperset((*item.state, *item.update)) else None  # no trip of one kernel
+                yield dataclasses.replace(item, statements=self.names(item.statements), rank=self.rank.name)
+            elif (left := without(item, own)) is not None:
+                yield left
+        elif isinstance(item, Fuse):
+            yield dataclasses.replace(item, statements=self.names(item.statements))
+        elif not isinstance(item, Fold) or own.isdisjoint((*item.state, *item.update, *item.finalize)):
+            yield item
+        else:
+            mine, rest = without(item, {*item.state, *item.update, *item.finalize} - own), without(item, own)
+            parts = [part for part in (mine, rest) if isinstance(part, Fold)]
+            if all(_is_closed(part, item, body) for part in parts):  # else no trip of one kernel
+                yield from (self.renamed_fold(part) if part is mine else part for part in parts)
 
     def renamed_fold(self, item: Fold) -> Fold:
         """A trip of these statements alone, under their names."""
@@ -292,3 +296,15 @@ class _Flat:
     def names(self, some: Sequence[str]) -> tuple[str, ...]:
         own = {name for stmt in self.pair.statements for name in defines(stmt)}
         return tuple(self.renamed.get(name, name) if name in own else name for name in some)
+
+
+def _is_closed(part: Fold, whole: Fold, body: Sequence[Stmt]) -> bool:
+    """Whether a part of a fold needs nothing of the other states and of what changes with them."""
+    changing = set(whole.state)
+    for stmt in body:
+        if not changing.isdisjoint(reads(stmt)):
+            changing |= set(defines(stmt)) & set(whole.update)
+    others = changing - {*part.state, *part.update}
+    own = [stmt for stmt in body if not {*part.state, *part.update}.isdisjoint(defines(stmt))]
+    merged = {node.tensor.rstrip("'") for merge in part.merge for node in walk(merge.expr) if isinstance(node, Read)}
+    return others.isdisjoint(merged) and all(others.isdisjoint(reads(stmt)) for stmt in own)

@@ -201,7 +201,7 @@ class Launcher:
             return Planner(
                 found.cascade, joined.extents(extents), layouts, descriptors, joined.with_parts(moving),
                 {s: n for s, n in joined.extents(sizes).items() if s in joined.with_parts(symbols)},
-                why=found.why, views=joined.views, updates=updates,
+                why=found.why, views=joined.views, updates=updates, in_order=found.in_order,
             ), joined  # fmt: skip
 
         larger, changing = frozenset[str](), moving

@@ -324,7 +324,8 @@ def _memory_times(machine: Machine, work: Work, resident: int) -> tuple[float, f
     memory = (work.read_bytes + work.write_bytes) / bandwidth
     if work.stages >= 2 and work.in_flight:  # else the latency of each load counts where programs wait for it
         flight = min(work.programs, machine.sms * resident) * work.in_flight
-        memory = work.read_bytes / min(bandwidth, flight / machine.latency_us) + work.write_bytes / bandwidth
+        waited = work.read_bytes * machine.latency_us / flight
+        memory = math.hypot(work.read_bytes / bandwidth, waited) + work.write_bytes / bandwidth
     ports = machine.l2_bandwidth_tbs * 1e6 * min(1.0, work.programs / machine.sms)
     return memory, (work.read_bytes + work.write_bytes + work.l2_bytes) / ports
 

@@ -37,6 +37,8 @@ WHOLE_SIDE = 0.3  # of the time of a product: what it costs that a side of it li
 OPERATIONS = 230  # that tensor cores do while a byte moves to or from memory
 LAUNCH = 8_000_000  # bytes that move in the time that one more kernel takes
 ELEMENT = 2  # bytes of a stored element, about
+PART = 4  # bytes of a result of a part of a stream
+FEWEST_ROWS = 16  # of a product, in a tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,9 +303,10 @@ def _pays(
 ) -> bool:
     """Whether what need not move between kernels is worth what products lose of which a side lies whole in a tile.
 
-    With few rows that is the time in which they read a long side: too few programs share it.
+    With few rows that is the time in which they read a long side: too few programs share it. Or programs share what is
+    streamed, and each writes results of its own, which another kernel reads.
     """
-    lost = 0
+    lost = parted = 0
     before = arrange(group, cascade, extents)
     for other in (*group, stmt):
         product = matrix_product(other)
@@ -317,13 +320,15 @@ def _pays(
             long = any(_coordinates(list(side), extents) > PRODUCT_LIMIT for side in whole)
             operations = 2 * _coordinates(all_ranks(other), extents)
             lost += max(operations, touched * ELEMENT * OPERATIONS) if long else operations
+            parts = MANY // max(1, _coordinates(together.shared, extents) // FEWEST_ROWS)
+            parted += parts * _coordinates(targets(other)[0].ranks, extents) * 2 * PART
     read = [set(_accesses(group)), set(_accesses([stmt]))]
     made = {name for other in group for name in defines(other)}
     moved = sum(
         _coordinates(ranks, extents) * (2 if name in made else 1 if (name, ranks) in read[0] else 0)
         for name, ranks in read[1]
     )
-    return WHOLE_SIDE * lost <= (moved * ELEMENT + LAUNCH) * OPERATIONS
+    return WHOLE_SIDE * lost <= (moved * ELEMENT + LAUNCH - parted) * OPERATIONS
 
 
 def _accesses(statements: Sequence[Stmt]) -> Iterator[tuple[str, tuple[str, ...]]]:

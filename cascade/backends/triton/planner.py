@@ -100,6 +100,7 @@ class Planner:
     why: Mapping[str, str] = field(default_factory=dict)  # of tensors that the author's cascade has not
     views: Mapping[str, str] = field(default_factory=dict)  # tensors that are the memory of another one
     updates: Mapping[str, Update] = field(default_factory=dict)  # results that are written into a parameter
+    in_order: frozenset[str] = frozenset()  # tensors that lie in the order of an index, if its rows can be sorted
     merges: bool = False  # what parts of a stream have left: nothing is left to share
     narrow: bool | None = None  # whether no float that comes of it has 32 bits; None: what this cascade returns says
     ranks: dict[str, int] = field(init=False)  # the extents that choices are made for
@@ -121,6 +122,7 @@ class Planner:
         self.absent = absent_tensors(self.cascade, {**self.extents, **self.actual})
         self.dtypes = infer_dtypes(self.cascade, {name: layout.dtype for name, layout in self.layouts.items()})
         self.rows = self.named_rows()
+        self.in_order = frozenset(name for rows in self.rows if self.sortable(rows) for name in self.ordered(rows))
         if self.narrow is None:
             floats = {self.dtypes[result.name] for result in self.cascade.results} & FLOATS
             self.narrow = bool(floats) and floats.isdisjoint({DType.F32, DType.F64})
@@ -165,6 +167,27 @@ class Planner:
             found.append(rows)
         return tuple(found)
 
+    def ordered(self, rows: Rows) -> frozenset[str]:
+        """What a group makes in the order of its index, whose shapes then have the places of all tiles in front."""
+        found = self.in_order & set(rows.item.statements)
+        for stmt in self.cascade.body if found else ():
+            for target in targets(stmt):
+                if target.name in found:
+                    ranks = rows.target(target).ranks
+                    self.shapes[target.name] = tuple(self.sizes[rank] for rank in ranks)
+        if found:
+            self.extents = {**self.extents, **self.padded(self.blocks(rows, self.row_tile(rows)))}
+        return found
+
+    def row_tile(self, rows: Rows) -> int:
+        """How many rows a tile has where nothing but their number decides."""
+        return rows_a_tile(self.ranks[rows.rank], self.values(rows))
+
+    def lies_in_order(self, group: Group) -> bool:
+        """Whether a group reads or makes what lies in the order of its rows: then its tiles are those of all others."""
+        names = {*group.names, *(name for stmt in group.statements for name in self.outside_reads(stmt, group))}
+        return group.rows is not None and not self.in_order.isdisjoint(names)
+
     def in_rows(self, rows: Mapping[str, Rows]) -> Cascade:
         """The cascade with the statements of each group over the rank that counts its rows, its index still read."""
         own = {target.name: target for stmt in self.cascade.body for target in targets(stmt)}
@@ -172,7 +195,8 @@ class Planner:
         for stmt in self.cascade.body:
             mine = rows.get(defines(stmt)[0])
             if mine is not None and isinstance(stmt, Einsum):
-                stmt = mine.rewritten(stmt, {name: own[name] for name in mine.item.statements}, mine.index)
+                beside = {name: own[name] for name in (*mine.item.statements, *self.in_order) if name in own}
+                stmt = mine.rewritten(stmt, beside, mine.index)
             body.append(stmt)
         kept = {id(one.item) for one in rows.values()}
         schedule = (d for d in self.cascade.schedule if not isinstance(d, GroupBy) or id(d) in kept)
@@ -184,7 +208,8 @@ class Planner:
         if mine is None:
             return group
         written = tuple(stmt for stmt in self.cascade.body if defines(stmt)[0] in group.names)
-        own = {target.name: target for stmt in written for target in targets(stmt)}
+        beside = (stmt for stmt in self.cascade.body if stmt in written or not self.in_order.isdisjoint(defines(stmt)))
+        own = {target.name: target for stmt in beside for target in targets(stmt)}
         statements = [mine.rewritten(stmt, own, mine.here) for stmt in written if isinstance(stmt, Einsum)]
         return dataclasses.replace(
             group, statements=(*mine.leading(self.sizes), *statements), rows=mine, written=written
@@ -463,7 +488,7 @@ class Planner:
             places = {name: self.updates[name].place for name in setting.results if name in self.updates}
             return dataclasses.replace(setting, scattered=places)
         own = {target.name: target for stmt in group.written for target in targets(stmt)}
-        scattered = {name: rows.scattered(own[name]) for name in setting.results}
+        scattered = {name: rows.scattered(own[name]) for name in setting.results if name not in self.in_order}
         inside = frozenset((rows.here, *(name for _, name in rows.places)))
         return dataclasses.replace(setting, scattered=scattered, row=rows.row, inside=inside)
 
@@ -817,6 +842,11 @@ class Planner:
         return list(dict.fromkeys(rank for ranks in found for rank in ranks))
 
     def tiled(self, group: Group) -> set[str]:
+        """The shared ranks that a program has a tile of: rows that are sorted, and what lies contiguously in memory."""
+        rows = set() if group.rows is None or self.products(group) else {group.rows.rank}
+        return self.tiled_sides(group) | rows
+
+    def tiled_sides(self, group: Group) -> set[str]:
         """The shared ranks that a program has a tile of: the sides of matrix products, else what lies contiguously."""
         shared = set(group.arrangement.shared)
         products = [found for stmt in self.products(group) if (found := matrix_product(stmt)) is not None]
@@ -914,7 +944,8 @@ class Planner:
                 return self.nested_tiling(group, tiles, tiled)
             for rank in tiled:
                 if group.rows is not None and rank == group.rows.rank:
-                    tiles[rank] = min(rows, rows_a_tile(self.ranks[rank], self.values(group.rows)))
+                    fixed = self.row_tile(group.rows)
+                    tiles[rank] = fixed if self.lies_in_order(group) else min(rows, fixed)
                     continue
                 together = self.packed(group).get(rank)
                 tiles[rank] = min(rows, max(16, power_of_two(together or self.ranks[rank])))
@@ -936,6 +967,8 @@ class Planner:
         for rank in tiled:
             room = max(1, (64 if self.steps_singly(group) else 2048) // size)
             tiles[rank] = min(power_of_two(self.ranks[rank]), room)
+            if group.rows is not None and rank == group.rows.rank:
+                tiles[rank] = self.row_tile(group.rows)
             size *= tiles[rank]
         warps = max(1, min(32, size // (512 if in_pairs(group.statements) else 1024)))
         return Tiling(tuple(tiles.items()), Options(warps, 2), self.default_parts(group, tiles))

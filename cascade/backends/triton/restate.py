@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from cascade.backends.triton.counts import with_extents
 from cascade.backends.triton.joined import Joined, with_joined
 from cascade.backends.triton.operands import with_operands
+from cascade.backends.triton.ordered import in_order, with_ordered_operands
 from cascade.backends.triton.picks import with_picks
 from cascade.backends.triton.prologues import with_prologues
 from cascade.backends.triton.scaled import with_scaled_operands
@@ -19,6 +20,7 @@ from cascade.walk import defines
 
 PICKED = "an element a row, computed anew: less than to store the whole tensor"
 STORED = "an operand made once: a product that computes it for every tile of its result would take longer"
+ORDERED = "an operand in the order of the rows that read it: tiles of it lie together, and no product gathers them"
 STREAMED = "scales of rows and columns are in operands made once: every tile along the stream would be scaled"
 SUMMED = "one sum: what the sums that it was made of are multiplied with is known before"
 COUNTED = "with the extents in the place of counts: none of what they count is absent"
@@ -33,6 +35,7 @@ class Restated:
     cascade: Cascade
     why: Mapping[str, str]
     joined: Joined
+    in_order: frozenset[str] = frozenset()  # tensors that lie in memory in the order of an index
 
 
 def restated(
@@ -45,7 +48,7 @@ def restated(
     """The cascade as kernels are planned for it, at extents of the shape symbols and types of the parameters.
 
     Some extents are `certain`: proofs may use them. Ranks are joined where it is known which parameters are
-    `contiguous`.
+    `contiguous`, and rows then lie in the order in which they are read.
     """
 
     def of_ranks(found: Cascade) -> dict[str, int]:
@@ -58,6 +61,7 @@ def restated(
         (lambda found: with_sums(found, of_ranks(found), inputs), SUMMED),
         (lambda found: with_scaled_operands(found, extents, inputs, certain), STREAMED),
         (lambda found: with_operands(found, extents, inputs, certain), STORED),
+        (lambda found: found if contiguous is None else with_ordered_operands(found, extents, inputs), ORDERED),
         (lambda found: with_scales(found, of_ranks(found)), SCALED),
     )
     why: dict[str, str] = {}
@@ -71,7 +75,8 @@ def restated(
     joined = Joined(cascade) if contiguous is None else with_joined(cascade, extents, contiguous)
     known = {name for stmt in cascade.body for name in defines(stmt)}
     why |= dict.fromkeys((n for s in joined.cascade.body for n in defines(s) if n not in known), JOINED)
-    return Restated(joined.cascade, why, joined)
+    ordered = frozenset[str]() if contiguous is None else in_order(joined.cascade, inputs)
+    return Restated(joined.cascade, why, joined, ordered)
 
 
 def sums(cascade: Cascade) -> set[str]:

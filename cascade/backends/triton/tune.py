@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -37,7 +38,7 @@ from cascade.passes.memo import load, store
 from cascade.text import render, render_stmt
 from cascade.walk import targets
 
-VERSION = "6"  # of entries on disk; another one whenever a choice may change
+VERSION = "7"  # of entries on disk; another one whenever a choice may change
 QUICK = 6  # candidates that are timed with little effort
 SHOWN = 4  # candidates besides the chosen one that a choice remembers
 SMALLEST = 16  # side of a matrix product
@@ -72,6 +73,7 @@ TWO_SIDES = (
     (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4),
     (128, 128, 64, 4, 3), (64, 256, 64, 4, 4), (256, 64, 64, 4, 4), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4),
     (64, 64, 64, 4, 4), (64, 32, 64, 4, 4), (32, 64, 64, 4, 4), (16, 64, 128, 4, 4), (64, 16, 128, 4, 4),
+    (32, 128, 128, 4, 3), (128, 32, 128, 4, 3), (32, 64, 128, 4, 3), (64, 32, 128, 4, 3),
     (16, 128, 64, 4, 4), (128, 16, 64, 4, 4), (128, 256, 32, 8, 3), (128, 128, 32, 8, 3), (64, 64, 32, 4, 3),
     (32, 32, 32, 4, 3), (16, 32, 256, 4, 4), (32, 16, 256, 4, 4), (16, 16, 256, 4, 4),
 )  # fmt: skip
@@ -99,7 +101,8 @@ FINER = (32, 1)  # times as many parts of a stream as fill a GPU: with more the 
 FEWEST = 4  # tiles of a part, so that its beginning and its end count for little
 TABLED = 2048  # rows: each entry of the tables of even parts looks at all of them; so many fill a GPU in any order
 AVERAGE = 0.5  # of the longest row: how long rows are where data says so, as far as is known before it is seen
-BESIDE = 8  # tiles of one side: what runs at a time reads about as much of either side
+BESIDE = 8  # tiles that read the same at a time, where each has a stream of its own
+AT_A_TIME = 132  # programs, about: as many multiprocessors
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +162,7 @@ def _with_products(planner: Planner, group: Group, base: Tiling) -> Iterator[Til
 
     def cut(rank: str, tile: int) -> int:
         if group.rows is not None and rank == group.rows.rank:
-            return min(tile, base.of(rank))
+            return base.of(rank) if planner.lies_in_order(group) else min(tile, base.of(rank))
         if rank in packed or (rank == stream and planner.steps_singly(group)):
             return base.of(rank)
         return min(tile, max(SMALLEST, power_of_two(planner.ranks[rank])))
@@ -196,13 +199,31 @@ def _with_products(planner: Planner, group: Group, base: Tiling) -> Iterator[Til
             continue
         if resident and count <= resident * FEW_PROGRAMS:
             continue  # each would have one tile
-        beside = BESIDE if (len(sides) == 2 and count > FEW_PROGRAMS) or nested else 0
+        beside = BESIDE if nested else 0
+        if len(sides) == 2 and count > FEW_PROGRAMS:
+            beside = _beside(planner, group, sides, chosen)
         crowded = sums > CROWDED * WARP * warps
         edge = EDGE_TILE if crowded and stream is not None and chosen[stream] > EDGE_TILE else 0
         yield Tiling(tuple(chosen.items()), Options(warps, stages, edge, beside, resident, pieces))
     for warps, stages in () if table else ((4, 2), (4, 3), (8, 2), (8, 3)):
         options = dataclasses.replace(base.options, num_warps=warps, num_stages=stages)
         yield dataclasses.replace(base, options=options)
+
+
+def _beside(planner: Planner, group: Group, sides: Sequence[str], tiles: Mapping[str, int]) -> int:
+    """How many tiles of the first side are beside each other: what runs at a time reads about as much of either side.
+
+    A side of several operands is read as often.
+    """
+    read: list[set[object]] = [set(), set()]
+    for stmt in planner.products(group):
+        found = matrix_product(stmt)
+        pairs = () if found is None else ((found.left, found.rows), (found.right, found.columns))
+        for (terms, ranks), (at, rank) in itertools.product(pairs, enumerate(sides)):
+            if rank in ranks:
+                read[at].add(terms)
+    first, second = (max(1, len(terms)) * tiles[rank] for terms, rank in zip(read, sides, strict=True))
+    return 1 << max(0, int(math.log2(AT_A_TIME * second / first) / 2))
 
 
 def _accumulated(planner: Planner, group: Group, tiles: Mapping[str, int]) -> int:
@@ -247,6 +268,7 @@ def _all_rows(planner: Planner, group: Group, base: Tiling) -> Iterator[Tiling]:
     for tile in streams:
         for lengths in _lengths([planner.ranks[rank] for rank in tiled]):
             tiles = whole | ({stream: tile} if stream is not None else {}) | dict(zip(tiled, lengths, strict=True))
+            tiles |= {group.rows.rank: base.of(group.rows.rank)} if group.rows is not None else {}
             held = planner.held(group, tiles)
             for warps in (1, 2, 4, 8, 16, 32):
                 if least <= held // (32 * warps) <= most:
@@ -389,7 +411,7 @@ def _late(machine: Machine, work: Work, found: Estimate, rounds: float) -> float
     """By how much a loop takes longer because operands come later than they are wanted.
 
     A loop of s stages asks for its operands s - 1 rounds ahead. Where these rounds are shorter than the way from L2, a
-    program waits for the rest; other resident ones go on meanwhile.
+    program waits for the rest; other resident ones go on meanwhile. Slower memory makes them late anyway.
     """
     if work.stages < 2 or not rounds or not found.blocks_per_sm:
         return 1.0
@@ -397,8 +419,9 @@ def _late(machine: Machine, work: Work, found: Estimate, rounds: float) -> float
     units = [parts[name] for name in ("matrix", "exp", "vector")]
     busy = (sum(units) if work.dependent else max(units)) * machine.sms / rounds
     ahead = work.stages - 1
-    fetch = FETCH_US + work.flight_bytes / ahead / (machine.l2_bandwidth_tbs * 1e6 / machine.sms)
     resident = min(found.blocks_per_sm, max(1.0, work.programs / machine.sms))
+    busy = max(busy, parts["memory"] * resident * machine.sms / rounds)
+    fetch = FETCH_US + work.flight_bytes / ahead / (machine.l2_bandwidth_tbs * 1e6 / machine.sms)
     lasts = found.time_us * resident * machine.sms / rounds
     return 1.0 + max(0.0, fetch - ahead * busy) / (lasts * resident)
 

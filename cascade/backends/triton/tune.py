@@ -419,9 +419,9 @@ def _late(machine: Machine, work: Work, found: Estimate, rounds: float) -> float
     units = [parts[name] for name in ("matrix", "exp", "vector")]
     busy = (sum(units) if work.dependent else max(units)) * machine.sms / rounds
     ahead = work.stages - 1
-    resident = min(found.blocks_per_sm, max(1.0, work.programs / machine.sms))
-    busy = max(busy, parts["memory"] * resident * machine.sms / rounds)
+    busy = max(busy, parts["memory"] * machine.sms / rounds)
     fetch = FETCH_US + work.flight_bytes / ahead / (machine.l2_bandwidth_tbs * 1e6 / machine.sms)
+    resident = min(found.blocks_per_sm, max(1.0, work.programs / machine.sms))
     lasts = found.time_us * resident * machine.sms / rounds
     return 1.0 + max(0.0, fetch - ahead * busy) / (lasts * resident)
 

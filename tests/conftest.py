@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import os
 import tempfile
-import types
 from collections.abc import Iterator
 
 os.environ["CASCADE_CHECK"] = "2"  # before anything of cascade is imported: it is read once
@@ -17,28 +14,14 @@ import hypothesis
 import pytest
 import torch
 
+from tests import interpreting
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on the CPU, slowly
 
 
-def remember_builtins(interpreter: types.ModuleType, core: types.ModuleType) -> None:
-    """Has Triton's interpreter look for the builtins of its language once, not at every launch of a kernel.
-
-    That is a fifth of the time of a small kernel. What it puts in their place it takes back after each launch.
-    """
-    found: dict[object, list[tuple[str, object]]] = {}
-
-    def patch(package: object, builder: object, scope: object) -> None:
-        if package not in found:
-            found[package] = [pair for pair in inspect.getmembers(package) if core.is_builtin(pair[1])]
-        for name, member in found[package]:
-            interpreter._patch_attr(package, name, member, builder, scope)
-
-    interpreter._patch_builtin = patch
-
-
 if os.environ.get("TRITON_INTERPRET") == "1":
-    remember_builtins(*map(importlib.import_module, ("triton.runtime.interpreter", "triton.language.core")))
+    interpreting.hasten()
 
 hypothesis.settings.register_profile("cascade", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("cascade")

@@ -1,0 +1,139 @@
+"""Triton's interpreter without what it does again and again: its kernels run as before, several times sooner.
+
+It replaces the language for each launch, and once more for each function that a kernel calls; it makes the same types,
+shapes and tables of types for every operation; and it tests integers for overflow by seven operations of its own
+language. Here the language is replaced once a launch, by what was found at the first; what is made of equal parts is
+made once; and the test is two comparisons. Every operation of a kernel is still executed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import types
+from typing import Any
+
+import numpy as np
+
+WIDE = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+
+def hasten() -> None:
+    """Puts all of it in place, once for a process that interprets kernels."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    language = importlib.import_module("triton.language")
+    replace_language_once(interpreter, language)
+    make_types_once(interpreter, language.core)
+    interpreter.interpreter_semantic.binary_op_sanitize_overflow_impl = functools.partial(refuse_overflow, interpreter)
+
+
+class Replaced:
+    """The language as the interpreter has it, from a launch to its end; functions that a kernel calls find it so."""
+
+    def __init__(self, interpreter: types.ModuleType, language: types.ModuleType) -> None:
+        scope = type(self).found(interpreter, language)
+        firsts = {(id(place), name): old for place, name, old in reversed(scope._changes)}
+        self.members = [
+            (place, name, firsts[id(place), name], getattr(place, name))
+            for place, name in {(id(place), name): (place, name) for place, name, _ in scope._changes}.values()
+        ]
+        scope.restore()
+        self.missing = interpreter._MISSING
+        self.depth = 0
+        self.inner = interpreter._LangPatchScope()
+
+    @staticmethod
+    def found(interpreter: types.ModuleType, language: types.ModuleType) -> Any:
+        """What the interpreter itself replaces for a kernel that sees all of the language."""
+        seen = {"tl": language, "core": language.core}
+        return interpreter._patch_lang(types.SimpleNamespace(__globals__=seen))
+
+    def enter(self) -> Any:
+        """The language replaced; what takes it back is `restore`, where this is not inside another launch."""
+        if self.depth:
+            return self.inner  # empty: taken back by the launch
+        self.depth = 1
+        for place, name, _, new in self.members:
+            setattr(place, name, new)
+        return self
+
+    def restore(self) -> None:
+        """The language as it was."""
+        self.depth = 0
+        for place, name, old, _ in self.members:
+            if old is self.missing:
+                delattr(place, name)
+            else:
+                setattr(place, name, old)
+
+
+def replace_language_once(interpreter: types.ModuleType, language: types.ModuleType) -> None:
+    """A launch replaces the language by what was found for the first; the functions that it calls need not."""
+    semantic = interpreter.interpreter_semantic
+
+    def patch_attr(place: object, name: str, member: Any, builder: object, scope: Any) -> None:
+        called = getattr(member, "__wrapped__", member)  # around it, Triton asks only whether `_semantic` is given
+
+        def replaced(*args: Any, **kwargs: Any) -> Any:
+            kwargs["_semantic"] = semantic
+            return called(*args, **kwargs)
+
+        scope.set_attr(place, name, replaced)
+
+    interpreter._patch_attr = patch_attr
+    replaced = Replaced(interpreter, language)
+    interpreter._patch_lang = lambda fn: replaced.enter()
+
+
+def make_types_once(interpreter: types.ModuleType, core: types.ModuleType) -> None:
+    """Types of numpy by types of Triton, types of tiles, and the shapes that a tile carries: made once each."""
+    by_name: dict[str, np.dtype[Any]] = {}
+    slow_type, slow_block = interpreter._get_np_dtype, core.block_type.__init__
+
+    def numpy_type(kind: Any) -> np.dtype[Any]:
+        scalar = kind.scalar
+        if type(scalar) is not core.dtype:
+            return slow_type(kind)
+        if scalar.name not in by_name:
+            by_name[scalar.name] = slow_type(scalar)
+        return by_name[scalar.name]
+
+    @functools.cache
+    def attributes(element: str, shape: tuple[int, ...]) -> dict[str, Any]:
+        made = core.block_type.__new__(core.block_type)
+        slow_block(made, core.dtype(element), list(shape))
+        return vars(made)
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        if type(element_ty) is not core.dtype:
+            slow_block(self, element_ty, shape)
+            return
+        sizes = tuple([size.value if isinstance(size, core.constexpr) else size for size in shape])
+        vars(self).update(attributes(element_ty.name, sizes))
+        self.element_ty = element_ty
+
+    @functools.cache
+    def carried(shape: tuple[int, ...]) -> tuple[Any, Any]:
+        numel = 1
+        for size in shape:
+            numel *= size
+        return core.tuple([core.constexpr(size) for size in shape]), core.constexpr(numel)
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = carried(tuple(type.shape.values) if type.is_block() else ())
+
+    interpreter._get_np_dtype = numpy_type
+    core.block_type.__init__ = block_type
+    core.tensor.__init__ = tensor
+
+
+def refuse_overflow(interpreter: types.ModuleType, lhs: Any, rhs: Any, operation: Any) -> None:
+    """The test that a sum, difference or product of integers fits their type, as Triton states it."""
+    kind = lhs.type.scalar
+    if kind.int_bitwidth >= 64 or not interpreter.interpreter_builder.options.sanitize_overflow:
+        return
+    assert kind == rhs.type.scalar and kind.is_int(), f"operands of types {kind} and {rhs.type.scalar}"
+    wide = WIDE[operation.__name__](lhs.handle.data.astype(np.int64), rhs.handle.data.astype(np.int64))
+    if wide.min() < kind.get_int_min_value() or wide.max() > kind.get_int_max_value():
+        raise AssertionError(f"int{kind.int_bitwidth} overflow detected for operation {operation.__name__}")

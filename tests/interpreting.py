@@ -24,6 +24,7 @@ def hasten() -> None:
     language = importlib.import_module("triton.language")
     replace_language_once(interpreter, language)
     make_types_once(interpreter, language.core)
+    ask_less_of_equals(interpreter, language.core)
     interpreter.interpreter_semantic.binary_op_sanitize_overflow_impl = functools.partial(refuse_overflow, interpreter)
 
 
@@ -126,6 +127,39 @@ def make_types_once(interpreter: types.ModuleType, core: types.ModuleType) -> No
     interpreter._get_np_dtype = numpy_type
     core.block_type.__init__ = block_type
     core.tensor.__init__ = tensor
+
+
+def ask_less_of_equals(interpreter: types.ModuleType, core: types.ModuleType) -> None:
+    """Operands of one type and shape meet as they are; in which type others meet is found once for a pair of types."""
+    semantic = interpreter.interpreter_semantic
+    check, broadcast, cast = semantic.binary_op_type_checking_impl, semantic.broadcast_impl_value, semantic.cast
+
+    def both(
+        lhs: Any,
+        rhs: Any,
+        allow_lhs_ptr: bool = False,
+        allow_rhs_ptr: bool = False,
+        arithmetic_check: bool = True,
+        div_or_mod: bool = False,
+    ) -> Any:
+        if isinstance(lhs, core.tensor) and isinstance(rhs, core.tensor) and lhs.dtype is rhs.dtype:
+            kind = lhs.dtype
+            if type(kind) is core.dtype and not (div_or_mod and kind.is_floating()):
+                return shaped(lhs, rhs)
+        return check(lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
+
+    def shaped(lhs: Any, rhs: Any) -> Any:
+        if lhs.handle.data.shape == rhs.handle.data.shape and lhs.type.is_block() == rhs.type.is_block():
+            return lhs, rhs
+        return broadcast(lhs, rhs)
+
+    def converted(value: Any, kind: Any, rounding: str | None = None) -> Any:
+        return value if value.dtype is kind.scalar else cast(value, kind, rounding)
+
+    semantic.binary_op_type_checking_impl, semantic.broadcast_impl_value, semantic.cast = both, shaped, converted
+    semantic.computation_type_impl = functools.cache(semantic.computation_type_impl)
+    slow_equal = core.dtype.__eq__
+    core.dtype.__eq__ = lambda self, other: self is other or slow_equal(self, other)
 
 
 def refuse_overflow(interpreter: types.ModuleType, lhs: Any, rhs: Any, operation: Any) -> None:

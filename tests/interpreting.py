@@ -130,9 +130,13 @@ def make_types_once(interpreter: types.ModuleType, core: types.ModuleType) -> No
 
 
 def ask_less_of_equals(interpreter: types.ModuleType, core: types.ModuleType) -> None:
-    """Operands of one type and shape meet as they are; in which type others meet is found once for a pair of types."""
-    semantic = interpreter.interpreter_semantic
+    """Operands of one type and shape meet as they are; a number that meets a tile becomes one tile for all times.
+
+    In which type two others meet is found once for each pair of types.
+    """
+    semantic, slow_unwrap, slow_equal = interpreter.interpreter_semantic, core._unwrap_if_constexpr, core.dtype.__eq__
     check, broadcast, cast = semantic.binary_op_type_checking_impl, semantic.broadcast_impl_value, semantic.cast
+    together = semantic.computation_type_impl = functools.cache(semantic.computation_type_impl)
 
     def both(
         lhs: Any,
@@ -142,23 +146,50 @@ def ask_less_of_equals(interpreter: types.ModuleType, core: types.ModuleType) ->
         arithmetic_check: bool = True,
         div_or_mod: bool = False,
     ) -> Any:
-        if isinstance(lhs, core.tensor) and isinstance(rhs, core.tensor) and lhs.dtype is rhs.dtype:
+        if type(lhs) is core.tensor and type(lhs.dtype) is core.dtype:
             kind = lhs.dtype
-            if type(kind) is core.dtype and not (div_or_mod and kind.is_floating()):
+            if type(rhs) is core.tensor and rhs.dtype is kind and not (div_or_mod and kind.is_floating()):
                 return shaped(lhs, rhs)
+            if (
+                type(rhs) in (int, float)
+                and together(kind, False, semantic.to_tensor_type(rhs), True, div_or_mod) is kind
+            ):
+                return lhs, number(repr(rhs), type(rhs), kind, sizes(lhs))
+        elif type(lhs) in (int, float) and type(rhs) is core.tensor and type(rhs.dtype) is core.dtype:
+            kind = rhs.dtype
+            if together(semantic.to_tensor_type(lhs), True, kind, False, div_or_mod) is kind:
+                return number(repr(lhs), type(lhs), kind, sizes(rhs)), rhs
         return check(lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
 
+    def sizes(value: Any) -> tuple[int, ...] | None:
+        return value.handle.data.shape if value.type.is_block() else None
+
+    @functools.lru_cache(4096)
+    def number(text: str, python: type, kind: Any, shape: tuple[int, ...] | None) -> Any:
+        made = semantic._cast_to_computation_type(python(text), kind)
+        if shape is not None:
+            made = spread(made, shape)
+        made.handle.data.flags.writeable = False  # many share it
+        return made
+
+    def spread(scalar: Any, shape: tuple[int, ...]) -> Any:
+        data = np.empty(shape, scalar.handle.data.dtype)
+        data[...] = scalar.handle.data
+        return core.tensor(interpreter.TensorHandle(data, scalar.dtype), core.block_type(scalar.dtype, list(shape)))
+
     def shaped(lhs: Any, rhs: Any) -> Any:
-        if lhs.handle.data.shape == rhs.handle.data.shape and lhs.type.is_block() == rhs.type.is_block():
+        left, right = sizes(lhs), sizes(rhs)
+        if left == right:
             return lhs, rhs
+        if left is None or right is None:
+            return (lhs, spread(rhs, left)) if left is not None else (spread(lhs, right or ()), rhs)
         return broadcast(lhs, rhs)
 
     def converted(value: Any, kind: Any, rounding: str | None = None) -> Any:
         return value if value.dtype is kind.scalar else cast(value, kind, rounding)
 
     semantic.binary_op_type_checking_impl, semantic.broadcast_impl_value, semantic.cast = both, shaped, converted
-    semantic.computation_type_impl = functools.cache(semantic.computation_type_impl)
-    slow_equal = core.dtype.__eq__
+    core._unwrap_if_constexpr = lambda value: value if type(value) is core.tensor else slow_unwrap(value)
     core.dtype.__eq__ = lambda self, other: self is other or slow_equal(self, other)
 
 

@@ -7,7 +7,8 @@ import tempfile
 from collections.abc import Iterator
 
 os.environ["CASCADE_CHECK"] = "2"  # before anything of cascade is imported: it is read once
-os.environ["CASCADE_CACHE_DIR"] = tempfile.mkdtemp(prefix="cascade-test-")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the folder that this run began with
+    os.environ["CASCADE_CACHE_DIR"] = tempfile.mkdtemp(prefix="cascade-test-")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers are the parallelism
 
 import hypothesis

@@ -33,6 +33,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite the expected text of the case files")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Campaigns first: a worker that takes a long test last leaves the others idle."""
+    items.sort(key=lambda item: item.get_closest_marker("campaign") is None)
+
+
 @pytest.fixture
 def update_golden(request: pytest.FixtureRequest) -> bool:
     """Whether case files are to be rewritten."""

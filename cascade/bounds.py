@@ -23,6 +23,7 @@ from cascade.errors import VerifyError
 from cascade.inference import infer_shapes
 from cascade.ir import Apply, Cascade, Cast, Const, DType, Expr, Extent, Local, Rank, Read, Reduce, Size, Use
 from cascade.presence import may_be_absent
+from cascade.recent import recently
 from cascade.walk import free_ranks, substitute, walk
 
 FAR = 2**31 - 1  # "up to the extent", where a bound must be a number; the caller takes the smaller of it and the extent
@@ -150,16 +151,25 @@ def absent_tensors(cascade: Cascade, extents: Mapping[str, int] | None = None) -
 
     `extents` are those of ranks or of shape symbols, where known.
     """
+    return _absent_at(cascade, extents) if extents else _absent_anywhere(cascade)
+
+
+@recently
+def _absent_anywhere(cascade: Cascade) -> frozenset[str]:
+    return _absent_at(cascade, {})
+
+
+def _absent_at(cascade: Cascade, extents: Mapping[str, int]) -> frozenset[str]:
     try:
-        sizes = infer_shapes(cascade).ranks
+        sizes: Mapping[str, Size] = infer_shapes(cascade).ranks
     except VerifyError:  # half of a rewrite: whatever has tests may be absent
         sizes = {}
-    known = {rank: extents[size] for rank, size in sizes.items() if size in extents} if extents else {}  # type: ignore[index]
+    known = {rank: extents[size] for rank, size in sizes.items() if isinstance(size, str) and size in extents}
 
     def proved(tests: Sequence[Expr], rank: str, absent: Collection[str]) -> bool:
         return never_empty(tests, rank, sizes, absent=absent)
 
-    return may_be_absent(cascade, {**known, **(extents or {})}, proved)
+    return may_be_absent(cascade, {**known, **extents}, proved)
 
 
 def _witnesses(conditions: Sequence[Expr], rank: str, last: _Form | None, inexact: Collection[str]) -> Iterator[_Form]:

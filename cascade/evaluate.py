@@ -47,6 +47,9 @@ class Stored:
 
     def slice(self, ranks: tuple[str, ...], windows: Iterable[tuple[int, int]]) -> Value:
         """The value at these coordinates, with its dimensions named."""
+        windows = tuple(windows)
+        if all(start == self.at(d) and stop - start == self.data.shape[d] for d, (start, stop) in enumerate(windows)):
+            return Value(self.data, ranks, self.dtype, self.present, self.weak)
         place = self.place(windows)
         present = None if self.present is None else self.present[place]
         return Value(self.data[place], ranks, self.dtype, present, self.weak)
@@ -98,10 +101,14 @@ class Evaluation:
     def statement(self, expr: Expr, reduced: tuple[str, ...] = ()) -> Value:
         """The right side, or a top-k body along the rank `reduced`, with the statement's filter applied."""
         scope = frozenset(rank for target in targets(self.stmt) for rank in target.ranks) | frozenset(reduced)
-        inner = replace(self, bound=scope)
+        inner = self.inside(self.windows, scope, self.masks)
         value = inner.value(expr)
         mask = inner.filter_in_scope()
         return value if mask is None else v.keep(value, mask)
+
+    def inside(self, windows: Windows, bound: frozenset[str], masks: list[Value]) -> Evaluation:
+        """The evaluation over other windows, in another scope."""
+        return Evaluation(self.state, self.stmt, windows, bound, self.locals, self.formal, masks, self.filtering)
 
     def filter_in_scope(self) -> Value | None:
         """The mask of the statement's filter, where every rank it mentions is in scope."""
@@ -173,12 +180,8 @@ class Evaluation:
     def _reduce(self, expr: Reduce) -> Value:
         ranks = tuple(rank for name in expr.ranks for rank in self.formal.get(name, (name,)))
         hidden = {rank for rank in ranks if any(rank in target.ranks for target in targets(self.stmt))}
-        inner = replace(
-            self,
-            bound=self.bound | frozenset(ranks),
-            windows={rank: window for rank, window in self.windows.items() if rank not in hidden},
-            masks=[] if hidden else self.masks,
-        )
+        windows = {rank: window for rank, window in self.windows.items() if rank not in hidden}
+        inner = self.inside(windows, self.bound | frozenset(ranks), [] if hidden else self.masks)
         where = where_of(self.stmt)
         concerned = where is not None and not self.state.filter_ranks(where).isdisjoint(ranks)
         mask = inner.filter_in_scope() if concerned else None

@@ -20,6 +20,7 @@ from cascade.ir import (
 )  # fmt: skip
 from cascade.ops import OPS, Kind
 from cascade.order import units
+from cascade.recent import recently
 from cascade.scopes import Facts, facts, signatures, visible
 from cascade.walk import children, defines, targets
 from cascade.wording import NAME, pinpoint, quote, suggest
@@ -35,8 +36,8 @@ MAX_ELEMENTS = 1 << 62
 class Shapes:
     """The extent of every rank variable and the shape of every tensor of a cascade."""
 
-    ranks: dict[str, Size]
-    tensors: dict[str, tuple[Size, ...]]
+    ranks: Mapping[str, Size]
+    tensors: Mapping[str, tuple[Size, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class Inference:
     unknown: dict[str, Diagnostic]
 
 
+@recently
 def infer_shapes(cascade: Cascade) -> Shapes:
     """The extents and shapes of a cascade; raises all conflicts, and whatever cannot be inferred, as one error."""
     definitions = visible(cascade)

@@ -37,7 +37,7 @@ from cascade.ir import (
     Target, Tile, TopK, Use,
 )  # fmt: skip
 from cascade.ops import REDUCERS
-from cascade.order import Group, iterative_rank, members, order_within_step, units
+from cascade.order import Group, Unit, iterative_rank, members, order_within_step, units
 from cascade.values import Precision, Value
 from cascade.walk import defines, definition, expressions, free_ranks, reads, rewrite, substitute, targets, walk
 
@@ -131,17 +131,28 @@ class Machine(State):
     passing: Mapping[str, frozenset[str]] = field(default_factory=dict)  # see `passing_ranks`
     extremes: dict[str, Value] = field(default_factory=dict)  # the best values behind a streamed argmax or argmin
 
+    small: bool = field(init=False)  # whether all ranks together have too few coordinates for a large intermediate
+
+    def __post_init__(self) -> None:
+        coordinates = math.prod(max(1, self.extent(size)) for size in self.shapes.ranks.values())
+        self.small = coordinates <= MAX_ELEMENTS
+
     # --- order of execution ------------------------------------------------------------------------------------------
 
     def run(self, statements: Sequence[Stmt], windows: Windows, fused: tuple[Group, ...]) -> None:
         """The statements in dependency order, groups block by block, cycles coordinate by coordinate."""
-        for unit in units(statements, fused):
+        self.run_units(units(statements, fused), windows, fused)
+
+    def run_units(self, ordered: Sequence[Unit], windows: Windows, fused: tuple[Group, ...]) -> None:
+        """The units one after the other."""
+        for unit in ordered:
             if isinstance(unit.group, Fold):
                 self.fold(unit.group, unit.statements, windows)
             elif unit.group is not None:
                 rest = tuple(group for group in fused if group is not unit.group)
+                inner = units(unit.statements, rest)
                 for stretch in self._blocks(unit.group.rank, windows):
-                    self.run(unit.statements, {**windows, unit.group.rank: stretch}, rest)
+                    self.run_units(inner, {**windows, unit.group.rank: stretch}, rest)
             elif unit.cyclic:
                 self._scan(unit.statements, windows)
             else:
@@ -197,6 +208,9 @@ class Machine(State):
 
     def _stretches(self, stmt: Einsum, windows: Windows) -> Iterator[Windows]:
         """The windows, cut along the statement's longest rank where an intermediate would be too large."""
+        if self.small:
+            yield windows
+            return
 
         def length(rank: str) -> int:
             start, stop = windows.get(rank, self.full(rank))

@@ -7,6 +7,7 @@ never reaches a present one: reductions replace it by the reducer's identity bef
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -69,8 +70,12 @@ class Value:
 
 def align(data: Tensor, ranks: Sequence[str], wanted: Sequence[str]) -> Tensor:
     """The tensor with its dimensions in the order `wanted`, extent 1 where it has no such rank."""
+    if ranks == wanted:
+        return data
+    if not ranks:
+        return data.reshape((1,) * len(wanted))
     order = [ranks.index(rank) for rank in wanted if rank in ranks]
-    moved = data.permute(order)
+    moved = data if order == list(range(len(order))) else data.permute(order)
     for position, rank in enumerate(wanted):
         if rank not in ranks:
             moved = moved.unsqueeze(position)
@@ -79,6 +84,9 @@ def align(data: Tensor, ranks: Sequence[str], wanted: Sequence[str]) -> Tensor:
 
 def union(*groups: Sequence[str]) -> tuple[str, ...]:
     """The names of all groups, each once, in order of first appearance."""
+    first = groups[0] if groups else ()
+    if all(group == first for group in groups[1:]):
+        return tuple(first)  # names differ within a group, so it is the union itself
     return tuple(dict.fromkeys(name for group in groups for name in group))
 
 
@@ -95,8 +103,8 @@ def constant(value: bool | int | float, device: torch.device) -> Value:
     if isinstance(value, bool):
         return Value(torch.tensor(value, device=device), (), DType.BOOL)
     if isinstance(value, int):
-        return Value(torch.tensor(value, dtype=torch.int64, device=device), (), DType.I64, weak=True)
-    return Value(torch.tensor(value, dtype=torch.float64, device=device), (), DType.F32, weak=True)
+        return Value(torch.scalar_tensor(value, dtype=torch.int64, device=device), (), DType.I64, weak=True)
+    return Value(torch.scalar_tensor(value, dtype=torch.float64, device=device), (), DType.F32, weak=True)
 
 
 def typed(value: Value) -> Typed:
@@ -114,7 +122,7 @@ def common_type(args: Sequence[Value]) -> tuple[DType, bool]:
 def convert(value: Value, dtype: DType, weak: bool, precision: Precision) -> Tensor:
     """The data in the type that an operation computes in; weak floats stay in float64."""
     target = torch.float64 if weak and dtype in FLOATS else precision.storage(dtype)
-    return value.data.to(target)
+    return value.data if value.data.dtype is target else value.data.to(target)
 
 
 PARTIAL = ("floordiv", "mod", "pow")  # of integers, these have no value for some right operands
@@ -164,11 +172,9 @@ _POINTWISE: dict[str, Callable[..., Tensor]] = {
 
 def apply(op: str, args: Sequence[Value], precision: Precision, span: Span | None = None) -> Value:
     """A pointwise operation; present where all operands are, `default` where either is. `span` is for errors."""
-    ranks = union(*(arg.ranks for arg in args))
+    ranks = union(*[arg.ranks for arg in args])
     operands = args[1:] if op == "select" else args
-    result_type = type_of_apply(op, [typed(arg) for arg in args])
-    assert result_type is not None
-    dtype, weak = _computed_in(op, operands, result_type)
+    result_type, dtype, weak = _types(op, tuple([(arg.dtype, arg.weak) for arg in args]))
     data = [align(convert(arg, dtype, weak, precision), arg.ranks, ranks) for arg in operands]
     masks = [None if arg.present is None else align(arg.present, arg.ranks, ranks) for arg in args]
     if op == "default":
@@ -182,11 +188,20 @@ def apply(op: str, args: Sequence[Value], precision: Precision, span: Span | Non
     return Value(_POINTWISE[op](*data), ranks, result_type.dtype, both(*masks), result_type.weak)
 
 
-def _computed_in(op: str, operands: Sequence[Value], result: Typed) -> tuple[DType, bool]:
-    """The type that the operands of an operation are brought to: that of the result, for a comparison their own."""
+@functools.cache
+def _types(op: str, args: tuple[tuple[DType, bool], ...]) -> tuple[Typed, DType, bool]:
+    """The type of a result, and the one that the operands are brought to: that, for a comparison their own.
+
+    Operands are given as types that are weak or not.
+    """
+    operands = [Typed(dtype, weak) for dtype, weak in args]
+    result = type_of_apply(op, operands)
+    assert result is not None
     if op in ("and", "or", "not"):
-        return DType.BOOL, False
-    return common_type(operands) if result.dtype is DType.BOOL else (result.dtype, result.weak)
+        return result, DType.BOOL, False
+    computed = meet(operands[1:] if op == "select" else operands) if result.dtype is DType.BOOL else result
+    assert computed is not None
+    return result, computed.dtype, computed.weak
 
 
 def _default(data: list[Tensor], masks: list[Tensor | None], ranks: tuple[str, ...], dtype: DType, weak: bool) -> Value:
@@ -223,9 +238,12 @@ def keep(value: Value, mask: Value) -> Value:
 
 def expand(value: Value, ranks: Sequence[str], extents: Sequence[int]) -> Value:
     """The value over exactly these ranks at their full extents."""
-    data = align(value.data, value.ranks, ranks).expand(tuple(extents))
-    present = None if value.present is None else align(value.present, value.ranks, ranks).expand(tuple(extents))
-    return Value(data, tuple(ranks), value.dtype, present, value.weak)
+    ranks, shape = tuple(ranks), tuple(extents)
+    if value.ranks == ranks and value.data.shape == shape and (value.present is None or value.present.shape == shape):
+        return value
+    data = align(value.data, value.ranks, ranks).expand(shape)
+    present = None if value.present is None else align(value.present, value.ranks, ranks).expand(shape)
+    return Value(data, ranks, value.dtype, present, value.weak)
 
 
 def identity_of(reducer: str, storage: torch.dtype) -> bool | int | float:

@@ -14,13 +14,13 @@ from cascade.ir import (
 
 def children(expr: Expr) -> tuple[Expr, ...]:
     """The direct operands of an expression, index expressions of a read included."""
-    match expr:
-        case Const() | Rank() | Extent() | Local():
-            return ()
-        case Read():
-            return expr.index
+    match expr:  # what is most frequent first: every analysis comes by here
         case Apply() | Use():
             return expr.args
+        case Read():
+            return expr.index
+        case Const() | Rank() | Extent() | Local():
+            return ()
         case Cast():
             return (expr.arg,)
         case Reduce():

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "cascade"
 # Each stage may import only from those above it, and from itself. A folder is one stage.
 LAYERS = (
     {"errors"},
-    {"settings", "files"},
+    {"settings", "files", "recent"},
     {"ops"},
     {"ir"},
     {"walk", "wording"},

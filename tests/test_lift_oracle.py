@@ -89,8 +89,15 @@ class Number:
 def rational(value: Fraction | int) -> Number:
     """A rational number in the field, and as an exponent."""
     exact = Fraction(value)
-    residue = exact.numerator * pow(exact.denominator, -1, P) % P
-    known = math.gcd(exact.denominator, ORDER) == 1
+    return quotient(exact.numerator, exact.denominator)
+
+
+@functools.lru_cache(1 << 16)
+def quotient(numerator: int, denominator: int) -> Number:
+    """The rational number in lowest terms; the walks of a cascade, one for each plan, come by the same ones."""
+    exact = Fraction(numerator, denominator)
+    residue = numerator * pow(denominator, -1, P) % P
+    known = math.gcd(denominator, ORDER) == 1
     return Number(residue, float(exact), exact, raised(BASE, exact) if known else None)
 
 

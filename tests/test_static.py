@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import fcntl
 import functools
+import pickle
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 
@@ -33,6 +36,7 @@ from cascade.backends.triton.tune import candidates, choose
 from cascade.frontend.build import parse_cascade
 from cascade.ir import DType
 from cascade.pipeline import run_pipeline
+from cascade.settings import settings
 from tests.kernel_programs import PROGRAMS
 
 ROOT = Path(__file__).parent.parent
@@ -169,13 +173,29 @@ def python_of(version: str) -> str:
     return python
 
 
-@functools.cache
-def compiled(version: str) -> dict[str, tuple[StaticFacts | Failure, ...]]:
-    """What all kernels show with one Triton: all compiled in one go."""
-    python = python_of(version)
-    wanted = {shipped.name: built(shipped.name) for shipped in SHIPPED}
-    found = iter(facts([request(b.kernel, b.source) for many in wanted.values() for b in many], "sm_90", python, 2))
+Facts: TypeAlias = dict[str, tuple[StaticFacts | Failure, ...]]
+"""What the kernels of programs show, by the name of the program."""
+
+
+def shown(wanted: Mapping[str, tuple[Built, ...]], version: str, label: str) -> Facts:
+    """What kernels show with one Triton, all compiled in one go by the worker of this run that asks first.
+
+    The others wait for it: it has a compiler for each of two processors.
+    """
+    python, path = python_of(version), settings().cache_dir / f"{label}-{version}.pickle"
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            requests = [request(one.kernel, one.source) for many in wanted.values() for one in many]
+            path.write_bytes(pickle.dumps(facts(requests, "sm_90", python, 2)))
+        found = iter(pickle.loads(path.read_bytes()))
     return {name: tuple(next(found) for _ in many) for name, many in wanted.items()}
+
+
+@functools.cache
+def compiled(version: str) -> Facts:
+    """What all kernels show with one Triton."""
+    return shown({shipped.name: built(shipped.name) for shipped in SHIPPED}, version, "shipped")
 
 
 def wide_products(kernel: Kernel) -> bool:
@@ -311,12 +331,9 @@ def test_a_loop_of_two_products_over_sorted_rows_is_not_joined_with_one_of_tiles
 
 
 @functools.cache
-def facts_in_order(version: str) -> dict[str, tuple[StaticFacts | Failure, ...]]:
+def facts_in_order(version: str) -> Facts:
     """What they show with one Triton."""
-    many = {item.name: in_order(item.name) for item in SHIPPED if "experts" in item.name}
-    requests = [request(one.kernel, one.source) for kernels in many.values() for one in kernels]
-    found = iter(facts(requests, "sm_90", python_of(version), 2))
-    return {name: tuple(next(found) for _ in kernels) for name, kernels in many.items()}
+    return shown({item.name: in_order(item.name) for item in SHIPPED if "experts" in item.name}, version, "in-order")
 
 
 @pytest.mark.parametrize("name", [item.name for item in SHIPPED if "experts" in item.name])

@@ -31,7 +31,9 @@ class KeepUnknown:
 def grammar() -> Lark:
     """The parser for `grammar.lark`. No table is cached on disk: lark would unpickle it."""
     text = Path(__file__).with_name("grammar.lark").read_text(encoding="utf-8")
-    return Lark(text, parser="lalr", lexer="basic", start=list(STARTS), transformer=Nodes(), postlex=KeepUnknown())
+    lark = Lark(text, parser="lalr", lexer="basic", start=list(STARTS), transformer=Nodes(), postlex=KeepUnknown())
+    lark.lexer = lark._build_lexer()  # `Lark.lex` makes one for every text where there is none
+    return lark
 
 
 def scan(source: Source) -> Iterator[Word]:

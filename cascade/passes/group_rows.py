@@ -21,7 +21,7 @@ sizes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -70,7 +70,7 @@ def judged(cascade: Cascade) -> tuple[Judged, ...]:
 # --- products --------------------------------------------------------------------------------------------------------
 
 
-def _judge(stmt: Stmt, shapes: dict[str, tuple[Size, ...]]) -> Judged | None:
+def _judge(stmt: Stmt, shapes: Mapping[str, tuple[Size, ...]]) -> Judged | None:
     """What is known of a statement; None where it is no sum of a product with an operand that data chooses."""
     if not isinstance(stmt, Einsum) or not isinstance(stmt.expr, Reduce) or stmt.expr.reducer != "sum":
         return None
@@ -119,7 +119,7 @@ def _unsuited(stmt: Einsum, reduction: Reduce, terms: Sequence[Expr], operand: R
     return ""
 
 
-def _plain(stmt: Einsum, found: Judged, shapes: dict[str, tuple[Size, ...]]) -> bool:
+def _plain(stmt: Einsum, found: Judged, shapes: Mapping[str, tuple[Size, ...]]) -> bool:
     """Whether everything is read at a row itself, and what the index chooses has as many values."""
     rows = set(free_ranks(found.key))
     nodes = [node for expr in expressions(stmt) for node in walk(expr) if isinstance(node, Read)]
@@ -158,7 +158,7 @@ def _members(item: Fuse | Fold) -> tuple[str, ...]:
     return item.statements if isinstance(item, Fuse) else (*item.update, *item.finalize)
 
 
-def _parts(stmt: Stmt, shapes: dict[str, tuple[Size, ...]], taken: set[str]) -> list[Stmt] | None:
+def _parts(stmt: Stmt, shapes: Mapping[str, tuple[Size, ...]], taken: set[str]) -> list[Stmt] | None:
     """The product of each row and the sum over rows; None where the sum is over no rows, or the product no better."""
     found = _judge(stmt, shapes)
     if found is None or not isinstance(stmt, Einsum) or not isinstance(stmt.expr, Reduce):
@@ -207,7 +207,7 @@ def _weighted(cascade: Cascade) -> Cascade:
 
 
 def _weighing(
-    stmt: Stmt, products: dict[str, Judged], ranks: dict[str, tuple[str, ...]], shapes: dict[str, tuple[Size, ...]]
+    stmt: Stmt, products: dict[str, Judged], ranks: dict[str, tuple[str, ...]], shapes: Mapping[str, tuple[Size, ...]]
 ) -> str | None:
     """The product that a statement sums over rows, each with a weight; None where it does something else."""
     if not isinstance(stmt, Einsum) or not isinstance(stmt.expr, Reduce) or stmt.expr.reducer != "sum":
@@ -310,7 +310,7 @@ def _groups(cascade: Cascade) -> Iterator[GroupBy]:
 
 def _joins(
     stmt: Einsum, found: Judged | None, first: Judged, members: Sequence[str], owner: dict[str, Einsum],
-    shapes: dict[str, tuple[Size, ...]],
+    shapes: Mapping[str, tuple[Size, ...]],
 ) -> bool:  # fmt: skip
     """Whether a statement belongs to a group: another product beside its products, or a map of what they give."""
     leader = owner[first.name]

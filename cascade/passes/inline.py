@@ -51,7 +51,7 @@ class Inline:
         expanded = dataclasses.replace(cascade, body=expansion.body(), uses=())
         if not any(isinstance(stmt, Call) for stmt in cascade.body):
             return expanded
-        return stated(expanded, expansion.shapes.ranks)  # a callee's shapes are gone, the extents they gave are not
+        return stated(expanded, expansion.extents)  # a callee's shapes are gone, the extents they gave are not
 
 
 @dataclass(slots=True, eq=False)
@@ -60,12 +60,14 @@ class _Expansion:
 
     cascade: Cascade
     shapes: Shapes = field(init=False)
+    extents: dict[str, Size] = field(init=False)  # of the cascade's ranks and of those that come with callees
     taken: set[str] = field(init=False)
     absent: set[str] = field(init=False)
     done: list[Stmt] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.shapes = infer_shapes(self.cascade)
+        self.extents = dict(self.shapes.ranks)
         self.taken = names(self.cascade)
         self.absent = set(may_be_absent(self.cascade))
 
@@ -123,7 +125,7 @@ class _Expansion:
             filtered = where is not None and not set(free_ranks(where)).isdisjoint(expr.ranks)
             if filtered or lacks(given[expr.body.name], self.absent, where, self.cascade):
                 return expr
-            sizes = [_size(self.shapes.ranks[rank], expr.span) for rank in expr.ranks]
+            sizes = [_size(self.extents[rank], expr.span) for rank in expr.ranks]
             return functools.reduce(lambda a, b: Apply("mul", (a, b), span=expr.span), sizes)
 
         simpler = rewrite(body, change)
@@ -179,17 +181,17 @@ class _Expansion:
 
     def _rank(self, rank: str, size: Size) -> str:
         """The caller's rank variable of that name where it has that extent, else a fresh one."""
-        if self.shapes.ranks.get(rank) == size:
+        if self.extents.get(rank) == size:
             return rank
         name = fresh(rank, self.taken)
-        self.shapes.ranks[name] = size
+        self.extents[name] = size
         return name
 
     def _output(self, result: Result, tensor: str, name: str, stmt: Call, filled: bool) -> Einsum:
         """The result as a caller sees it: filled where it may be absent, rounded to its declared type."""
         ranks: list[str] = []
         for size in self.shapes.tensors[name]:
-            same = (rank for rank, extent in self.shapes.ranks.items() if extent == size and rank not in ranks)
+            same = (rank for rank, extent in self.extents.items() if extent == size and rank not in ranks)
             ranks.append(next(same, None) or self._rank("i", size))
         value: Expr = Read(tensor, tuple(Rank(rank, span=stmt.span) for rank in ranks), span=stmt.span)
         if filled:

@@ -68,6 +68,7 @@ class _Run:
             for name, expr in self.merges.items()
         }
         self.fixed: dict[str, Scalar] = {}
+        self.outside: dict[Read, tuple[bool, str]] = {}
 
     # --- samples
 
@@ -116,8 +117,8 @@ class _Run:
                         return self.value(stmt.expr, element, state)
                     return state.get(node.tensor)
                 case Read():
-                    moving = any(isinstance(i, Rank) and i.name == self.fold.rank for e in node.index for i in walk(e))
-                    return (element or {}).get(repr(node)) if moving else self.fixed[repr(node)]
+                    moving, atom = self._outside(node)
+                    return (element or {}).get(atom) if moving else self.fixed[atom]
                 case Rank():
                     return 0.0 if element else None
                 case Extent():
@@ -128,6 +129,13 @@ class _Run:
                     return None
 
         return evaluate(expr, leaf)
+
+    def _outside(self, read: Read) -> tuple[bool, str]:
+        """Of a read of a tensor outside of the trip: whether it moves along the rank, and its name in a sample."""
+        if read not in self.outside:
+            moving = any(isinstance(i, Rank) and i.name == self.fold.rank for e in read.index for i in walk(e))
+            self.outside[read] = moving, repr(read)
+        return self.outside[read]
 
     def _along(self, stmt: Stmt) -> bool:
         return isinstance(stmt, Einsum) and self.fold.rank in stmt.target.ranks

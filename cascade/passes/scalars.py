@@ -6,6 +6,7 @@ of a negative number, an overflow) is NaN or an infinity, as in IEEE arithmetic.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -57,6 +58,7 @@ def _apply(op: str, args: list[Scalar], ns: Any) -> Scalar:
     return nan if ns is HIGH and isinstance(found, HIGH.mpc) else found
 
 
+@functools.cache
 def _named(op: str, ns: Any) -> Callable[..., Scalar]:
     functions: Mapping[str, Callable[..., Scalar]] = {
         "exp": ns.exp,

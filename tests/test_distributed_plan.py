@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from cascade import pipeline
 from cascade.backends.distributed.kernels import Clock, groups
-from cascade.backends.distributed.machine import NODES, node
+from cascade.backends.distributed.machine import node, shipped
 from cascade.backends.distributed.plan import Plan, plan, plan_json, plan_text, trace_json
 from cascade.backends.distributed.simulate import simulate
 from cascade.cli import commands
@@ -133,7 +133,7 @@ def test_a_mesh_larger_than_the_machine_is_refused() -> None:
         node("h10x8")
 
 
-@pytest.mark.parametrize("machine", NODES)
+@pytest.mark.parametrize("machine", shipped())
 def test_the_command_writes_json_a_trace_and_text(machine: str, tmp_path: Path) -> None:
     sizes = [word for name, size in {"T": 4096, **LLAMA}.items() for word in ("-s", f"{name}={size}")]
     trace = tmp_path / "trace.json"

@@ -20,7 +20,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cascade.backends.distributed.kernels import IN, OUT, SMS, TILES, Clock, Group, groups, tasks_of
+from cascade.backends.distributed.fused import fused
+from cascade.backends.distributed.kernels import IN, OUT, SMS, TILES, Clock, Group, Layer, groups, launches, layer_of, problem_of
 from cascade.backends.distributed.machine import Node
 from cascade.errors import Diagnostic, InternalError, UnsupportedError
 from cascade.inference import bind_sizes
@@ -49,12 +50,16 @@ COPIES = 3
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What was decided, and how good it is: times in microseconds, on one device as on all."""
+    """What was decided, and how good it is: times in microseconds, on one device as on all.
+
+    `blocks` are the thread blocks of exchanges that are one kernel each, None where they are apart.
+    """
 
     program: Program
     node: Node
     rank: str | None
     cut: Cut
+    blocks: int | None
     problem: Problem
     steps: tuple[tuple[int, ...], ...]
     timetable: Timetable
@@ -80,7 +85,9 @@ def plan(
     maker = _Maker(program, node)
     rank, cut = maker.search()
     chosen = split(program, rank, cut.cuts) if rank is not None and cut.cuts else program
-    problem, steps = maker.problem(chosen, maker.needs if chosen is program else dependencies(chosen))
+    made = maker.made(chosen)
+    best_us, blocks = maker.best(made, chosen, SEARCH_ROUNDS)
+    problem, layer = made.problem(chosen, maker.clock, blocks)
     timetable = exact_schedule(problem) if exact else list_schedule(problem)
     queues = queues_of(problem, timetable, (OUT, IN, SMS))
     wrong = [
@@ -88,11 +95,10 @@ def plan(
     ]  # fmt: skip
     if wrong:
         raise InternalError(f"the schedule of a plan is not valid: {wrong[0]}")
-    whole, _ = maker.problem(program, maker.needs)
-    carried = carried_on(chosen, steps)
+    whole, _ = maker.made(program).problem(program, maker.clock, None)
     return Plan(
-        chosen, node, rank, cut, problem, tuple(steps), timetable, queues, lower_bound(problem), serial_us(whole),
-        cycle_us(problem, carried, COPIES, SEARCH_ROUNDS) if carried else None,
+        chosen, node, rank, cut, blocks, problem, layer.steps, timetable, queues, lower_bound(problem),
+        serial_us(whole), best_us if made.cycle.carried else None,
     )  # fmt: skip
 
 
@@ -130,6 +136,33 @@ def carried_on(program: Program, steps: Sequence[Sequence[int]]) -> list[tuple[i
     return sorted(found)
 
 
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """The tasks of a program, which depend on where cuts lie in their times only: of one copy and in a row of copies,
+    with exchanges apart and with each as one kernel."""
+
+    alone: Layer
+    alone_fused: Layer
+    cycle: Layer
+    cycle_fused: Layer
+
+    def problem(self, program: Program, clock: Clock, blocks: int | None) -> tuple[Problem, Layer]:
+        """The tasks of one copy with their times."""
+        layer = self.alone if blocks is None else self.alone_fused
+        return problem_of(program, layer, clock, blocks), layer
+
+    def time_us(self, program: Program, clock: Clock, blocks: int | None, rounds: int) -> float:
+        """From one copy to the next where they follow each other, else the makespan.
+
+        The host launches a copy while another one runs: where that takes longer, it is what counts.
+        """
+        if not self.cycle.carried:
+            return list_schedule(self.problem(program, clock, blocks)[0], rounds).makespan_us
+        layer = self.cycle if blocks is None else self.cycle_fused
+        device_us = cycle_us(problem_of(program, layer, clock, blocks), layer.carried, COPIES, rounds)
+        return max(device_us, clock.node.host_us * launches(program, layer, clock.reach))
+
+
 class _Maker:
     """What stays the same while cuts are tried: the groups and the clock."""
 
@@ -140,7 +173,7 @@ class _Maker:
         self.found: tuple[Group, ...] = groups(program, self.needs)
         self.clock = Clock.of(program, node)
 
-    def problem(self, program: Program, needs: Sequence[Sequence[int]]) -> tuple[Problem, list[tuple[int, ...]]]:
+    def made(self, program: Program) -> _Made:
         """The tasks of the program, or of the program in slices."""
         per_step: list[list[int]] = []
         at = 0
@@ -151,40 +184,37 @@ class _Maker:
                 own.append(at)
             per_step.append(own)
             at += 1
-        return tasks_of(program, self.found, per_step, needs, self.clock)
+        alone = layer_of(self.found, per_step, self.needs if program is self.program else dependencies(program))
+        cycle = dataclasses.replace(alone, carried=tuple(carried_on(program, alone.steps)))
+        if not self.clock.node.fused:
+            return _Made(alone, alone, cycle, cycle)
+        return _Made(alone, fused(program, alone), cycle, fused(program, cycle))
+
+    def best(self, made: _Made, program: Program, rounds: int) -> tuple[float, int | None]:
+        """The least time, and the thread blocks of exchanges with which it is reached; apart where that is as fast."""
+        ways: list[int | None] = [None]
+        ways += list(self.clock.node.fused) if made.cycle_fused != made.cycle else []
+        times = [(made.time_us(program, self.clock, blocks, rounds), blocks) for blocks in ways]
+        return min(times, key=lambda pair: pair[0])
 
     def search(self) -> tuple[str | None, Cut]:
         """The rank that is split and where, or why it is not."""
-        whole = self._time_us(*self.problem(self.program, self.needs), self.program)
+        whole, _ = self.best(self.made(self.program), self.program, SEARCH_ROUNDS)
         rank, fixed = self._stated()
         rank = rank or self._widest()
         if rank is None:
             return None, Cut((), "no rank of a result can be split", whole, None)
-        known: list[tuple[Sequence[Sequence[int]], list[tuple[int, int]]]] = []
+        known: list[_Made] = []
 
         def time_us(cuts: tuple[int, ...]) -> float:
             if not cuts:
                 return whole
             program = sliced(self.program, rank, cuts)
             if not known:  # where a single cut lies does not change which slices meet
-                needs = dependencies(program)
-                known.append((needs, carried_on(program, self.problem(program, needs)[1])))
-            return self._time_us(*self.problem(program, known[0][0]), program, known[0][1])
+                known.append(self.made(program))
+            return self.best(known[0], program, SEARCH_ROUNDS)[0]
 
         return rank, best_cut(self.reach.full[rank][1], TILES[0][0], time_us, [fixed] if fixed else [])
-
-    def _time_us(
-        self,
-        problem: Problem,
-        steps: Sequence[Sequence[int]],
-        program: Program,
-        carried: Sequence[tuple[int, int]] | None = None,
-    ) -> float:
-        """What a search compares: from one copy to the next where they follow each other, else the makespan."""
-        carried = carried_on(program, steps) if carried is None else carried
-        if carried:
-            return cycle_us(problem, carried, COPIES, SEARCH_ROUNDS)
-        return list_schedule(problem, SEARCH_ROUNDS).makespan_us
 
     def _stated(self) -> tuple[str | None, tuple[int, ...]]:
         """The rank and the cuts that the schedule gives; the first split is taken."""
@@ -245,6 +275,7 @@ def plan_json(found: Plan) -> dict[str, Any]:
         "optimal": found.timetable.optimal,
         "serial_us": found.serial_us,
         "cycle_us": found.cycle_us,
+        "blocks": found.blocks,
         "exposed_comm_us": exposed_us(found.problem, found.timetable, (OUT, IN), SMS),
         "tasks": [
             {

@@ -1,0 +1,134 @@
+"""Exchanges as one kernel: a reduce-scatter, what is local to its rows, and the all-gathers behind it.
+
+    reduce-scatter Z        compute M along t        all-gather M       -->      exchange M
+    reduce-scatter Y, and in the next layer  compute N along t, all-gather N     one kernel at the seam of two layers
+
+Rows that have come in can go through what is local to them and out again while others are still on their way in, so
+both directions of the links are busy at once and what lies between them is never stored. This is R2 and R3 of
+`passes/exchanges.py` read as a mode: no step changes, only which steps are one task. Such a kernel is told by what it
+consists of: statements that run along the axes of the exchange, products none, all between the scatter and the gathers,
+and no way from one to another of them through anything else.
+
+Where a layer follows itself, a chain may cross from one copy to the next; its end then counts to the copy in which it
+begins. That moves tasks in the cycle and changes neither what they need nor how long a cycle is.
+
+Source: the fused all-reduce and norm of TokenWeave (arXiv 2505.11329), whose budget of thread blocks is a mode here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from cascade.backends.distributed.kernels import Layer, is_product
+from cascade.passes.reach import units_by_name
+from cascade.placed import Axes, Collective, Kind, Program
+
+Chain = Mapping[int, int]
+"""Tasks that are one kernel, each with how many copies of the layer after the scatter it stands."""
+
+
+def fused(program: Program, layer: Layer) -> Layer:
+    """The layer with every exchange that can be one kernel as one task, those from one copy into the next included."""
+    for scatter in range(len(layer.steps)):
+        if chain := _Search(program, layer).chain(scatter):
+            return fused(program, joined(layer, chain))
+    return layer
+
+
+class _Search:
+    """Two copies of a layer as one graph of tasks: a chain begins in the first one."""
+
+    def __init__(self, program: Program, layer: Layer) -> None:
+        self.program = program
+        self.layer = layer
+        self.units = units_by_name(program.cascade)
+        self.count = len(layer.steps)
+        self.before: list[set[int]] = [set() for _ in range(2 * self.count)]
+        for late, needed in enumerate(layer.needs):
+            for early in needed:
+                self.before[late].add(early)
+                self.before[late + self.count].add(early + self.count)
+        for late, early in layer.carried:
+            self.before[late + self.count].add(early)
+        self.behind: list[set[int]] = [set() for _ in self.before]
+        for late, needs in enumerate(self.before):
+            for early in needs:
+                self.behind[early].add(late)
+
+    def chain(self, scatter: int) -> Chain:
+        """What follows a scatter up to its gathers; empty where there is none, or it cannot be one kernel."""
+        step = self._exchange(scatter, Kind.REDUCE_SCATTER)
+        if step is None:
+            return {}
+        axes = step.axes
+        behind = self._all(scatter, self.behind)
+        inner, gathers = {scatter}, set()
+        for late in sorted(behind):
+            if not self.before[late] & behind <= inner:
+                continue  # something else of the scatter comes in between
+            gather = self._exchange(late, Kind.ALL_GATHER)
+            if gather is not None and gather.axes == axes:
+                gathers.add(late)
+            elif self._is_local(late, axes):
+                inner.add(late)
+        members = gathers | {task for task in inner if gathers & self._all(task, self.behind)}
+        ends = {task for task in members if task >= self.count}
+        outside = {task for member in members for task in self._all(member, self.behind)} - members
+        if not gathers or any(members & self._all(task, self.behind) for task in outside):
+            return {}
+        if any(early >= self.count and early not in members for task in ends for early in self.before[task]):
+            return {}
+        return {task % self.count: task // self.count for task in sorted(members)}
+
+    def _all(self, task: int, edges: Sequence[set[int]]) -> set[int]:
+        """All tasks that edges lead to, however far."""
+        seen: set[int] = set()
+        todo = [task]
+        while todo:
+            more = edges[todo.pop()] - seen
+            seen |= more
+            todo += more
+        return seen
+
+    def _exchange(self, task: int, kind: Kind) -> Collective | None:
+        """The collective that a task is, if it is of that kind."""
+        steps = self.layer.steps[task % self.count]
+        step = self.program.steps[steps[0]]
+        return step if len(steps) == 1 and isinstance(step, Collective) and step.kind is kind else None
+
+    def _is_local(self, task: int, axes: Axes) -> bool:
+        """Whether a task computes on its own rows: along these axes, and no products."""
+        for number in self.layer.steps[task % self.count]:
+            step = self.program.steps[number]
+            if isinstance(step, Collective) or [along.axes for along in step.along] != [axes]:
+                return False
+            if any(is_product(stmt) for stmt in self.units[step.name].statements):
+                return False
+        return True
+
+
+def joined(layer: Layer, chain: Chain) -> Layer:
+    """The layer with a chain as one task."""
+    first = min(chain)
+    edges = {(late, early, 0) for late, needed in enumerate(layer.needs) for early in needed}
+    edges |= {(late, early, 1) for late, early in layer.carried}
+
+    def home(task: int) -> int:
+        return first if task in chain else task
+
+    moved = {
+        (home(late), home(early), apart + chain.get(early, 0) - chain.get(late, 0)) for late, early, apart in edges
+    }
+    members: dict[int, list[int]] = {}
+    for task in range(len(layer.steps)):
+        members.setdefault(home(task), []).append(task)
+    needs = {own: {early for late, early, apart in moved if late == own != early and not apart} for own in members}
+    order: list[int] = []
+    while len(order) < len(members):
+        order.append(next(own for own in members if own not in order and needs[own] <= set(order)))
+    place = {own: number for number, own in enumerate(order)}
+    return Layer(
+        tuple(tuple(sorted(step for task in members[own] for step in layer.steps[task])) for own in order),
+        tuple(tuple(sorted(place[early] for early in needs[own])) for own in order),
+        tuple(sorted((place[late], place[early]) for late, early, apart in moved if apart)),
+    )

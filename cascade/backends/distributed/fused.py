@@ -1,4 +1,4 @@
-"""Exchanges as one kernel: a reduce-scatter, what is local to its rows, and the all-gathers behind it.
+"""Exchanges that are one kernel with what is computed around them: which steps are then one task.
 
     reduce-scatter Z        compute M along t        all-gather M       -->      exchange M
     reduce-scatter Y, and in the next layer  compute N along t, all-gather N     one kernel at the seam of two layers
@@ -12,36 +12,52 @@ and no way from one to another of them through anything else.
 Where a layer follows itself, a chain may cross from one copy to the next; its end then counts to the copy in which it
 begins. That moves tasks in the cycle and changes neither what they need nor how long a cycle is.
 
-Source: the fused all-reduce and norm of TokenWeave (arXiv 2505.11329), whose budget of thread blocks is a mode here.
+    compute Y along f, reduce-scatter Y        -->      Y, its tiles stored to the devices that add them up
+
+The other one (`stored`) is R4 in the grain of tiles: nothing waits for the last of them, and stores out of a product
+reach less of the links than copies do.
+
+Sources: the fused all-reduce and norm of TokenWeave (arXiv 2505.11329), whose budget of thread blocks is a mode here;
+stores out of a product are Flux (2406.06858).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from cascade.backends.distributed.kernels import Layer, is_product
-from cascade.passes.reach import units_by_name
-from cascade.placed import Axes, Collective, Kind, Program
+from cascade.backends.distributed.kernels import Layer, has_product
+from cascade.passes.reach import Reach
+from cascade.placed import Axes, Collective, Compute, Kind, Program
 
 Chain = Mapping[int, int]
 """Tasks that are one kernel, each with how many copies of the layer after the scatter it stands."""
 
 
-def fused(program: Program, layer: Layer) -> Layer:
+def fused(program: Program, layer: Layer, reach: Reach) -> Layer:
     """The layer with every exchange that can be one kernel as one task, those from one copy into the next included."""
+    search = _Search(program, layer, reach)
     for scatter in range(len(layer.steps)):
-        if chain := _Search(program, layer).chain(scatter):
-            return fused(program, joined(layer, chain))
+        if chain := search.chain(scatter):
+            return fused(program, joined(layer, chain), reach)
+    return layer
+
+
+def stored(program: Program, layer: Layer, reach: Reach) -> Layer:
+    """The layer with every reduce-scatter in one task with the product whose partial results it adds up."""
+    search = _Search(program, layer, reach)
+    for scatter, needed in enumerate(layer.needs):
+        if search.exchange(scatter, Kind.REDUCE_SCATTER) and len(needed) == 1 and search.is_product(needed[0]):
+            return stored(program, joined(layer, {needed[0]: 0, scatter: 0}), reach)
     return layer
 
 
 class _Search:
     """Two copies of a layer as one graph of tasks: a chain begins in the first one."""
 
-    def __init__(self, program: Program, layer: Layer) -> None:
+    def __init__(self, program: Program, layer: Layer, reach: Reach) -> None:
         self.program = program
         self.layer = layer
-        self.units = units_by_name(program.cascade)
+        self.reach = reach
         self.count = len(layer.steps)
         self.before: list[set[int]] = [set() for _ in range(2 * self.count)]
         for late, needed in enumerate(layer.needs):
@@ -57,7 +73,7 @@ class _Search:
 
     def chain(self, scatter: int) -> Chain:
         """What follows a scatter up to its gathers; empty where there is none, or it cannot be one kernel."""
-        step = self._exchange(scatter, Kind.REDUCE_SCATTER)
+        step = self.exchange(scatter, Kind.REDUCE_SCATTER)
         if step is None:
             return {}
         axes = step.axes
@@ -66,7 +82,7 @@ class _Search:
         for late in sorted(behind):
             if not self.before[late] & behind <= inner:
                 continue  # something else of the scatter comes in between
-            gather = self._exchange(late, Kind.ALL_GATHER)
+            gather = self.exchange(late, Kind.ALL_GATHER)
             if gather is not None and gather.axes == axes:
                 gathers.add(late)
             elif self._is_local(late, axes):
@@ -90,7 +106,7 @@ class _Search:
             todo += more
         return seen
 
-    def _exchange(self, task: int, kind: Kind) -> Collective | None:
+    def exchange(self, task: int, kind: Kind) -> Collective | None:
         """The collective that a task is, if it is of that kind."""
         steps = self.layer.steps[task % self.count]
         step = self.program.steps[steps[0]]
@@ -98,13 +114,19 @@ class _Search:
 
     def _is_local(self, task: int, axes: Axes) -> bool:
         """Whether a task computes on its own rows: along these axes, and no products."""
-        for number in self.layer.steps[task % self.count]:
-            step = self.program.steps[number]
-            if isinstance(step, Collective) or [along.axes for along in step.along] != [axes]:
-                return False
-            if any(is_product(stmt) for stmt in self.units[step.name].statements):
-                return False
-        return True
+        steps = self._computed(task)
+        spread = all([along.axes for along in step.along] == [axes] for step in steps)
+        return bool(steps) and spread and not self.is_product(task)
+
+    def is_product(self, task: int) -> bool:
+        """Whether a task computes products, and exchanges nothing."""
+        return any(has_product(self.reach, step) for step in self._computed(task))
+
+    def _computed(self, task: int) -> list[Compute]:
+        """The statements of a task; none where it exchanges something."""
+        steps = [self.program.steps[number] for number in self.layer.steps[task % self.count]]
+        found = [step for step in steps if isinstance(step, Compute)]
+        return found if len(found) == len(steps) else []
 
 
 def joined(layer: Layer, chain: Chain) -> Layer:

@@ -50,7 +50,7 @@ PRODUCT_US = 8.0
 
 SORT_LAUNCHES = 3
 TABLE_LAUNCHES = 2
-"""Beside a product whose operand data chooses: rows brought in order, once for an index; tables of tiles, once a kernel.
+"""Of a product whose operand data chooses: rows are brought in order, once an index; tables of tiles, once a kernel.
 
 As `rows.py` of the Triton backend makes them.
 """
@@ -234,6 +234,11 @@ def is_product(stmt: Stmt) -> bool:
     return operands(stmt) is not None
 
 
+def has_product(reach: Reach, step: Compute) -> bool:
+    """Whether a step computes a matrix product."""
+    return any(is_product(stmt) for stmt in reach.units[step.name].statements)
+
+
 def operands(stmt: Stmt) -> Sides | None:
     """The sides of a matrix product; None where a statement is none."""
     if not isinstance(stmt, Einsum) or not isinstance(stmt.expr, Reduce) or stmt.expr.reducer != "sum":
@@ -292,6 +297,10 @@ class Clock:
         gathers = sum(self._size(step) for step in steps if step.kind is Kind.ALL_GATHER)
         size = max(gathers, *(self._size(step) for step in steps))
         return self.node.fused_us(blocks, size, self.program.devices(steps[0].axes))
+
+    def stored_us(self, step: Collective) -> float:
+        """How long tiles are under way that a product stores to the devices that add them up."""
+        return self.node.stored_us(self._size(step), self.program.devices(step.axes))
 
     def _size(self, step: Collective) -> float:
         """The bytes of what a collective is a slice of."""
@@ -418,7 +427,7 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """The tasks of a program, or of one layer of many: the steps of each, in an order in which each is behind its needs.
+    """The tasks of a program, or of one layer of many: the steps of each, in an order that keeps what each needs.
 
     `needs` are tasks of the same copy, `carried` pairs of a task and one that it needs of the copy before.
     """
@@ -447,7 +456,7 @@ def layer_of(found: Sequence[Group], per_step: Sequence[Sequence[int]], needs: S
 
 
 def problem_of(program: Program, layer: Layer, clock: Clock, blocks: int | None = None) -> Problem:
-    """The tasks of a layer with their modes; `blocks` are the thread blocks of its fused exchanges, where it has any."""
+    """The tasks of a layer with their modes; `blocks` are the thread blocks of its fused exchanges."""
     names: Counter[str] = Counter()
     tasks = []
     for own, needed in zip(layer.steps, layer.needs, strict=True):
@@ -458,13 +467,15 @@ def problem_of(program: Program, layer: Layer, clock: Clock, blocks: int | None 
 
 
 def launches(program: Program, layer: Layer, reach: Reach) -> int:
-    """How many launches the host makes for a copy of a layer: one a task, and what rows in the order of an index take."""
+    """How many launches the host makes for a copy of a layer: one a task, and for rows in the order of an index."""
     count = len(layer.steps)
     sorts = set()
     for own in layer.steps:
         steps = [step for number in own if isinstance(step := program.steps[number], Compute)]
         sides = [operands(stmt) for step in steps for stmt in reach.units[step.name].statements]
-        orders = {side.chosen[0].index[side.chosen[1]] for side in sides if side is not None and side.chosen is not None}
+        orders = {
+            side.chosen[0].index[side.chosen[1]] for side in sides if side is not None and side.chosen is not None
+        }
         count += TABLE_LAUNCHES * len(orders)
         sorts |= {(order, step.at) for order in orders for step in steps}
     return count + SORT_LAUNCHES * len(sorts)
@@ -483,11 +494,15 @@ def directions(kind: Kind, node: Node) -> tuple[str, ...]:
 def _modes(program: Program, steps: Sequence[int], clock: Clock, blocks: int | None) -> tuple[Mode, ...]:
     """A collective takes directions of the links and a few SMs; what computes takes all SMs, or leaves those few.
 
-    What exchanges and computes in one kernel takes both directions and its thread blocks, and the longer of both times.
+    What exchanges and computes in one kernel takes the longer of both times; of a product all SMs, and else both
+    directions and its thread blocks.
     """
     sms, few = clock.node.gpu.sms, clock.node.slots
     computed = [step for number in steps if isinstance(step := program.steps[number], Compute)]
     exchanged = [step for number in steps if isinstance(step := program.steps[number], Collective)]
+    if exchanged and any(has_product(clock.reach, step) for step in computed):
+        longest = max(clock.compute_us(computed, sms), clock.stored_us(exchanged[0]))
+        return (Mode("stored", longest, ((OUT, 1.0), (SMS, float(sms)))),)
     if exchanged and len(steps) > 1:
         assert blocks is not None
         longest = max(clock.compute_us(computed, blocks) if computed else 0.0, clock.fused_us(exchanged, blocks))

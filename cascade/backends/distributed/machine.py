@@ -42,8 +42,8 @@ class Fit:
 class Node:
     """Devices that are linked all to all by switches: their GPU, how many, GB/s of a direction of one device's links.
 
-    `slots` is how many SMs a collective takes while it runs; `multicast`: the switch reduces and multicasts. `fused` is,
-    by thread blocks, what one kernel reaches that scatters, does what is local to its rows and gathers, empty where
+    `slots` is how many SMs a collective takes while it runs; `multicast`: the switch reduces and multicasts. `fused`
+    is, by thread blocks, what one kernel reaches that scatters, does what is local to its rows and gathers, empty where
     there is none; `stores`, what the tiles of a product reach that are stored to peers as they are made. `host_us` is
     how long the host is busy with one launch; nothing is said of it where it is 0. `sustained` is which share of the
     matrix rate of the GPU remains when it multiplies without a pause.

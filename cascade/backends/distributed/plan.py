@@ -20,8 +20,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cascade.backends.distributed.fused import fused
-from cascade.backends.distributed.kernels import IN, OUT, SMS, TILES, Clock, Group, Layer, groups, launches, layer_of, problem_of
+from cascade.backends.distributed.fused import fused, stored
+from cascade.backends.distributed.kernels import (
+    IN,
+    OUT,
+    SMS,
+    TILES,
+    Clock,
+    Group,
+    Layer,
+    groups,
+    launches,
+    layer_of,
+    problem_of,
+)
 from cascade.backends.distributed.machine import Node
 from cascade.errors import Diagnostic, InternalError, UnsupportedError
 from cascade.inference import bind_sizes
@@ -48,18 +60,29 @@ COPIES = 3
 """Layers in a row by which one that follows itself is judged."""
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How exchanges run: `apart`, `fused` with what is local to their rows, by so many thread blocks, or `stored`."""
+
+    name: str
+    blocks: int | None = None
+
+
+APART = Way("apart")
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """What was decided, and how good it is: times in microseconds, on one device as on all.
 
-    `blocks` are the thread blocks of exchanges that are one kernel each, None where they are apart.
+    `way` is how exchanges run; `launches`, how often the host launches something for a copy of a layer in a row.
     """
 
     program: Program
     node: Node
     rank: str | None
     cut: Cut
-    blocks: int | None
+    way: Way
     problem: Problem
     steps: tuple[tuple[int, ...], ...]
     timetable: Timetable
@@ -67,6 +90,7 @@ class Plan:
     bound_us: float
     serial_us: float
     cycle_us: float | None
+    launches: int
 
 
 def plan(
@@ -85,9 +109,9 @@ def plan(
     maker = _Maker(program, node)
     rank, cut = maker.search()
     chosen = split(program, rank, cut.cuts) if rank is not None and cut.cuts else program
-    made = maker.made(chosen)
-    best_us, blocks = maker.best(made, chosen, SEARCH_ROUNDS)
-    problem, layer = made.problem(chosen, maker.clock, blocks)
+    made = maker.whole if chosen is program else maker.made(chosen)
+    best_us, way = maker.best(made, chosen)
+    problem, layer = made.problem(chosen, maker.clock, way)
     timetable = exact_schedule(problem) if exact else list_schedule(problem)
     queues = queues_of(problem, timetable, (OUT, IN, SMS))
     wrong = [
@@ -95,10 +119,10 @@ def plan(
     ]  # fmt: skip
     if wrong:
         raise InternalError(f"the schedule of a plan is not valid: {wrong[0]}")
-    whole, _ = maker.made(program).problem(program, maker.clock, None)
+    whole, _ = maker.whole.problem(program, maker.clock, APART)
     return Plan(
-        chosen, node, rank, cut, blocks, problem, layer.steps, timetable, queues, lower_bound(problem),
-        serial_us(whole), best_us if made.cycle.carried else None,
+        chosen, node, rank, cut, way, problem, layer.steps, timetable, queues, lower_bound(problem),
+        serial_us(whole), best_us if made.repeats else None, made.launches(chosen, maker.clock, way),
     )  # fmt: skip
 
 
@@ -138,29 +162,35 @@ def carried_on(program: Program, steps: Sequence[Sequence[int]]) -> list[tuple[i
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """The tasks of a program, which depend on where cuts lie in their times only: of one copy and in a row of copies,
-    with exchanges apart and with each as one kernel."""
+    """The tasks of a program, which depend on where cuts lie in their times only: for every way in which exchanges can
+    run, those of one copy alone and those in a row of copies."""
 
-    alone: Layer
-    alone_fused: Layer
-    cycle: Layer
-    cycle_fused: Layer
+    layers: Mapping[str, tuple[Layer, Layer]]
 
-    def problem(self, program: Program, clock: Clock, blocks: int | None) -> tuple[Problem, Layer]:
+    @property
+    def repeats(self) -> bool:
+        """Whether a copy needs something of the one before it."""
+        return bool(self.layers[APART.name][1].carried)
+
+    def problem(self, program: Program, clock: Clock, way: Way) -> tuple[Problem, Layer]:
         """The tasks of one copy with their times."""
-        layer = self.alone if blocks is None else self.alone_fused
-        return problem_of(program, layer, clock, blocks), layer
+        layer = self.layers[way.name][0]
+        return problem_of(program, layer, clock, way.blocks), layer
 
-    def time_us(self, program: Program, clock: Clock, blocks: int | None, rounds: int) -> float:
+    def time_us(self, program: Program, clock: Clock, way: Way) -> float:
         """From one copy to the next where they follow each other, else the makespan.
 
         The host launches a copy while another one runs: where that takes longer, it is what counts.
         """
-        if not self.cycle.carried:
-            return list_schedule(self.problem(program, clock, blocks)[0], rounds).makespan_us
-        layer = self.cycle if blocks is None else self.cycle_fused
-        device_us = cycle_us(problem_of(program, layer, clock, blocks), layer.carried, COPIES, rounds)
-        return max(device_us, clock.node.host_us * launches(program, layer, clock.reach))
+        if not self.repeats:
+            return list_schedule(self.problem(program, clock, way)[0], SEARCH_ROUNDS).makespan_us
+        layer = self.layers[way.name][1]
+        device_us = cycle_us(problem_of(program, layer, clock, way.blocks), layer.carried, COPIES, SEARCH_ROUNDS)
+        return max(device_us, clock.node.host_us * self.launches(program, clock, way))
+
+    def launches(self, program: Program, clock: Clock, way: Way) -> int:
+        """How often the host launches something for one copy of a row."""
+        return launches(program, self.layers[way.name][1], clock.reach)
 
 
 class _Maker:
@@ -172,6 +202,7 @@ class _Maker:
         self.needs = dependencies(program)
         self.found: tuple[Group, ...] = groups(program, self.needs)
         self.clock = Clock.of(program, node)
+        self.whole = self.made(program)
 
     def made(self, program: Program) -> _Made:
         """The tasks of the program, or of the program in slices."""
@@ -186,33 +217,40 @@ class _Maker:
             at += 1
         alone = layer_of(self.found, per_step, self.needs if program is self.program else dependencies(program))
         cycle = dataclasses.replace(alone, carried=tuple(carried_on(program, alone.steps)))
-        if not self.clock.node.fused:
-            return _Made(alone, alone, cycle, cycle)
-        return _Made(alone, fused(program, alone), cycle, fused(program, cycle))
+        layers = {APART.name: (alone, cycle)}
+        for name, may, joined in (
+            ("fused", bool(self.clock.node.fused), fused), ("stored", self.clock.node.stores is not None, stored),
+        ):  # fmt: skip
+            if may and (other := joined(program, cycle, self.reach)) != cycle:
+                layers[name] = joined(program, alone, self.reach), other
+        return _Made(layers)
 
-    def best(self, made: _Made, program: Program, rounds: int) -> tuple[float, int | None]:
-        """The least time, and the thread blocks of exchanges with which it is reached; apart where that is as fast."""
-        ways: list[int | None] = [None]
-        ways += list(self.clock.node.fused) if made.cycle_fused != made.cycle else []
-        times = [(made.time_us(program, self.clock, blocks, rounds), blocks) for blocks in ways]
-        return min(times, key=lambda pair: pair[0])
+    def best(self, made: _Made, program: Program, tried: int = 0) -> tuple[float, Way]:
+        """The least time, and the way of exchanges that reaches it; of `tried` thread blocks only, if given."""
+        ways = [APART]
+        if "fused" in made.layers:
+            ways += [Way("fused", blocks) for blocks in ((tried,) if tried else self.clock.node.fused)]
+        if "stored" in made.layers and not tried:
+            ways.append(Way("stored"))
+        times = [made.time_us(program, self.clock, way) for way in ways]
+        return min(zip(times, ways, strict=True), key=lambda pair: pair[0])
 
     def search(self) -> tuple[str | None, Cut]:
         """The rank that is split and where, or why it is not."""
-        whole, _ = self.best(self.made(self.program), self.program, SEARCH_ROUNDS)
+        whole, _ = self.best(self.whole, self.program)
         rank, fixed = self._stated()
         rank = rank or self._widest()
         if rank is None:
             return None, Cut((), "no rank of a result can be split", whole, None)
         known: list[_Made] = []
 
-        def time_us(cuts: tuple[int, ...]) -> float:
+        def time_us(cuts: tuple[int, ...], rough: bool) -> float:
             if not cuts:
                 return whole
             program = sliced(self.program, rank, cuts)
             if not known:  # where a single cut lies does not change which slices meet
                 known.append(self.made(program))
-            return self.best(known[0], program, SEARCH_ROUNDS)[0]
+            return self.best(known[0], program, self.clock.node.slots if rough else 0)[0]
 
         return rank, best_cut(self.reach.full[rank][1], TILES[0][0], time_us, [fixed] if fixed else [])
 
@@ -275,7 +313,8 @@ def plan_json(found: Plan) -> dict[str, Any]:
         "optimal": found.timetable.optimal,
         "serial_us": found.serial_us,
         "cycle_us": found.cycle_us,
-        "blocks": found.blocks,
+        "launches": found.launches,
+        "exchange": {"way": found.way.name, "blocks": found.way.blocks},
         "exposed_comm_us": exposed_us(found.problem, found.timetable, (OUT, IN), SMS),
         "tasks": [
             {

@@ -14,8 +14,10 @@ begins. That moves tasks in the cycle and changes neither what they need nor how
 
     compute Y along f, reduce-scatter Y        -->      Y, its tiles stored to the devices that add them up
 
-The other one (`stored`) is R4 in the grain of tiles: nothing waits for the last of them, and stores out of a product
-reach less of the links than copies do.
+    all-gather M, compute J along f            -->      J, its tiles waiting for the shards of their rows
+
+The other two (`stored`, `awaited`) are R4 in the grain of tiles. Stores out of a product reach less of the links than
+copies do; a wave of tiles waits for all shards that it has rows of.
 
 Sources: the fused all-reduce and norm of TokenWeave (arXiv 2505.11329), whose budget of thread blocks is a mode here;
 stores out of a product are Flux (2406.06858).
@@ -25,9 +27,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from cascade.backends.distributed.kernels import Layer, has_product
+from cascade.backends.distributed.kernels import Layer, has_product, is_product
+from cascade.ir import Rank
 from cascade.passes.reach import Reach
 from cascade.placed import Axes, Collective, Compute, Kind, Program
+from cascade.walk import defines, targets
 
 Chain = Mapping[int, int]
 """Tasks that are one kernel, each with how many copies of the layer after the scatter it stands."""
@@ -48,6 +52,16 @@ def stored(program: Program, layer: Layer, reach: Reach) -> Layer:
     for scatter, needed in enumerate(layer.needs):
         if search.exchange(scatter, Kind.REDUCE_SCATTER) and len(needed) == 1 and search.is_product(needed[0]):
             return stored(program, joined(layer, {needed[0]: 0, scatter: 0}), reach)
+    return layer
+
+
+def awaited(program: Program, layer: Layer, reach: Reach) -> Layer:
+    """The layer with every all-gather in one task with the product whose rows it gathers."""
+    search = _Search(program, layer, reach)
+    for product, needed in enumerate(layer.needs):
+        for gather in needed:
+            if search.is_awaited(gather, product):
+                return awaited(program, joined(layer, {gather: 0, product: 0}), reach)
     return layer
 
 
@@ -121,6 +135,25 @@ class _Search:
     def is_product(self, task: int) -> bool:
         """Whether a task computes products, and exchanges nothing."""
         return any(has_product(self.reach, step) for step in self._computed(task))
+
+    def is_awaited(self, gather: int, product: int) -> bool:
+        """Whether a task multiplies what an all-gather brings, by rows, and nothing comes between the two."""
+        step = self.exchange(gather, Kind.ALL_GATHER)
+        if step is None or not self.is_product(product):
+            return False
+        nodes = [
+            (stmt, node)
+            for one in self._computed(product)
+            for stmt in self.reach.units[one.name].statements
+            if is_product(stmt)
+            for node in self.reach.nodes[defines(stmt)[0]]
+            if node.tensor == step.tensor and step.source is not None
+        ]
+        rows = all(
+            node.index[step.source or 0] in {Rank(rank) for rank in targets(stmt)[0].ranks} for stmt, node in nodes
+        )
+        between = self._all(gather, self.behind) & self._all(product, self.before)
+        return bool(nodes) and rows and not between
 
     def _computed(self, task: int) -> list[Compute]:
         """The statements of a task; none where it exchanges something."""

@@ -313,11 +313,14 @@ class Clock:
     def compute_us(self, steps: Sequence[Compute], slots: int) -> float:
         """How long a kernel of these statements takes with so many SMs."""
         work = self.work(tuple(steps))
+        return self._kernel_us(work, self._matrix_us(work.products, slots), slots)
+
+    def _kernel_us(self, work: Work, matrix_us: float, slots: int) -> float:
+        """The floor, and the longest of products, other operations and bytes."""
         gpu = self.node.gpu
-        matrix = self._matrix_us(work.products, slots) if work.products else 0.0
         lanes = 2 * gpu.lanes * slots * gpu.clock_ghz * 1e3  # operations a microsecond
         floor = FLOOR_US + (PRODUCT_US if work.products else 0.0)
-        return floor + max(matrix, work.vector / lanes, work.moved / (gpu.bandwidth_tbs * 1e6))
+        return floor + max(matrix_us, work.vector / lanes, work.moved / (gpu.bandwidth_tbs * 1e6))
 
     def work(self, steps: tuple[Compute, ...]) -> Work:
         """What a kernel of these statements does on one device."""
@@ -382,11 +385,13 @@ class Clock:
         values = min(rows, self.reach.shape(read.tensor)[dim])
         return Product(values * extent(one & other), -(-rows // values), columns, flops)
 
-    def _matrix_us(self, products: Sequence[Product], slots: int) -> float:
-        """The waves of the tiles that are done soonest: products of one kernel share them, as one grid."""
+    def _tilings(self, products: Sequence[Product], slots: int) -> Iterator[tuple[float, float, float]]:
+        """For every tile: how many there are, in how many waves, and how long one takes.
+
+        Products of one kernel share its waves, as one grid.
+        """
         sustained = self.node.gpu.matrix_tflops["bf16"] * self.node.sustained
         rate = sustained * 1e6 / self.node.gpu.sms  # operations a microsecond and SM
-        best = math.inf
         for rows, columns, share in TILES:
             tiles = done = 0.0
             for one in products:
@@ -394,9 +399,25 @@ class Clock:
                 filled = one.batch * one.rows * one.columns / (own * rows * columns)
                 tiles, done = tiles + own, done + one.flops / filled
             waves = tiles / slots
-            waves += LAST_WAVE * (math.ceil(waves) - waves)
-            best = min(best, waves * done / tiles / rate / share)
-        return best
+            yield tiles, waves + LAST_WAVE * (math.ceil(waves) - waves), done / tiles / rate / share
+
+    def _matrix_us(self, products: Sequence[Product], slots: int) -> float:
+        """The waves of the tiles that are done soonest."""
+        return min(waves * us for _, waves, us in self._tilings(products, slots)) if products else 0.0
+
+    def awaited_us(self, steps: Sequence[Compute], gathers: Sequence[Collective]) -> float:
+        """How long a kernel takes whose tiles wait for the shards of their rows, which copies bring one by one.
+
+        A wave begins when the one before it has ended and the last of its shards has come.
+        """
+        devices = self.program.devices(gathers[0].axes)
+        hop = self.node.collective_us(Kind.SHIFT, sum(map(self._size, gathers)), devices)
+        work, slots = self.work(tuple(steps)), self.node.gpu.sms
+        best = math.inf
+        for tiles, waves, us in self._tilings(work.products, slots):
+            shards = (math.ceil(min(1.0, (wave + 1) * slots / tiles) * devices) - 1 for wave in range(math.ceil(waves)))
+            best = min(best, max(hop * shard + (waves - wave) * us for wave, shard in enumerate(shards)))
+        return self._kernel_us(work, best, slots)
 
     def _moved(self, steps: Sequence[Compute]) -> float:
         """The bytes that a kernel reads and writes, each tensor once, without those that stay inside."""
@@ -500,7 +521,10 @@ def _modes(program: Program, steps: Sequence[int], clock: Clock, blocks: int | N
     sms, few = clock.node.gpu.sms, clock.node.slots
     computed = [step for number in steps if isinstance(step := program.steps[number], Compute)]
     exchanged = [step for number in steps if isinstance(step := program.steps[number], Collective)]
-    if exchanged and any(has_product(clock.reach, step) for step in computed):
+    product = any(has_product(clock.reach, step) for step in computed)
+    if exchanged and product and exchanged[0].kind is Kind.ALL_GATHER:
+        return (Mode("awaited", clock.awaited_us(computed, exchanged), ((IN, 1.0), (SMS, float(sms)))),)
+    if exchanged and product:
         longest = max(clock.compute_us(computed, sms), clock.stored_us(exchanged[0]))
         return (Mode("stored", longest, ((OUT, 1.0), (SMS, float(sms)))),)
     if exchanged and len(steps) > 1:

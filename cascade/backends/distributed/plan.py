@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cascade.backends.distributed.fused import fused, stored
+from cascade.backends.distributed.fused import awaited, fused, stored
 from cascade.backends.distributed.kernels import (
     IN,
     OUT,
@@ -62,7 +62,8 @@ COPIES = 3
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How exchanges run: `apart`, `fused` with what is local to their rows, by so many thread blocks, or `stored`."""
+    """How exchanges run: `apart`, `fused` with what is local to their rows, by so many thread blocks, or tile by tile:
+    `stored` by the product before them, `awaited` by the one behind them."""
 
     name: str
     blocks: int | None = None
@@ -220,6 +221,7 @@ class _Maker:
         layers = {APART.name: (alone, cycle)}
         for name, may, joined in (
             ("fused", bool(self.clock.node.fused), fused), ("stored", self.clock.node.stores is not None, stored),
+            ("awaited", True, awaited),
         ):  # fmt: skip
             if may and (other := joined(program, cycle, self.reach)) != cycle:
                 layers[name] = joined(program, alone, self.reach), other
@@ -230,8 +232,8 @@ class _Maker:
         ways = [APART]
         if "fused" in made.layers:
             ways += [Way("fused", blocks) for blocks in ((tried,) if tried else self.clock.node.fused)]
-        if "stored" in made.layers and not tried:
-            ways.append(Way("stored"))
+        if not tried:
+            ways += [Way(name) for name in ("stored", "awaited") if name in made.layers]
         times = [made.time_us(program, self.clock, way) for way in ways]
         return min(zip(times, ways, strict=True), key=lambda pair: pair[0])
 

@@ -7,7 +7,8 @@
 `list_schedule` starts what is ready, longest way to the end first, wherever resources allow; then it climbs from there,
 by seeded changes of the order and of the modes that are preferred. `exact_schedule`
 asks CP-SAT (the extra `overlap`), which proves it. `lower_bound` is what no timetable can beat: the work of every
-resource over its capacity, and the critical path, each task in the mode that is best for the bound. A timetable that
+resource over its capacity, between what must come before it and behind it, and the critical path, each task in the mode
+that is best for the bound. A timetable that
 meets the bound is proved by that alone.
 
 `repeated` is a layer that follows itself: copies whose first tasks wait for the last ones of the copy before.
@@ -42,12 +43,27 @@ EPSILON_US = 1e-9
 
 
 def lower_bound(problem: Problem) -> float:
-    """What no timetable is shorter than, in microseconds."""
+    """What no timetable is shorter than, in microseconds.
+
+    Tasks that cannot start before some time, and after which the end is some way off, have what lies between for all
+    they hold of a resource. So the bound is the critical path, or the work of a resource between a head and a tail.
+    """
+    shortest = [min(mode.us for mode in task.modes) for task in problem.tasks]
     tails = _tails(problem)
+    heads = [0.0] * len(problem.tasks)
+    for number, task in enumerate(problem.tasks):
+        heads[number] = max((heads[other] + shortest[other] for other in task.needs), default=0.0)
+    behind = [tail - us for tail, us in zip(tails, shortest, strict=True)]
     bound = max(tails, default=0.0)
     for resource, capacity in problem.capacities:
-        work = sum(min(mode.us * mode.demand(resource) for mode in task.modes) for task in problem.tasks)
-        bound = max(bound, work / capacity)
+        work = [min(mode.us * mode.demand(resource) for mode in task.modes) / capacity for task in problem.tasks]
+        held = sorted((n for n in range(len(work)) if work[n]), key=lambda n: -behind[n])
+        for head in {heads[number] for number in held}:
+            total = 0.0
+            for number in held:
+                if heads[number] >= head:
+                    total += work[number]
+                    bound = max(bound, head + total + behind[number])
     return bound
 
 
@@ -228,6 +244,7 @@ def exact_schedule(problem: Problem, seconds: float = 10.0) -> Timetable:
             model.add_cumulative([one for one, _ in pairs], [own for _, own in pairs], round(capacity * TICKS_PER_US))
     makespan = model.new_int_var(0, horizon, "makespan")
     model.add_max_equality(makespan, ends)
+    model.add(makespan >= int(lower_bound(problem) * TICKS_PER_US))
     model.minimize(makespan)
     for begin, slot in zip(begins, start.slots, strict=True):
         model.add_hint(begin, round(slot.start_us * TICKS_PER_US))

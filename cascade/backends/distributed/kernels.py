@@ -537,10 +537,12 @@ def _modes(program: Program, steps: Sequence[int], clock: Clock, blocks: int | N
     left = {"whole": sms, "shared": sms - few}
     if blocks not in (None, few):
         left[f"shared with {blocks}"] = sms - (blocks or 0)
-    return tuple(
-        Mode(name, clock.compute_us(computed, slots), ((SMS, float(slots)),))
-        for name, slots in sorted(left.items(), key=lambda pair: -pair[1])
-    )
+    found: list[Mode] = []
+    for name, slots in sorted(left.items(), key=lambda pair: pair[1]):  # more SMs that save nothing are no mode
+        mode = Mode(name, clock.compute_us(computed, slots), ((SMS, float(slots)),))
+        if not found or mode.us < found[-1].us:
+            found.append(mode)
+    return tuple(reversed(found))
 
 
 def _named(program: Program, steps: Sequence[int]) -> str:

@@ -16,7 +16,6 @@ from benchmarks.links import LLAMA, MODELS, PREFILL, QWEN, apart, rows, text
 from cascade.backends.distributed.fused import awaited, stored
 from cascade.backends.distributed.kernels import Clock, Layer, problem_of
 from cascade.backends.distributed.machine import node
-from cascade.backends.distributed.plan import Plan
 from cascade.ir import Mesh, Shard
 from cascade.passes.exchanges import by_parts, by_shards
 from cascade.passes.reach import Reach
@@ -45,11 +44,6 @@ pytestmark = HERE
 
 
 @functools.cache
-def planned(name: str, devices: int, tokens: int) -> Plan:
-    return MODELS[name].plan(tokens, devices)
-
-
-@functools.cache
 def measured(name: str, devices: int, tokens: int) -> dict[str, float]:
     """Microseconds of a layer, whole and in slices."""
     model = MODELS[name]
@@ -66,35 +60,22 @@ def measured(name: str, devices: int, tokens: int) -> dict[str, float]:
     return {key: model.measured_us(row, column) for key, column in keys.items()}
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize(("name", "devices", "tokens"), ROWS)
-def test_layers_in_slices_take_what_was_measured(name: str, devices: int, tokens: int) -> None:
-    """Within 5 % from 4096 tokens on, 10 % below: of Llama, whose layers without collectives were fitted, and of Qwen.
+def test_layers_take_what_was_measured(name: str, devices: int, tokens: int) -> None:
+    """In slices: within 5 % from 4096 tokens on and 10 % below. Whole, with all-reduces and norms on all rows: 6 %.
 
-    Of Mixtral 8 % from 4096 tokens on, and the two rows to which the host's time was fitted: its grouped products are
-    slower than the model has them.
+    Of Llama, whose layers without collectives were fitted on eight devices, and of Qwen. Of Mixtral 8 % from 4096 tokens
+    on, since its grouped products are slower than the model has them; below that the host's time was fitted to its
+    slices, and whole it is 20 % off at 1024 tokens and 13 % at 2048. Slices against the published baseline: where they
+    lost, ours lose and the plan declines.
     """
-    found = planned(name, devices, tokens).cut.split_us
-    limit = 0.10 if tokens < 4096 else 0.08 if name == "Mixtral" else 0.05
-    assert found == pytest.approx(measured(name, devices, tokens)["split"], rel=limit)
-
-
-@pytest.mark.parametrize(("name", "devices", "tokens"), ROWS)
-def test_whole_layers_take_what_was_measured(name: str, devices: int, tokens: int) -> None:
-    """All-reduces and norms on all rows, nothing beside anything: within 6 %, where the host is not what is waited for.
-
-    Of Mixtral within 20 % at 1024 tokens, 13 % at 2048 and 8 % from 4096 on.
-    """
+    times, found = measured(name, devices, tokens), MODELS[name].plan(tokens, devices)
     whole, _ = apart(MODELS[name].reduced(tokens, devices), node("h100x8"))
-    limit = {1024: 0.20, 2048: 0.13}.get(tokens, 0.08) if name == "Mixtral" else 0.06
-    assert whole == pytest.approx(measured(name, devices, tokens)["whole"], rel=limit)
-
-
-@pytest.mark.parametrize(("name", "devices", "tokens"), ROWS)
-def test_gains_and_losses_have_the_right_sign(name: str, devices: int, tokens: int) -> None:
-    """Slices against the published baseline: where it lost, ours loses and the plan declines."""
-    found, times = planned(name, devices, tokens), measured(name, devices, tokens)
-    whole, _ = apart(MODELS[name].reduced(tokens, devices), node("h100x8"))
-    assert found.cut.split_us is not None
+    mixture, few = name == "Mixtral", tokens < 4096
+    assert found.cut.split_us == pytest.approx(times["split"], rel=0.10 if few else 0.08 if mixture else 0.05)
+    limit = {1024: 0.20, 2048: 0.13}.get(tokens, 0.08) if mixture else 0.06
+    assert whole == pytest.approx(times["whole"], rel=limit)
     assert (found.cut.split_us < whole) == (times["split"] < times["whole"])
     if times["split"] > times["whole"]:
         assert found.cut.declined is not None and not found.cut.cuts
@@ -108,6 +89,7 @@ def test_the_losses_of_the_mixture_are_its_two_smallest_rows() -> None:
 # --- collectives and their fits --------------------------------------------------------------------------------------
 
 
+@pytest.mark.campaign
 def test_machine_files_say_what_the_fits_print() -> None:
     path = Path(__file__).parents[1] / "cascade" / "backends" / "distributed" / "machines" / "h100x8.toml"
     shipped = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -159,14 +141,20 @@ def products_us(tokens: int, cuts: tuple[int, ...] = ()) -> float:
 
 
 def test_splitting_costs_what_was_measured() -> None:
-    """The published cost of the best cut of an MLP: the median difference is within 3 points."""
-    differences = []
+    """The published cost of the best cut of an MLP: the median difference is within 3 points.
+
+    The whole and two halves, to which kernels were fitted: within 4 % in the mean square and 8 % at most.
+    """
+    differences, off = [], []
     for row in rows(PUBLISHED, "tokenweave_fig9_mlp_split_h100.csv"):
         tokens = int(row["tokens"])
         best = min(products_us(tokens, (cut,)) for cut in range(256, tokens - 255, 256))
         wanted = float(row["best_offset_split_us"]) / float(row["no_split_us"])
         differences.append(100 * abs(best / products_us(tokens) - wanted))
+        off.append(products_us(tokens) / float(row["no_split_us"]) - 1)
+        off.append(products_us(tokens, (tokens // 2,)) / float(row["equal_split_us"]) - 1)
     assert statistics.median(differences) <= 3
+    assert max(map(abs, off)) <= 0.08 and statistics.mean(one**2 for one in off) <= 0.04**2
 
 
 # --- products beside their collectives -------------------------------------------------------------------------------

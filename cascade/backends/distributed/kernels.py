@@ -14,7 +14,8 @@ A task takes a floor, and then the longest of: its products, by waves of tiles; 
 lanes; the bytes that it moves, each tensor once. Tiles are the best of a few shapes; smaller ones reach less.
 
 The floor of a task stands for its launch and for filling and draining its pipeline; it is what makes splitting cost
-something beyond whole waves.
+something beyond whole waves. Products of one kernel are one grid. Where data chooses an operand, the rows of one value
+are a product, as many as there are values.
 """
 
 from __future__ import annotations
@@ -55,8 +56,9 @@ TABLE_LAUNCHES = 2
 As `rows.py` of the Triton backend makes them.
 """
 
-# These are fitted to the published cost of splitting a tensor-parallel MLP on an H100 (figure 9 of TokenWeave, arXiv
-# 2505.11329): to the whole and to two halves, within 4 % in the mean square and 9 % at most.
+# The floor is what the norm of few rows takes by itself (figure 4 of TokenWeave, arXiv 2505.11329). Tiles, the last
+# wave and what products take beyond the floor are fitted to a tensor-parallel MLP on an H100 (figure 9), whole and in
+# halves: within 4 % in the mean square and 8 % at most.
 
 
 @dataclass(frozen=True, slots=True)

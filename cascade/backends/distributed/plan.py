@@ -4,8 +4,9 @@
 
 The mesh and what is sharded are those of the schedule; what it leaves open is chosen by cost (`passes/shard.py`). A
 `split` of the schedule gives cuts; without one the rank that most steps can be split along is cut in two, the cut is
-searched, and declined where the whole is faster. Of what is taken it is proved that no device lacks anything; the
-timetable and its queues go through the checker, which shares nothing with the scheduler.
+searched, and declined where the whole is faster. Exchanges run apart, or as one kernel with what is computed around
+them, whichever the model says is faster. Of what is taken it is proved that no device lacks anything; the timetable and
+its queues go through the checker, which shares nothing with the scheduler.
 
 All times are modelled. A plan is data: it is made anywhere, and carries its version and a hash of the cascade, the
 machine and the sizes, by which whoever runs it refuses another one.

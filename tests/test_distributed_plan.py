@@ -23,12 +23,13 @@ from cascade.errors import CommandError, UnsupportedError
 from cascade.frontend.build import parse_cascade
 from cascade.interp import Precision, run
 from cascade.ir import Cascade, DType
+from cascade.passes.schedule_overlap import exact_schedule
 from cascade.passes.shard import cheapest
 from cascade.passes.split_tokens import Touches, dependencies, split
 from cascade.placed import Collective, Kind, read_program, render_program
 from cascade.trial import param_types, random_inputs
 from cascade.timetable import Queues
-from cascade.verify.timetable import check_ranks, check_written, implied
+from cascade.verify.timetable import check_ranks, check_timetable, check_written, implied
 from tests.timing import allowed
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +68,44 @@ def test_a_plan_is_made_in_a_second() -> None:
     start = time.perf_counter()
     planned(4096)
     assert time.perf_counter() - start < allowed(1.0)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("tokens", [1024, 2048, 8192, 32768])
+def test_schedules_of_plans_are_near_what_the_solver_proves(tokens: int) -> None:
+    """Of a layer with its tokens in two: proved in ten seconds, and the list schedule within 5 %."""
+    found = planned(tokens)
+    best = exact_schedule(found.problem, allowed(10.0))
+    assert best.optimal and not list(check_timetable(found.problem, best))
+    assert found.bound_us - 0.5 <= best.makespan_us and found.timetable.makespan_us <= 1.05 * best.makespan_us
+
+
+def test_an_exchange_is_one_kernel_where_a_machine_has_one() -> None:
+    """The way is what the search found fastest; without such kernels in the machine's file it is not there."""
+    found = planned(8192)
+    modes = [mode.name for task in found.problem.tasks for mode in task.modes]
+    assert found.way.name == "fused" and found.way.blocks in found.node.fused and "fused" in modes
+    apart = planned(8192, "a100x8")
+    assert apart.way.name in ("apart", "awaited") and not apart.node.fused
+    assert plan_json(found)["exchange"] == {"way": "fused", "blocks": found.way.blocks}
+    plain = plan(block(), dict(found.program.sizes), dataclasses.replace(found.node, fused={}, stores=None))
+    assert found.cycle_us is not None and plain.cycle_us is not None and found.cycle_us < plain.cycle_us
+
+
+def test_a_host_that_launches_slowly_declines_a_split() -> None:
+    slow = dataclasses.replace(node("h100x8"), host_us=400.0)
+    found = plan(block(), {"T": 8192, **LLAMA}, slow)
+    assert found.cut.declined is not None and found.cut.split_us is not None
+    assert found.cycle_us is not None and found.cycle_us >= 400.0 * found.launches
+    assert plan(block(), {"T": 8192, **LLAMA}, dataclasses.replace(slow, host_us=0.0)).cut.cuts
+
+
+def test_a_machine_file_says_what_is_wrong_with_it() -> None:
+    with pytest.raises(CommandError, match="C605"):
+        node("h100x9")
+    assert node("h200x8").fits == node("h100x8").fits and node("h200x8").gpu.name == "h200"
+    for name in shipped():
+        assert {kind for kind in Kind} == set(node(name).fits)
 
 
 def test_what_a_plan_runs_means_what_its_cascade_means() -> None:

@@ -356,6 +356,8 @@ def plan_text(found: Plan, width: int = 72) -> str:
     split_text = f"{found.rank} at {', '.join(map(str, found.cut.cuts))}" if found.cut.cuts else "none"
     lines = [f"{found.node.name}, modelled: {end:.1f} us, bound {found.bound_us:.1f}, serial {found.serial_us:.1f}"]
     lines += [f"split: {split_text}" + (f"; {found.cut.declined}" if found.cut.declined else "")]
+    blocks = f", {found.way.blocks} thread blocks each" if found.way.blocks else ""
+    lines += [f"exchanges: {found.way.name}{blocks}"]
     lines += [f"exposed communication: {exposed_us(found.problem, found.timetable, (OUT, IN), SMS):.1f} us", ""]
     for name, tasks in found.queues.queues:
         row = [" "] * width

@@ -7,11 +7,12 @@ import dataclasses
 import importlib.util
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from cascade.errors import CommandError
+from cascade.passes.schedule_flow import flow_schedule
 from cascade.passes.schedule_overlap import (
     cycle_us, exact_schedule, exposed_us, list_schedule, lower_bound, queues_of, repeated, serial_us,
 )  # fmt: skip
@@ -87,7 +88,7 @@ def test_two_halves_hide_their_collectives() -> None:
     problem = two_halves()
     found = list_schedule(problem)
     assert not list(check_timetable(problem, found))
-    assert (serial_us(problem), lower_bound(problem), found.makespan_us) == (76, 48, 52)
+    assert (serial_us(problem), lower_bound(problem), found.makespan_us) == (76, 52, 52)
     assert exposed_us(problem, found, ["links"], "sms") == 52 - 44
 
 
@@ -102,11 +103,10 @@ def test_schedules_are_valid_and_above_their_bound(seed: int) -> None:
 
 
 def test_list_schedules_are_near_the_best_by_brute_force() -> None:
-    found = [
-        (list_schedule(p).makespan_us, brute_force(p)) for s in range(25) for p in [random_problem(random.Random(s), 5)]
-    ]
-    assert all(ours >= best - 1e-6 for ours, best in found)
-    assert sum(ours for ours, _ in found) <= 1.05 * sum(best for _, best in found)
+    problems = [random_problem(random.Random(seed), 5) for seed in range(25)]
+    found = [(list_schedule(p).makespan_us, brute_force(p), lower_bound(p)) for p in problems]
+    assert all(ours >= best - 1e-6 >= bound - 2e-6 for ours, best, bound in found)
+    assert sum(ours for ours, _, _ in found) <= 1.05 * sum(best for _, best, _ in found)
 
 
 def test_list_schedules_are_near_what_the_solver_proves() -> None:
@@ -122,10 +122,35 @@ def test_list_schedules_are_near_what_the_solver_proves() -> None:
     assert sum(one.makespan_us for one in ours) <= 1.05 * sum(other.makespan_us for other in best)
 
 
+def test_small_problems_are_proved_without_the_first_solver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HiGHS finds what brute force finds; where it is not installed either, the error says what to install."""
+    known = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ortools" else known(name))
+    if known("highspy") is None:
+        with pytest.raises(CommandError, match="C623"):
+            exact_schedule(random_problem(random.Random(4), 5))
+        return
+    for seed in range(6):
+        problem = random_problem(random.Random(seed), 5)
+        start = Timetable(tuple(one_by_one(problem)))
+        found = flow_schedule(problem, start, lower_bound(problem), 10.0)
+        assert found.optimal and not list(check_timetable(problem, found))
+        assert found.makespan_us == pytest.approx(brute_force(problem), abs=1e-3)
+        assert exact_schedule(problem).makespan_us == pytest.approx(found.makespan_us, abs=1e-3)
+
+
+def one_by_one(problem: Problem) -> Iterator[Slot]:
+    """One task after the other: the longest timetable that anyone would start from."""
+    now = 0.0
+    for one in problem.tasks:
+        yield Slot(0, now, now + one.modes[0].us)
+        now += one.modes[0].us
+
+
 def test_layers_in_a_row_overlap_more_than_one_alone() -> None:
     problem = two_halves()
     carried = [(0, 3), (4, 7)]  # each half needs its own result of the layer before
-    assert lower_bound(problem) >= 44 and len(repeated(problem, carried, 3).tasks) == 24
+    assert 44 <= lower_bound(problem) <= 52 and len(repeated(problem, carried, 3).tasks) == 24
     assert 44 <= cycle_us(problem, carried) <= 52
 
 

@@ -167,7 +167,9 @@ def test_what_boxes_leave_of_a_box() -> None:
 # --- where to cut ----------------------------------------------------------------------------------------------------
 
 
-def waves(cuts: tuple[int, ...], extent: int = 4096, wave: int = 1000, extra: float = 0.0) -> float:
+def waves(
+    cuts: tuple[int, ...], rough: bool = False, extent: int = 4096, wave: int = 1000, extra: float = 0.0
+) -> float:
     """A time that goes by waves of so many coordinates, with an extra for each slice, over half of which is hidden."""
     edges = [0, *cuts, extent]
     parts = [-(-(b - a) // wave) * 100.0 + extra for a, b in pairwise(edges)]
@@ -181,7 +183,7 @@ def test_cuts_fall_on_waves() -> None:
 
 
 def test_a_split_that_does_not_pay_is_declined_with_the_number() -> None:
-    found = best_cut(4096, 128, lambda cuts: waves(cuts, extra=400.0))
+    found = best_cut(4096, 128, lambda cuts, rough: waves(cuts, extra=400.0))
     assert not found.cuts and found.split_us is not None and found.split_us > found.whole_us
     assert found.declined is not None and f"{found.split_us:.1f} us" in found.declined
     assert best_cut(100, 64, waves).declined == "100 coordinates are less than two tiles of 64"

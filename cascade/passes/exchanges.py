@@ -3,6 +3,7 @@
     R2  scatter_gather   all-reduce Y                      = reduce-scatter Y to t; all-gather Y from t
     R3  gather_later     all-gather X from t; compute S    = compute S along t; all-gather S from t
     R4  by_shards        all-gather X from t; compute S    = compute S at its own shard, then at each that comes by
+    R4  by_parts         compute S along k; scatter S to t = compute S at a part of n, scatter that, then the next part
     R6  refactor_axis    all-reduce over tp = 8            = all-reduce over inner = 4; all-reduce over outer = 2
     R7  another_form     compute Y along k; all-reduce Y   = all-gather X; compute Y along n; all-gather Y
 
@@ -11,8 +12,9 @@ their results mean the same, up to the order in which sums are taken.
 
 Sources: R2 is the decomposition of Thakur et al., "Optimization of Collective Communication Operations in MPICH"
 (2005); R3 and R2 together are sequence parallelism (arXiv 2205.05198); R4 is "Overlap Communication with Dependent
-Computation via Decomposition" (Wang et al., ASPLOS 2023); R6 is hierarchical reduction; R7 is used by NanoFlow
-(arXiv 2408.12757). R4 over a fold of keys is ring attention (2310.01889), both ways TokenRing (2412.20501).
+Computation via Decomposition" (Wang et al., ASPLOS 2023), by groups of waves FlashOverlap (2504.19519); R6 is
+hierarchical reduction; R7 is used by NanoFlow (arXiv 2408.12757). R4 over a fold of keys is ring attention
+(2310.01889), both ways TokenRing (2412.20501).
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from cascade.errors import Diagnostic, UnsupportedError
 from cascade.ir import Mesh, Rank, Read, Stmt
 from cascade.passes.reach import units_by_name
 from cascade.passes.shard import Held, Sharding
-from cascade.placed import Along, Axes, Axis, Collective, Compute, Kind, Place, Program, Step
+from cascade.placed import (
+    REDUCING, Along, Axes, Axis, Collective, Compute, Kind, Place, Program, Step, slices,
+)  # fmt: skip
 from cascade.walk import expressions, reads, targets, walk
 from cascade.wording import quote
 
@@ -126,6 +130,46 @@ def _hops(devices: int, both_ways: bool) -> list[int]:
     if not both_ways:
         return list(range(devices))
     return [0, *(hop for far in range(1, devices // 2 + 1) for hop in (far, -far))][:devices]
+
+
+def by_parts(program: Program, number: int, rank: str, cuts: Sequence[int]) -> Program:
+    """R4: the collective of step `number` and the statement whose partial results it merges, part by part of a rank.
+
+    While a part is exchanged, the next one is computed. Cuts at whole waves of tiles cost the statement nothing; there
+    may be as many parts as devices. The shards of the result stay what they are: what follows sees no difference.
+    Proves: the collective merges a whole result, the statement keeps the rank in all that it defines and runs along it
+    over no axis, and the result is not scattered along it.
+    """
+    step = program.steps[number] if 0 <= number < len(program.steps) else None
+    if not isinstance(step, Collective) or step.kind not in REDUCING or step.at:
+        _refuse(f"step {number} merges no whole result")
+    sharding = Sharding(program.cascade, dict(program.sizes))
+    at = next(
+        i for i, one in enumerate(program.steps) if isinstance(one, Compute) and one.name in _makers(program, step)
+    )
+    maker = program.steps[at]
+    assert isinstance(maker, Compute)
+    unit = sharding.reach.units[maker.name]
+    ranks = [target.ranks for stmt in unit.statements for target in targets(stmt)]
+    if rank not in sharding.possible(unit) or not all(rank in own for own in ranks):
+        _refuse(f"{quote(maker.name)} cannot run in parts along {quote(rank)}")
+    dim = ranks[0].index(rank)
+    if maker.at or dim == step.target or rank in {along.rank for along in maker.along}:
+        _refuse(f"{quote(step.tensor)} is spread along {quote(rank)}")
+    low, high = sharding.reach.full[rank]
+    if list(cuts) != sorted({cut for cut in cuts if low < cut < high}):
+        _refuse(f"cuts of {quote(rank)} rise from {low + 1} to {high - 1}")
+    windows = slices(high, cuts)
+    computes = [dataclasses.replace(maker, at=((rank, *window),)) for window in windows]
+    exchanges = [dataclasses.replace(step, at=((dim, *window),)) for window in windows]
+    between = program.steps[at + 1 : number]
+    return _with_steps(program, (*program.steps[:at], *computes, *between, *exchanges, *program.steps[number + 1 :]))
+
+
+def _makers(program: Program, step: Collective) -> set[str]:
+    """The unit that defines the tensor of a collective, by its first name."""
+    found = units_by_name(program.cascade).items()
+    return {name for name, unit in found if step.tensor in {t.name for s in unit.statements for t in targets(s)}}
 
 
 def refactor_axis(program: Program, axis: str, outer: Axis, inner: Axis) -> Program:

@@ -6,8 +6,10 @@
 
 `list_schedule` starts what is ready, longest way to the end first, wherever resources allow; then it climbs from there,
 by seeded changes of the order and of the modes that are preferred. `exact_schedule`
-asks CP-SAT (the extra `overlap`), which proves it. `lower_bound` is what no timetable can beat: the work of every
-resource over its capacity, and the critical path, each task in the mode that is best for the bound. A timetable that
+asks CP-SAT (the extra `overlap`), which proves it, or HiGHS (`schedule_flow.py`).
+`lower_bound` is what no timetable can beat: the work of every
+resource over its capacity, between what must come before it and behind it, and the critical path, each task in the mode
+that is best for the bound. A timetable that
 meets the bound is proved by that alone.
 
 `repeated` is a layer that follows itself: copies whose first tasks wait for the last ones of the copy before.
@@ -27,6 +29,7 @@ from itertools import pairwise
 from typing import Any
 
 from cascade.errors import CommandError, Diagnostic
+from cascade.passes.schedule_flow import PACKAGE, flow_schedule
 from cascade.timetable import Problem, Queues, Slot, Task, Timetable
 
 ROUNDS = 200
@@ -42,12 +45,27 @@ EPSILON_US = 1e-9
 
 
 def lower_bound(problem: Problem) -> float:
-    """What no timetable is shorter than, in microseconds."""
+    """What no timetable is shorter than, in microseconds.
+
+    Tasks that cannot start before some time, and after which the end is some way off, have what lies between for all
+    they hold of a resource. So the bound is the critical path, or the work of a resource between a head and a tail.
+    """
+    shortest = [min(mode.us for mode in task.modes) for task in problem.tasks]
     tails = _tails(problem)
+    heads = [0.0] * len(problem.tasks)
+    for number, task in enumerate(problem.tasks):
+        heads[number] = max((heads[other] + shortest[other] for other in task.needs), default=0.0)
+    behind = [tail - us for tail, us in zip(tails, shortest, strict=True)]
     bound = max(tails, default=0.0)
     for resource, capacity in problem.capacities:
-        work = sum(min(mode.us * mode.demand(resource) for mode in task.modes) for task in problem.tasks)
-        bound = max(bound, work / capacity)
+        work = [min(mode.us * mode.demand(resource) for mode in task.modes) / capacity for task in problem.tasks]
+        held = sorted((n for n in range(len(work)) if work[n]), key=lambda n: -behind[n])
+        for head in {heads[number] for number in held}:
+            total = 0.0
+            for number in held:
+                if heads[number] >= head:
+                    total += work[number]
+                    bound = max(bound, head + total + behind[number])
     return bound
 
 
@@ -191,18 +209,25 @@ def _fitting(task: Task, free: dict[str, float], last: bool) -> int | None:
 
 
 def exact_schedule(problem: Problem, seconds: float = 10.0) -> Timetable:
-    """The shortest timetable that CP-SAT finds in this time, from the list schedule on; `optimal` where it is proved.
+    """The shortest timetable that a solver finds in this time, from the list schedule on; `optimal` where it is proved.
 
-    Times are rounded up to hundredths of a microsecond. Raises C623 where OR-tools is not installed.
+    CP-SAT rounds times up to hundredths of a microsecond; where it is not installed, HiGHS solves small problems.
+    Raises C623 where neither is.
     """
-    name = "ortools.sat.python.cp_model"
-    if importlib.util.find_spec("ortools") is None:
-        message = "exact scheduling needs OR-tools, which is not installed"
-        raise CommandError(Diagnostic("C623", message, help="pip install cascade-compiler[overlap]"))
-    cp: Any = importlib.import_module(name)
     start = list_schedule(problem)
     if start.optimal:
         return start
+    if importlib.util.find_spec("ortools") is not None:
+        return _by_constraints(problem, start, seconds)
+    if importlib.util.find_spec(PACKAGE) is not None:
+        return flow_schedule(problem, start, lower_bound(problem), seconds)
+    message = "exact scheduling needs OR-tools or HiGHS, and neither is installed"
+    raise CommandError(Diagnostic("C623", message, help="pip install cascade-compiler[overlap]"))
+
+
+def _by_constraints(problem: Problem, start: Timetable, seconds: float) -> Timetable:
+    """What CP-SAT finds from a timetable on."""
+    cp: Any = importlib.import_module("ortools.sat.python.cp_model")
     model = cp.CpModel()
     horizon = round(start.makespan_us * TICKS_PER_US) + len(problem.tasks) + 1
     begins: list[Any] = []
@@ -228,6 +253,7 @@ def exact_schedule(problem: Problem, seconds: float = 10.0) -> Timetable:
             model.add_cumulative([one for one, _ in pairs], [own for _, own in pairs], round(capacity * TICKS_PER_US))
     makespan = model.new_int_var(0, horizon, "makespan")
     model.add_max_equality(makespan, ends)
+    model.add(makespan >= int(lower_bound(problem) * TICKS_PER_US))
     model.minimize(makespan)
     for begin, slot in zip(begins, start.slots, strict=True):
         model.add_hint(begin, round(slot.start_us * TICKS_PER_US))

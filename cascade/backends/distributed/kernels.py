@@ -14,14 +14,15 @@ A task takes a floor, and then the longest of: its products, by waves of tiles; 
 lanes; the bytes that it moves, each tensor once. Tiles are the best of a few shapes; smaller ones reach less.
 
 The floor of a task stands for its launch and for filling and draining its pipeline; it is what makes splitting cost
-something beyond whole waves.
+something beyond whole waves. Products of one kernel are one grid. Where data chooses an operand, the rows of one value
+are a product, as many as there are values.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cascade.backends.distributed.machine import Node
@@ -30,7 +31,7 @@ from cascade.passes.reach import Box, Reach
 from cascade.passes.shard import Sharding
 from cascade.placed import Collective, Compute, Kind, Program, Window, stretch, windows_of
 from cascade.timetable import Mode, Problem, Task
-from cascade.walk import defines, free_ranks, reads, targets
+from cascade.walk import defines, free_ranks, reads, targets, walk
 
 SMS = "sms"
 OUT = "links out"
@@ -45,8 +46,19 @@ LAST_WAVE = 0.3
 FLOOR_US = 8.0
 """What a task takes beside its work: a launch, the first loads, the last stores."""
 
-# These are fitted to the published cost of splitting a tensor-parallel MLP on an H100 (figure 9 of TokenWeave, arXiv
-# 2505.11329): to the whole and to two halves, within 4 % in the mean square and 9 % at most.
+PRODUCT_US = 8.0
+"""What products take beyond that: filling and draining their pipelines, operands that nothing has touched yet."""
+
+SORT_LAUNCHES = 3
+TABLE_LAUNCHES = 2
+"""Of a product whose operand data chooses: rows are brought in order, once an index; tables of tiles, once a kernel.
+
+As `rows.py` of the Triton backend makes them.
+"""
+
+# The floor is what the norm of few rows takes by itself (figure 4 of TokenWeave, arXiv 2505.11329). Tiles, the last
+# wave and what products take beyond the floor are fitted to a tensor-parallel MLP on an H100 (figure 9), whole and in
+# halves: within 4 % in the mean square and 8 % at most.
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +111,7 @@ class _Grouping:
             for other in sorted(self.needs[number], reverse=True):
                 self._join(other, number, self._streams(other, number))
             if self._is_product(number):
-                for tensor in self._read(number):
+                for tensor in self._factors(number):
                     first = siblings.setdefault((tensor, self._axes(step)), number)
                     self._join(first, number, self._is_product(first) and tensor not in self._params())
         found: dict[int, list[int]] = {}
@@ -175,6 +187,11 @@ class _Grouping:
     def _read(self, number: int) -> set[str]:
         return {name for stmt in self._statements(number) for name in reads(stmt)}
 
+    def _factors(self, number: int) -> set[str]:
+        """The tensors that the products of a step multiply."""
+        sums = (stmt.expr for stmt in self._statements(number) if isinstance(stmt, Einsum) and is_product(stmt))
+        return {read.tensor for expr in sums if isinstance(expr, Reduce) for read in factors(expr.body)}
+
     def _defined(self, number: int) -> set[str]:
         return {name for stmt in self._statements(number) for name in defines(stmt)}
 
@@ -202,23 +219,52 @@ def factors(expr: Expr) -> Iterator[Read]:
         yield expr
 
 
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """The two sides of a matrix product by their kept ranks; where data chooses an operand, which dimension it picks.
+
+    The ranks of the index are then rows, summed ones too: those of one value make a product of their own.
+    """
+
+    rows: frozenset[str]
+    columns: frozenset[str]
+    chosen: tuple[Read, int] | None
+
+
 def is_product(stmt: Stmt) -> bool:
     """Whether a statement sums products of two tensors of which each has a rank of its own that is kept."""
     return operands(stmt) is not None
 
 
-def operands(stmt: Stmt) -> tuple[set[str], set[str]] | None:
-    """The kept ranks of the two sides of a matrix product; None where a statement is none."""
+def has_product(reach: Reach, step: Compute) -> bool:
+    """Whether a step computes a matrix product."""
+    return any(is_product(stmt) for stmt in reach.units[step.name].statements)
+
+
+def operands(stmt: Stmt) -> Sides | None:
+    """The sides of a matrix product; None where a statement is none."""
     if not isinstance(stmt, Einsum) or not isinstance(stmt.expr, Reduce) or stmt.expr.reducer != "sum":
         return None
     summed, kept = set(stmt.expr.ranks), set(stmt.target.ranks)
-    sides = [set(free_ranks(read)) for read in factors(stmt.expr.body)]
-    sides = [side for side in sides if side & summed]
-    for one in sides:
-        for other in sides:
-            if (one - other) & kept and (other - one) & kept:
-                return one & kept, other & kept
+    found = [(_plain(read), read) for read in factors(stmt.expr.body)]
+    for one, _ in found:
+        for other, read in found:
+            rows, columns = one & kept, other & kept
+            if one & other & summed and rows - columns and columns - rows:
+                picks = [dim for dim, index in enumerate(read.index) if is_data(index)]
+                more = {rank for dim in picks for rank in free_ranks(read.index[dim])}
+                return Sides(frozenset(rows | more), frozenset(columns), (read, picks[0]) if picks else None)
     return None
+
+
+def _plain(read: Read) -> set[str]:
+    """The ranks of the coordinates of a read that do not come from data."""
+    return {rank for index in read.index if not is_data(index) for rank in free_ranks(index)}
+
+
+def is_data(index: Expr) -> bool:
+    """Whether a coordinate comes from data."""
+    return any(isinstance(node, Read) for node in walk(index))
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,20 +292,37 @@ class Clock:
 
     def collective_us(self, step: Collective) -> float:
         """How long a collective takes on what it is a slice of."""
+        return self.node.collective_us(step.kind, self._size(step), self.program.devices(step.axes))
+
+    def fused_us(self, steps: Sequence[Collective], blocks: int) -> float:
+        """How long a kernel of so many thread blocks takes for a scatter, and the gathers of what is made of it."""
+        gathers = sum(self._size(step) for step in steps if step.kind is Kind.ALL_GATHER)
+        size = max(gathers, *(self._size(step) for step in steps))
+        return self.node.fused_us(blocks, size, self.program.devices(steps[0].axes))
+
+    def stored_us(self, step: Collective) -> float:
+        """How long tiles are under way that a product stores to the devices that add them up."""
+        return self.node.stored_us(self._size(step), self.program.devices(step.axes))
+
+    def _size(self, step: Collective) -> float:
+        """The bytes of what a collective is a slice of."""
         extents = list(self.reach.shape(step.tensor))
         whole = math.prod(extents)
         for dim, low, high in step.at:
             extents[dim] = high - low
-        size = self.sharding.bytes[step.tensor] * math.prod(extents) / max(1, whole)
-        return self.node.collective_us(step.kind, size, self.program.devices(step.axes))
+        return self.sharding.bytes[step.tensor] * math.prod(extents) / max(1, whole)
 
     def compute_us(self, steps: Sequence[Compute], slots: int) -> float:
         """How long a kernel of these statements takes with so many SMs."""
         work = self.work(tuple(steps))
+        return self._kernel_us(work, self._matrix_us(work.products, slots), slots)
+
+    def _kernel_us(self, work: Work, matrix_us: float, slots: int) -> float:
+        """The floor, and the longest of products, other operations and bytes."""
         gpu = self.node.gpu
-        matrix = sum(self._matrix_us(product, slots) for product in work.products)
         lanes = 2 * gpu.lanes * slots * gpu.clock_ghz * 1e3  # operations a microsecond
-        return FLOOR_US + max(matrix + work.vector / lanes, work.moved / (gpu.bandwidth_tbs * 1e6))
+        floor = FLOOR_US + (PRODUCT_US if work.products else 0.0)
+        return floor + max(matrix_us, work.vector / lanes, work.moved / (gpu.bandwidth_tbs * 1e6))
 
     def work(self, steps: tuple[Compute, ...]) -> Work:
         """What a kernel of these statements does on one device."""
@@ -312,24 +375,51 @@ class Clock:
         if sides is None:
             return None
 
-        def extent(ranks: set[str]) -> int:
+        def extent(ranks: Collection[str]) -> int:
             spans = (windows.get(rank, self.full[rank]) for rank in ranks)
             return max(1, math.prod(high - low for low, high in spans))
 
-        one, other = sides
-        return Product(extent(one & other), extent(one - other), extent(other - one), flops)
+        one, other = sides.rows, sides.columns
+        rows, columns = extent(one - other), extent(other - one)
+        if sides.chosen is None:
+            return Product(extent(one & other), rows, columns, flops)
+        read, dim = sides.chosen
+        values = min(rows, self.reach.shape(read.tensor)[dim])
+        return Product(values * extent(one & other), -(-rows // values), columns, flops)
 
-    def _matrix_us(self, product: Product, slots: int) -> float:
-        """The waves of the tiles that are done soonest."""
-        rate = self.node.gpu.matrix_tflops["bf16"] * 1e6 / self.node.gpu.sms  # operations a microsecond and SM
-        best = math.inf
+    def _tilings(self, products: Sequence[Product], slots: int) -> Iterator[tuple[float, float, float]]:
+        """For every tile: how many there are, in how many waves, and how long one takes.
+
+        Products of one kernel share its waves, as one grid.
+        """
+        sustained = self.node.gpu.matrix_tflops["bf16"] * self.node.sustained
+        rate = sustained * 1e6 / self.node.gpu.sms  # operations a microsecond and SM
         for rows, columns, share in TILES:
-            tiles = product.batch * -(-product.rows // rows) * -(-product.columns // columns)
-            filled = product.batch * product.rows * product.columns / (tiles * rows * columns)
+            tiles = done = 0.0
+            for one in products:
+                own = one.batch * -(-one.rows // rows) * -(-one.columns // columns)
+                filled = one.batch * one.rows * one.columns / (own * rows * columns)
+                tiles, done = tiles + own, done + one.flops / filled
             waves = tiles / slots
-            waves = max(1.0, waves + LAST_WAVE * (math.ceil(waves) - waves))
-            best = min(best, waves * product.flops / filled / tiles / rate / share)
-        return best
+            yield tiles, waves + LAST_WAVE * (math.ceil(waves) - waves), done / tiles / rate / share
+
+    def _matrix_us(self, products: Sequence[Product], slots: int) -> float:
+        """The waves of the tiles that are done soonest."""
+        return min(waves * us for _, waves, us in self._tilings(products, slots)) if products else 0.0
+
+    def awaited_us(self, steps: Sequence[Compute], gathers: Sequence[Collective]) -> float:
+        """How long a kernel takes whose tiles wait for the shards of their rows, which copies bring one by one.
+
+        A wave begins when the one before it has ended and the last of its shards has come.
+        """
+        devices = self.program.devices(gathers[0].axes)
+        hop = self.node.collective_us(Kind.SHIFT, sum(map(self._size, gathers)), devices)
+        work, slots = self.work(tuple(steps)), self.node.gpu.sms
+        best = math.inf
+        for tiles, waves, us in self._tilings(work.products, slots):
+            shards = (math.ceil(min(1.0, (wave + 1) * slots / tiles) * devices) - 1 for wave in range(math.ceil(waves)))
+            best = min(best, max(hop * shard + (waves - wave) * us for wave, shard in enumerate(shards)))
+        return self._kernel_us(work, best, slots)
 
     def _moved(self, steps: Sequence[Compute]) -> float:
         """The bytes that a kernel reads and writes, each tensor once, without those that stay inside."""
@@ -358,17 +448,23 @@ class Clock:
         return self.sharding.bytes[tensor] * math.prod(hull) / max(1, math.prod(shape))
 
 
-def tasks_of(
-    program: Program,
-    found: Sequence[Group],
-    per_step: Sequence[Sequence[int]],
-    needs: Sequence[Sequence[int]],
-    clock: Clock,
-) -> tuple[Problem, list[tuple[int, ...]]]:
-    """The tasks of a program in slices, and the steps of each.
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The tasks of a program, or of one layer of many: the steps of each, in an order that keeps what each needs.
+
+    `needs` are tasks of the same copy, `carried` pairs of a task and one that it needs of the copy before.
+    """
+
+    steps: tuple[tuple[int, ...], ...]
+    needs: tuple[tuple[int, ...], ...]
+    carried: tuple[tuple[int, int], ...] = ()
+
+
+def layer_of(found: Sequence[Group], per_step: Sequence[Sequence[int]], needs: Sequence[Sequence[int]]) -> Layer:
+    """The tasks of a program in slices, a copy of it alone.
 
     `found` are the groups of the program before it was split, `per_step` the steps that each of its steps became, and
-    `needs` what each of those needs. Tasks stand in an order in which each is behind what it needs.
+    `needs` what each of those needs.
     """
     steps: list[tuple[int, ...]] = []
     for group in found:
@@ -378,14 +474,34 @@ def tasks_of(
         else:
             steps.append(tuple(step for piece in pieces for step in piece))
     home = {step: task for task, own in enumerate(steps) for step in own}
+    wanted = (sorted({home[other] for step in own for other in needs[step]} - {n}) for n, own in enumerate(steps))
+    return Layer(tuple(steps), tuple(map(tuple, wanted)))
+
+
+def problem_of(program: Program, layer: Layer, clock: Clock, blocks: int | None = None) -> Problem:
+    """The tasks of a layer with their modes; `blocks` are the thread blocks of its fused exchanges."""
     names: Counter[str] = Counter()
     tasks = []
-    for number, own in enumerate(steps):
-        wanted = tuple(sorted({home[other] for step in own for other in needs[step]} - {number}))
+    for own, needed in zip(layer.steps, layer.needs, strict=True):
         name = _named(program, own)
-        tasks.append(Task(f"{name}.{names[name]}", _modes(program, own, clock), wanted))
+        tasks.append(Task(f"{name}.{names[name]}", _modes(program, own, clock, blocks), needed))
         names[name] += 1
-    return Problem(tuple(tasks), ((SMS, float(clock.node.gpu.sms)), (OUT, 1.0), (IN, 1.0))), steps
+    return Problem(tuple(tasks), ((SMS, float(clock.node.gpu.sms)), (OUT, 1.0), (IN, 1.0)))
+
+
+def launches(program: Program, layer: Layer, reach: Reach) -> int:
+    """How many launches the host makes for a copy of a layer: one a task, and for rows in the order of an index."""
+    count = len(layer.steps)
+    sorts = set()
+    for own in layer.steps:
+        steps = [step for number in own if isinstance(step := program.steps[number], Compute)]
+        sides = [operands(stmt) for step in steps for stmt in reach.units[step.name].statements]
+        orders = {
+            side.chosen[0].index[side.chosen[1]] for side in sides if side is not None and side.chosen is not None
+        }
+        count += TABLE_LAUNCHES * len(orders)
+        sorts |= {(order, step.at) for order in orders for step in steps}
+    return count + SORT_LAUNCHES * len(sorts)
 
 
 def directions(kind: Kind, node: Node) -> tuple[str, ...]:
@@ -398,23 +514,44 @@ def directions(kind: Kind, node: Node) -> tuple[str, ...]:
     return (IN,) if node.multicast and kind is Kind.ALL_GATHER else (OUT, IN)
 
 
-def _modes(program: Program, steps: Sequence[int], clock: Clock) -> tuple[Mode, ...]:
-    """A collective takes directions of the links and a few SMs; what computes takes all SMs, or leaves those few."""
-    first = program.steps[steps[0]]
+def _modes(program: Program, steps: Sequence[int], clock: Clock, blocks: int | None) -> tuple[Mode, ...]:
+    """A collective takes directions of the links and a few SMs; what computes takes all SMs, or leaves those few.
+
+    What exchanges and computes in one kernel takes the longer of both times; of a product all SMs, and else both
+    directions and its thread blocks.
+    """
     sms, few = clock.node.gpu.sms, clock.node.slots
-    if isinstance(first, Collective):
-        links = ((way, 1.0) for way in directions(first.kind, clock.node))
-        return (Mode("links", clock.collective_us(first), (*links, (SMS, float(few)))),)
     computed = [step for number in steps if isinstance(step := program.steps[number], Compute)]
-    return tuple(
-        Mode(name, clock.compute_us(computed, slots), ((SMS, float(slots)),))
-        for name, slots in (("whole", sms), ("shared", sms - few))
-    )
+    exchanged = [step for number in steps if isinstance(step := program.steps[number], Collective)]
+    product = any(has_product(clock.reach, step) for step in computed)
+    if exchanged and product and exchanged[0].kind is Kind.ALL_GATHER:
+        return (Mode("awaited", clock.awaited_us(computed, exchanged), ((IN, 1.0), (SMS, float(sms)))),)
+    if exchanged and product:
+        longest = max(clock.compute_us(computed, sms), clock.stored_us(exchanged[0]))
+        return (Mode("stored", longest, ((OUT, 1.0), (SMS, float(sms)))),)
+    if exchanged and len(steps) > 1:
+        assert blocks is not None
+        longest = max(clock.compute_us(computed, blocks) if computed else 0.0, clock.fused_us(exchanged, blocks))
+        return (Mode("fused", longest, ((OUT, 1.0), (IN, 1.0), (SMS, float(blocks)))),)
+    if exchanged:
+        links = ((way, 1.0) for way in directions(exchanged[0].kind, clock.node))
+        return (Mode("links", clock.collective_us(exchanged[0]), (*links, (SMS, float(few)))),)
+    left = {"whole": sms, "shared": sms - few}
+    if blocks not in (None, few):
+        left[f"shared with {blocks}"] = sms - (blocks or 0)
+    found: list[Mode] = []
+    for name, slots in sorted(left.items(), key=lambda pair: pair[1]):  # more SMs that save nothing are no mode
+        mode = Mode(name, clock.compute_us(computed, slots), ((SMS, float(slots)),))
+        if not found or mode.us < found[-1].us:
+            found.append(mode)
+    return tuple(reversed(found))
 
 
 def _named(program: Program, steps: Sequence[int]) -> str:
     """What a task is called: the collective and its tensor, or the last name that its statements define."""
     last = program.steps[steps[-1]]
+    if isinstance(last, Collective) and len(steps) > 1:
+        return f"exchange {last.tensor}"
     if isinstance(last, Collective):
         return f"{last.kind.value} {last.tensor}" + (f" hop {last.hop}" if last.hop else "")
     names = [target.name for stmt in program.cascade.body if defines(stmt)[0] == last.name for target in targets(stmt)]

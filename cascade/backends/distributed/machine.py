@@ -1,24 +1,25 @@
 """Machines of several GPUs: how long a collective takes on their links.
 
-    machine("h100x8").collective_us(Kind.ALL_REDUCE, 134e6, 8)        about 500
+    node("h100x8").collective_us(Kind.ALL_REDUCE, 134e6, 8)        about 500
 
 Time is a latency and what a device moves over its rate, as in the model of Hockney. Of a tensor of S bytes, all devices
 together, each of P devices moves S (P-1)/P in a gather, a scatter or an all-to-all, S/P in a shift, and 2 S (P-1)/P in
 an all-reduce; where the switch multicasts and reduces, S (1 + 1/P) in an all-reduce.
 
-The GPUs are those of `backends/triton/machine.py`. Links are nominal figures of NVIDIA's data sheets: NVLink 4 moves
-450 GB/s in a direction (H100 and H200), NVLink 3 300 GB/s (A100). Which share of that is reached, and the latencies,
-are fitted: for the H100 to the microbenchmarks of multicast kernels in the artifact of TokenWeave
-(github.com/microsoft/tokenweave, MIT), within 8 %; the H200 has the same links. Of the A100 nothing was fitted: 0.78
-of nominal is the bus bandwidth that users of NCCL's tests report for it. None was measured here.
+The GPUs are those of `backends/triton/machine.py`. Everything else is a file in `machines`, which names its sources and
+says what was fitted to them.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
+from importlib import resources
+from pathlib import PurePath
+from typing import Any
 
+from cascade.backends.systolic.fields import Table, load_toml
 from cascade.backends.triton.machine import MACHINES as GPUS
 from cascade.backends.triton.machine import Machine
 from cascade.errors import CommandError, Diagnostic
@@ -26,11 +27,12 @@ from cascade.placed import Kind
 from cascade.wording import suggest
 
 US_PER_BYTE_AT_1_GBS = 1e-3
+LONGEST_US = 1e6
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Of one kind of collective: its latency, and which share of a direction of the links it reaches."""
+    """Of one way to move data: its latency, and which share of a direction of the links it reaches."""
 
     latency_us: float
     share: float
@@ -40,7 +42,11 @@ class Fit:
 class Node:
     """Devices that are linked all to all by switches: their GPU, how many, GB/s of a direction of one device's links.
 
-    `slots` is how many SMs a collective takes while it runs; `multicast`: the switch reduces and multicasts.
+    `slots` is how many SMs a collective takes while it runs; `multicast`: the switch reduces and multicasts. `fused`
+    is, by thread blocks, what one kernel reaches that scatters, does what is local to its rows and gathers, empty where
+    there is none; `stores`, what the tiles of a product reach that are stored to peers as they are made. `host_us` is
+    how long the host is busy with one launch; nothing is said of it where it is 0. `sustained` is which share of the
+    matrix rate of the GPU remains when it multiplies without a pause.
     """
 
     name: str
@@ -50,18 +56,32 @@ class Node:
     multicast: bool
     slots: int
     fits: Mapping[Kind, Fit]
+    fused: Mapping[int, Fit]
+    stores: Fit | None
+    host_us: float
+    sustained: float
 
     def collective_us(self, kind: Kind, size: float, devices: int) -> float:
         """How long a collective takes on a tensor of so many bytes, those of all devices together."""
-        if devices == 1:
-            return 0.0
-        fit = self.fits[kind]
         share = (devices - 1) / devices
         if kind is Kind.ALL_REDUCE:
             share = 1 + 1 / devices if self.multicast else 2 * share
         elif kind is Kind.SHIFT:
             share = 1 / devices
-        return fit.latency_us + size * share / (self.gbs * fit.share) * US_PER_BYTE_AT_1_GBS
+        return self._moved_us(self.fits[kind], size * share) if devices > 1 else 0.0
+
+    def fused_us(self, blocks: int, size: float, devices: int) -> float:
+        """How long one kernel of so many thread blocks takes to scatter and gather a tensor of so many bytes."""
+        return self._moved_us(self.fused[blocks], size * (1 + 1 / devices))
+
+    def stored_us(self, size: float, devices: int) -> float:
+        """How long a product's tiles are under way that it stores to peers; infinite where nothing is known of it."""
+        if self.stores is None:
+            return float("inf")
+        return self._moved_us(self.stores, size * (devices - 1) / devices)
+
+    def _moved_us(self, fit: Fit, moved: float) -> float:
+        return fit.latency_us + moved / (self.gbs * fit.share) * US_PER_BYTE_AT_1_GBS
 
     def held_us(self, size: float, devices: int) -> float:
         """How long the links are busy for so many bytes of parameters that are gathered, beside other work."""
@@ -73,32 +93,52 @@ class Node:
         return max(flops / self.gpu.matrix_tflops["bf16"], moved / self.gpu.bandwidth_tbs) * 1e-6
 
 
-def _fits(reduce: tuple[float, float], scatter: tuple[float, float], gather: tuple[float, float]) -> Mapping[Kind, Fit]:
-    """Fits by kind; what exchanges pairs of shards is taken to be as fast as a gather."""
-    return MappingProxyType({
-        Kind.ALL_REDUCE: Fit(*reduce), Kind.REDUCE_SCATTER: Fit(*scatter), Kind.ALL_GATHER: Fit(*gather),
-        Kind.ALL_TO_ALL: Fit(*gather), Kind.SHIFT: Fit(*gather),
-    })  # fmt: skip
+@functools.cache
+def shipped() -> tuple[str, ...]:
+    """The machines that can be named."""
+    folder = resources.files("cascade.backends.distributed") / "machines"
+    return tuple(sorted(PurePath(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".toml")))
 
 
-_HOPPER = _fits((14.0, 0.69), (13.0, 0.70), (11.0, 0.73))
-_AMPERE = _fits((30.0, 0.78), (25.0, 0.78), (25.0, 0.78))
-
-NODES: Mapping[str, Node] = MappingProxyType({
-    node.name: node
-    for node in (
-        Node("h100x8", GPUS["h100"], 8, 450.0, True, 8, _HOPPER),
-        Node("h200x8", GPUS["h200"], 8, 450.0, True, 8, _HOPPER),
-        Node("a100x8", GPUS["a100"], 8, 300.0, False, 16, _AMPERE),
-    )
-})  # fmt: skip
-"""The machines that can be named, by name."""
-
-
+@functools.cache
 def node(name: str) -> Node:
     """The machine of that name; CommandError (C605) with the closest name where there is none."""
-    found = NODES.get(name.lower())
-    if found is None:
-        help_line = suggest(name, NODES, "the machines of several devices are")
+    return _node(Table(f"machine {name}", "", _fields(name.lower())))
+
+
+def _fields(name: str) -> dict[str, Any]:
+    """The fields of a machine file, those of the one it extends included: a table in it replaces one there."""
+    if name not in shipped():
+        help_line = suggest(name, shipped(), "the machines of several devices are")
         raise CommandError(Diagnostic("C605", f"there is no machine {name!r} of several devices", help=help_line))
+    text = (resources.files("cascade.backends.distributed") / "machines" / f"{name}.toml").read_text(encoding="utf-8")
+    own = load_toml(text, f"machine {name}")
+    base = own.pop("extends", None)
+    return own if base is None else {**_fields(base), **own}
+
+
+def _node(table: Table) -> Node:
+    """Raises C621 for a field with a value out of range, or one that means nothing."""
+    kinds, fused, stores = table.table("collectives", needed=True), table.table("fused"), table.table("stores")
+    found = Node(
+        table.text("name"),
+        GPUS[table.choice("gpu", tuple(GPUS))],
+        table.whole("devices", 2, 1024),
+        table.number("gbs", 1.0, 1e6),
+        table.flag("multicast", False),
+        table.whole("slots", 0, 1024),
+        {kind: _fit(kinds.table(kind.value, needed=True)) for kind in Kind},
+        {int(blocks): _fit(fused.table(blocks)) for blocks in fused.names()},
+        _fit(stores) if stores.values else None,
+        table.number("host_us", 0.0, LONGEST_US, 0.0),
+        table.number("sustained", 0.1, 1.0, 1.0),
+    )
+    kinds.done()
+    table.done()
+    return found
+
+
+def _fit(table: Table) -> Fit:
+    found = Fit(table.number("latency_us", 0.0, LONGEST_US), table.number("share", 1e-3, 1.0))
+    table.done()
     return found

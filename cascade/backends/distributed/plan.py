@@ -4,8 +4,9 @@
 
 The mesh and what is sharded are those of the schedule; what it leaves open is chosen by cost (`passes/shard.py`). A
 `split` of the schedule gives cuts; without one the rank that most steps can be split along is cut in two, the cut is
-searched, and declined where the whole is faster. Of what is taken it is proved that no device lacks anything; the
-timetable and its queues go through the checker, which shares nothing with the scheduler.
+searched, and declined where the whole is faster. Exchanges run apart, or as one kernel with what is computed around
+them, whichever the model says is faster. Of what is taken it is proved that no device lacks anything; the timetable and
+its queues go through the checker, which shares nothing with the scheduler.
 
 All times are modelled. A plan is data: it is made anywhere, and carries its version and a hash of the cascade, the
 machine and the sizes, by which whoever runs it refuses another one.
@@ -20,7 +21,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cascade.backends.distributed.kernels import IN, OUT, SMS, TILES, Clock, Group, groups, tasks_of
+from cascade.backends.distributed.fused import awaited, fused, stored
+from cascade.backends.distributed.kernels import (
+    IN,
+    OUT,
+    SMS,
+    TILES,
+    Clock,
+    Group,
+    Layer,
+    groups,
+    launches,
+    layer_of,
+    problem_of,
+)
 from cascade.backends.distributed.machine import Node
 from cascade.errors import Diagnostic, InternalError, UnsupportedError
 from cascade.inference import bind_sizes
@@ -47,14 +61,30 @@ COPIES = 3
 """Layers in a row by which one that follows itself is judged."""
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How exchanges run: `apart`, `fused` with what is local to their rows, by so many thread blocks, or tile by tile:
+    `stored` by the product before them, `awaited` by the one behind them."""
+
+    name: str
+    blocks: int | None = None
+
+
+APART = Way("apart")
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What was decided, and how good it is: times in microseconds, on one device as on all."""
+    """What was decided, and how good it is: times in microseconds, on one device as on all.
+
+    `way` is how exchanges run; `launches`, how often the host launches something for a copy of a layer in a row.
+    """
 
     program: Program
     node: Node
     rank: str | None
     cut: Cut
+    way: Way
     problem: Problem
     steps: tuple[tuple[int, ...], ...]
     timetable: Timetable
@@ -62,6 +92,7 @@ class Plan:
     bound_us: float
     serial_us: float
     cycle_us: float | None
+    launches: int
 
 
 def plan(
@@ -80,7 +111,9 @@ def plan(
     maker = _Maker(program, node)
     rank, cut = maker.search()
     chosen = split(program, rank, cut.cuts) if rank is not None and cut.cuts else program
-    problem, steps = maker.problem(chosen, maker.needs if chosen is program else dependencies(chosen))
+    made = maker.whole if chosen is program else maker.made(chosen)
+    best_us, way = maker.best(made, chosen)
+    problem, layer = made.problem(chosen, maker.clock, way)
     timetable = exact_schedule(problem) if exact else list_schedule(problem)
     queues = queues_of(problem, timetable, (OUT, IN, SMS))
     wrong = [
@@ -88,11 +121,10 @@ def plan(
     ]  # fmt: skip
     if wrong:
         raise InternalError(f"the schedule of a plan is not valid: {wrong[0]}")
-    whole, _ = maker.problem(program, maker.needs)
-    carried = carried_on(chosen, steps)
+    whole, _ = maker.whole.problem(program, maker.clock, APART)
     return Plan(
-        chosen, node, rank, cut, problem, tuple(steps), timetable, queues, lower_bound(problem), serial_us(whole),
-        cycle_us(problem, carried, COPIES, SEARCH_ROUNDS) if carried else None,
+        chosen, node, rank, cut, way, problem, layer.steps, timetable, queues, lower_bound(problem),
+        serial_us(whole), best_us if made.repeats else None, made.launches(chosen, maker.clock, way),
     )  # fmt: skip
 
 
@@ -130,6 +162,39 @@ def carried_on(program: Program, steps: Sequence[Sequence[int]]) -> list[tuple[i
     return sorted(found)
 
 
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """The tasks of a program, which depend on where cuts lie in their times only: for every way in which exchanges can
+    run, those of one copy alone and those in a row of copies."""
+
+    layers: Mapping[str, tuple[Layer, Layer]]
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a copy needs something of the one before it."""
+        return bool(self.layers[APART.name][1].carried)
+
+    def problem(self, program: Program, clock: Clock, way: Way) -> tuple[Problem, Layer]:
+        """The tasks of one copy with their times."""
+        layer = self.layers[way.name][0]
+        return problem_of(program, layer, clock, way.blocks), layer
+
+    def time_us(self, program: Program, clock: Clock, way: Way) -> float:
+        """From one copy to the next where they follow each other, else the makespan.
+
+        The host launches a copy while another one runs: where that takes longer, it is what counts.
+        """
+        if not self.repeats:
+            return list_schedule(self.problem(program, clock, way)[0], SEARCH_ROUNDS).makespan_us
+        layer = self.layers[way.name][1]
+        device_us = cycle_us(problem_of(program, layer, clock, way.blocks), layer.carried, COPIES, SEARCH_ROUNDS)
+        return max(device_us, clock.node.host_us * self.launches(program, clock, way))
+
+    def launches(self, program: Program, clock: Clock, way: Way) -> int:
+        """How often the host launches something for one copy of a row."""
+        return launches(program, self.layers[way.name][1], clock.reach)
+
+
 class _Maker:
     """What stays the same while cuts are tried: the groups and the clock."""
 
@@ -139,8 +204,9 @@ class _Maker:
         self.needs = dependencies(program)
         self.found: tuple[Group, ...] = groups(program, self.needs)
         self.clock = Clock.of(program, node)
+        self.whole = self.made(program)
 
-    def problem(self, program: Program, needs: Sequence[Sequence[int]]) -> tuple[Problem, list[tuple[int, ...]]]:
+    def made(self, program: Program) -> _Made:
         """The tasks of the program, or of the program in slices."""
         per_step: list[list[int]] = []
         at = 0
@@ -151,40 +217,45 @@ class _Maker:
                 own.append(at)
             per_step.append(own)
             at += 1
-        return tasks_of(program, self.found, per_step, needs, self.clock)
+        alone = layer_of(self.found, per_step, self.needs if program is self.program else dependencies(program))
+        cycle = dataclasses.replace(alone, carried=tuple(carried_on(program, alone.steps)))
+        layers = {APART.name: (alone, cycle)}
+        for name, may, joined in (
+            ("fused", bool(self.clock.node.fused), fused), ("stored", self.clock.node.stores is not None, stored),
+            ("awaited", True, awaited),
+        ):  # fmt: skip
+            if may and (other := joined(program, cycle, self.reach)) != cycle:
+                layers[name] = joined(program, alone, self.reach), other
+        return _Made(layers)
+
+    def best(self, made: _Made, program: Program, tried: int = 0) -> tuple[float, Way]:
+        """The least time, and the way of exchanges that reaches it; of `tried` thread blocks only, if given."""
+        ways = [APART]
+        if "fused" in made.layers:
+            ways += [Way("fused", blocks) for blocks in ((tried,) if tried else self.clock.node.fused)]
+        if not tried:
+            ways += [Way(name) for name in ("stored", "awaited") if name in made.layers]
+        times = [made.time_us(program, self.clock, way) for way in ways]
+        return min(zip(times, ways, strict=True), key=lambda pair: pair[0])
 
     def search(self) -> tuple[str | None, Cut]:
         """The rank that is split and where, or why it is not."""
-        whole = self._time_us(*self.problem(self.program, self.needs), self.program)
+        whole, _ = self.best(self.whole, self.program)
         rank, fixed = self._stated()
         rank = rank or self._widest()
         if rank is None:
             return None, Cut((), "no rank of a result can be split", whole, None)
-        known: list[tuple[Sequence[Sequence[int]], list[tuple[int, int]]]] = []
+        known: list[_Made] = []
 
-        def time_us(cuts: tuple[int, ...]) -> float:
+        def time_us(cuts: tuple[int, ...], rough: bool) -> float:
             if not cuts:
                 return whole
             program = sliced(self.program, rank, cuts)
             if not known:  # where a single cut lies does not change which slices meet
-                needs = dependencies(program)
-                known.append((needs, carried_on(program, self.problem(program, needs)[1])))
-            return self._time_us(*self.problem(program, known[0][0]), program, known[0][1])
+                known.append(self.made(program))
+            return self.best(known[0], program, self.clock.node.slots if rough else 0)[0]
 
         return rank, best_cut(self.reach.full[rank][1], TILES[0][0], time_us, [fixed] if fixed else [])
-
-    def _time_us(
-        self,
-        problem: Problem,
-        steps: Sequence[Sequence[int]],
-        program: Program,
-        carried: Sequence[tuple[int, int]] | None = None,
-    ) -> float:
-        """What a search compares: from one copy to the next where they follow each other, else the makespan."""
-        carried = carried_on(program, steps) if carried is None else carried
-        if carried:
-            return cycle_us(problem, carried, COPIES, SEARCH_ROUNDS)
-        return list_schedule(problem, SEARCH_ROUNDS).makespan_us
 
     def _stated(self) -> tuple[str | None, tuple[int, ...]]:
         """The rank and the cuts that the schedule gives; the first split is taken."""
@@ -245,6 +316,8 @@ def plan_json(found: Plan) -> dict[str, Any]:
         "optimal": found.timetable.optimal,
         "serial_us": found.serial_us,
         "cycle_us": found.cycle_us,
+        "launches": found.launches,
+        "exchange": {"way": found.way.name, "blocks": found.way.blocks},
         "exposed_comm_us": exposed_us(found.problem, found.timetable, (OUT, IN), SMS),
         "tasks": [
             {
@@ -283,6 +356,8 @@ def plan_text(found: Plan, width: int = 72) -> str:
     split_text = f"{found.rank} at {', '.join(map(str, found.cut.cuts))}" if found.cut.cuts else "none"
     lines = [f"{found.node.name}, modelled: {end:.1f} us, bound {found.bound_us:.1f}, serial {found.serial_us:.1f}"]
     lines += [f"split: {split_text}" + (f"; {found.cut.declined}" if found.cut.declined else "")]
+    blocks = f", {found.way.blocks} thread blocks each" if found.way.blocks else ""
+    lines += [f"exchanges: {found.way.name}{blocks}"]
     lines += [f"exposed communication: {exposed_us(found.problem, found.timetable, (OUT, IN), SMS):.1f} us", ""]
     for name, tasks in found.queues.queues:
         row = [" "] * width

@@ -333,4 +333,6 @@ def test_parts_of_two_sizes_are_refused() -> None:
     """Attention in four nano-batches and products in two: a rank has one list of cuts."""
     text = (ROOT / "examples" / "nano_batched_decode.cascade").read_text()
     with pytest.raises(VerifyError, match="C245"):
-        pipeline.run_pipeline(parse_cascade(text.replace("split b into 2", "split b into 2\n    split b into 4"), "<two>"))
+        pipeline.run_pipeline(
+            parse_cascade(text.replace("split b into 2", "split b into 2\n    split b into 4"), "<two>")
+        )

@@ -28,10 +28,11 @@ from cascade.passes.reach import Reach
 from cascade.passes.schedule_overlap import list_schedule
 from cascade.passes.shard import stated
 from cascade.passes.split_tokens import split
-from cascade.placed import Along, Axis, Kind, Program
+from cascade.placed import Along, Axis, Collective, Compute, Kind, Program, Step
 from cascade.timetable import Mode, Problem, Task
 from cascade.trial import param_types, random_inputs
 from tests.test_shard import agrees, canonical, collectives, first, lifted
+from tests.test_split_tokens import changed, of_kind, right, swapped
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "many-devices.md"
@@ -135,6 +136,51 @@ def test_a_residual_that_is_one_block_old_hides_sums_and_is_another_function() -
     inputs = random_inputs(ladder, small, param_types(ladder, DType.F64), 0)
     results = [run(cascade, inputs, small, Precision.REFERENCE)["Y"] for cascade in (ladder, other)]
     assert float((results[0] - results[1]).abs().max()) > 0.1
+
+
+# --- mutants ---------------------------------------------------------------------------------------------------------
+
+
+def batches_swapped(step: Step) -> Step:
+    """The second batch's slots are dispatched once more, in place of the first one's."""
+    first_batch = isinstance(step, Collective) and step.tensor == "S" and step.at[0] == (0, 0, 1)
+    return dataclasses.replace(step, at=((0, 1, 2),)) if first_batch else step
+
+
+MUTANTS: dict[str, tuple[str, Callable[[Program], Program]]] = {
+    "batches swapped": ("dispatch and combine", lambda p: changed(p, batches_swapped)),
+    "sent to another dimension": ("dispatch and combine", lambda p: changed(p, of_kind(Kind.ALL_TO_ALL, target=3))),
+    "combined before the experts": (
+        "dispatch and combine", lambda p: swapped(p, *(next(i for i, s in enumerate(p.steps) if named(s) == n) for n in ("all-to-all S", "all-to-all E"))),
+    ),
+    "experts placed by another dimension": (
+        "dispatch and combine", lambda p: dataclasses.replace(p, places=tuple(dataclasses.replace(one, dim=1) if one.tensor == "W1" else one for one in p.places)),
+    ),
+    "own shard skipped": ("ring", lambda p: changed(p, lambda s: None if isinstance(s, Compute) and s.name == "S" and not s.along[1].hop else s)),
+    "a hop twice": ("ring, both ways", lambda p: changed(p, lambda s: hop_of(s, {2: 1}))),
+    "a block's sum skipped": ("ladder residual", lambda p: changed(p, lambda s: None if named(s) == "reduce-scatter M1" else s)),
+    "mean for sum": ("nano-batched decode", lambda p: changed(p, of_kind(Kind.ALL_REDUCE, reducer="mean"))),
+}  # fmt: skip
+
+
+def named(step: Step) -> str:
+    return f"{step.kind.value} {step.tensor}" if isinstance(step, Collective) else step.name
+
+
+def hop_of(step: Step, hops: Mapping[int, int]) -> Step:
+    """The step with what its ranks are shifted by changed, of a statement only."""
+    if not isinstance(step, Compute):
+        return step
+    along = tuple(dataclasses.replace(one, hop=hops.get(one.hop, one.hop)) for one in step.along)
+    return dataclasses.replace(step, along=along)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_of_an_example_is_killed(name: str) -> None:
+    example, mutate = MUTANTS[name]
+    program = many.PROGRAMS[example](4)
+    assert right(program)
+    assert mutate(program) != program and not right(mutate(program))
 
 
 # --- published systems -----------------------------------------------------------------------------------------------

@@ -13,6 +13,9 @@ streaming, stepping and bounded memory with one mechanism:
 * a statement that is grouped by an index (`group {H} by I[t] < N`) goes through its rows value after value, each with
   the value as one number: where rows do not differ in the index alone, the numbers are others.
 * a statement whose intermediate would be large is evaluated in stretches of one of its ranks.
+* where the schedule has `stream` or `wait`, the parts that they name run in one of the orders that these allow, chosen
+  by a seed, on buffers that are NaN until a part has written them: a wait that is missing changes the numbers.
+  What neither names is computed for each part that reads it, of what is there at that time.
 
 `Precision.REFERENCE` is the meaning (float64); the other precisions are how the same cascade runs eagerly.
 """
@@ -21,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import math
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -31,10 +35,10 @@ from torch import Tensor
 
 from cascade import values as v
 from cascade.evaluate import Evaluation, State, Stored, Windows, materialised
-from cascade.inference import FLOATS, bind_sizes, infer_shapes
+from cascade.inference import FLOATS, bind_sizes, infer_dtypes, infer_shapes
 from cascade.ir import (
-    Apply, Call, Cascade, DType, Einsum, Expr, Fold, Fuse, GroupBy, Param, Rank, Read, Reduce, Result, Split, Stmt,
-    Target, Tile, TopK, Use,
+    Apply, Call, Cascade, DType, Einsum, Expr, Fold, Fuse, GroupBy, Param, Part, Rank, Read, Reduce, Result, Split,
+    Stmt, Stream, Target, Tile, TopK, Use, Wait,
 )  # fmt: skip
 from cascade.ops import REDUCERS
 from cascade.order import Group, Unit, iterative_rank, members, order_within_step, units
@@ -63,11 +67,13 @@ def run(
     sizes: Mapping[str, int] | None = None,
     precision: Precision = Precision.COMPUTE,
     block: int | None = None,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """The results of a verified cascade on these tensors, in declared order.
 
-    `sizes` binds shape symbols that no input has; `block` sets the block extent of every fused rank. Results have
-    their declared type, else the type the language gives them; float64 for every float under `REFERENCE`.
+    `sizes` binds shape symbols that no input has; `block` sets the block extent of every fused rank; `seed` chooses
+    among the orders that streams and waits allow. Results have their declared type, else the type the language gives
+    them; float64 for every float under `REFERENCE`.
     """
     shapes = infer_shapes(cascade)
     extents = bind_sizes(cascade, {name: tuple(tensor.shape) for name, tensor in inputs.items()}, sizes or {})
@@ -75,7 +81,10 @@ def run(
     machine = Machine(cascade, shapes, extents, precision, device, block=block, passing=passing_ranks(cascade))
     for param in cascade.params:
         machine.store[param.name] = _given(param, inputs[param.name], precision)
-    machine.run(cascade.body, {}, groups(cascade))
+    if any(isinstance(item, (Stream, Wait)) for item in cascade.schedule):
+        _Queued(machine, seed).run()
+    else:
+        machine.run(cascade.body, {}, groups(cascade))
     return {result.name: machine.result(result) for result in cascade.results}
 
 
@@ -130,6 +139,7 @@ class Machine(State):
     block: int | None = None
     passing: Mapping[str, frozenset[str]] = field(default_factory=dict)  # see `passing_ranks`
     extremes: dict[str, Value] = field(default_factory=dict)  # the best values behind a streamed argmax or argmin
+    unwritten: set[str] = field(default_factory=set)  # tensors whose buffers nothing has written yet
 
     small: bool = field(init=False)  # whether all ranks together have too few coordinates for a large intermediate
 
@@ -179,7 +189,7 @@ class Machine(State):
         for stmt in ordered:  # over an empty rank no step allocates
             for target in targets(stmt):
                 if target.name not in self.store:
-                    self._allocate(target, DType.F32, {rank: self.full(rank) for rank in target.ranks}, weak=False)
+                    self.allocate(target, DType.F32, {rank: self.full(rank) for rank in target.ranks}, weak=False)
 
     def _initialise(self, stmt: Einsum) -> None:
         """The initial values, stored at the negative coordinates of the iterative rank."""
@@ -493,6 +503,9 @@ class Machine(State):
         """The value stored at these windows of the target; what was never written stays NaN."""
         if self.precision is Precision.EAGER and not value.weak:
             value = v.cast(value, value.dtype, self.precision)
+        if target.name in self.unwritten:  # its type was a guess
+            self.unwritten.remove(target.name)
+            del self.store[target.name]
         low = low or (0,) * len(target.ranks)
         passing = self.passing.get(target.name, frozenset())
         held = {
@@ -506,7 +519,7 @@ class Machine(State):
             return
         stored = self.store.get(target.name)
         if stored is None or [stored.at(d) for d in range(len(held))] != [start for start, _ in held.values()]:
-            stored = self._allocate(target, value.dtype, held, value.weak)
+            stored = self.allocate(target, value.dtype, held, value.weak)
         if stored.dtype is not value.dtype or stored.weak != value.weak:
             self._retype(stored, value)
         place = stored.place(here[rank] for rank in target.ranks)
@@ -516,7 +529,7 @@ class Machine(State):
         if stored.present is not None:
             stored.present[place] = True if value.present is None else value.present
 
-    def _allocate(self, target: Target, dtype: DType, held: Windows, weak: bool) -> Stored:
+    def allocate(self, target: Target, dtype: DType, held: Windows, weak: bool) -> Stored:
         """Room for a tensor at these coordinates, NaN until it is written."""
         storage = torch.float64 if weak and dtype in FLOATS else self.precision.storage(dtype)
         fill: float | int | bool = math.nan if storage.is_floating_point else 0
@@ -576,6 +589,133 @@ class _Trip:
         """The reductions that a state joins with its virtual elements: they hold for a block only."""
         names = (defines(stmt)[0] for stmt in self.statements if self.reduces(stmt))
         return {name for name in names if name not in self.fold.state}
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class _Queued:
+    """A cascade whose streams and waits say in which order named parts run.
+
+    A part is what a statement defines within a window of each rank that the schedule splits. Parts of a reduction are
+    hidden until the last of them has come, and then merged by coordinate, whatever came first.
+    """
+
+    machine: Machine
+    seed: int
+    units: tuple[Unit, ...] = ()
+    owner: dict[str, int] = field(default_factory=dict)
+    named: dict[int, set[int | None]] = field(default_factory=dict)  # the parts that the schedule names of each unit
+    waiting: dict[tuple[object, ...], list[tuple[Windows, Partial]]] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """All named parts in an order that is allowed, then what results need beside them."""
+        cascade, machine = self.machine.cascade, self.machine
+        self.units = tuple(units(cascade.body, groups(cascade)))
+        self.owner = {
+            name: i for i, unit in enumerate(self.units) for stmt in unit.statements for name in defines(stmt)
+        }
+        types = infer_dtypes(cascade, {param.name: machine.store[param.name].dtype for param in cascade.params})
+        for stmt in cascade.body:
+            for target in targets(stmt):
+                self._empty(target, types[target.name])
+        order = self._order()
+        for name, index in order:
+            if self._alone(self.owner[name]):
+                self.named.setdefault(self.owner[name], set()).add(index)
+        for name, index in order:
+            if (unit := self.owner[name]) in self.named:
+                self._refresh(unit, set())
+                self._part(self.units[unit].statements[0], index)
+        for unit in range(len(self.units)):
+            self._rest(unit)
+
+    def _empty(self, target: Target, dtype: DType) -> None:
+        """A buffer of a tensor before anything is written: NaN; absent where a type has none."""
+        full = {rank: self.machine.full(rank) for rank in target.ranks}
+        stored = self.machine.allocate(target, dtype, full, weak=False)
+        if not stored.data.is_floating_point():
+            stored.present = torch.zeros_like(stored.data, dtype=torch.bool)
+        self.machine.unwritten.add(target.name)
+
+    def _order(self) -> list[tuple[str, int | None]]:
+        """The named parts, each behind those before it in its stream and those it waits for; else at random.
+
+        A statement goes by the first name that it defines.
+        """
+        first = {name: defines(stmt)[0] for stmt in self.machine.cascade.body for name in defines(stmt)}
+        before: dict[tuple[str, int | None], set[tuple[str, int | None]]] = {}
+        for item in self.machine.cascade.schedule:
+            pairs: list[tuple[Part, Part]] = []
+            if isinstance(item, Stream):
+                pairs = [(item.parts[0], item.parts[0]), *pairwise(item.parts)]
+            elif isinstance(item, Wait):
+                pairs = [(item.on, item.part)]
+            for early, late in (((first[a.name], a.index), (first[b.name], b.index)) for a, b in pairs):
+                before.setdefault(early, set())
+                before.setdefault(late, set()).update({early} - {late})
+        rng, order = random.Random(self.seed), list[tuple[str, int | None]]()
+        while before:
+            ready = [part for part, early in before.items() if early.isdisjoint(before)]
+            order.append(rng.choice(ready))  # a verified cascade has no circle of waits
+            del before[order[-1]]
+        return order
+
+    def _alone(self, unit: int) -> bool:
+        """Whether parts of a unit can run: a group, or a recurrence of several statements, runs where it is read."""
+        return self.units[unit].group is None and len(self.units[unit].statements) == 1
+
+    def _refresh(self, unit: int, done: set[int]) -> None:
+        """What a unit reads and nothing names, computed anew of what is there now."""
+        for name in (name for stmt in self.units[unit].statements for name in reads(stmt)):
+            other = self.owner.get(name, unit)
+            if other != unit and other not in done and (other not in self.named or self._missing(other)):
+                done.add(other)
+                self._refresh(other, done)
+                self._rest(other)
+
+    def _rest(self, unit: int) -> None:
+        """The parts of a unit that nothing names."""
+        if unit not in self.named:
+            self.machine.run(self.units[unit].statements, {}, groups(self.machine.cascade))
+        for index in self._missing(unit):
+            self._part(self.units[unit].statements[0], index)
+
+    def _missing(self, unit: int) -> list[int]:
+        """The numbers of the parts that nothing names, of a unit of which something does."""
+        found = self.named.get(unit, {None})
+        return [] if None in found else [i for i in range(len(self._parts(unit))) if i not in found]
+
+    def _parts(self, unit: int) -> list[Windows]:
+        """The windows of every part of a statement: the first split of the schedule is the outermost."""
+        stmt = self.units[unit].statements[0]
+        ranks = (*(rank for target in targets(stmt) for rank in target.ranks), *_reduced(stmt))
+        found: list[Windows] = [{}]
+        for split in (item for item in self.machine.cascade.schedule if isinstance(item, Split)):
+            if split.rank in ranks:
+                extent = self.machine.full(split.rank)[1]
+                count = len(split.cuts) + 1 if split.parts is None else self.machine.extent(split.parts)
+                edges = [extent * part // count for part in range(count + 1)]
+                edges = [0, *(min(cut, extent) for cut in split.cuts), extent] if split.cuts else edges
+                found = [{**windows, split.rank: pair} for windows in found for pair in pairwise(edges)]
+        return found
+
+    def _part(self, stmt: Stmt, index: int | None) -> None:
+        """One part of a statement, or all of it."""
+        machine, unit = self.machine, self.owner[defines(stmt)[0]]
+        windows: Windows = {} if index is None else self._parts(unit)[index]
+        cut = [rank for rank in windows if rank in _reduced(stmt)]
+        if not cut or not isinstance(stmt, (Einsum, TopK)):
+            machine.run((stmt,), windows, ())
+            return
+        here = {rank: windows.get(rank, machine.full(rank)) for rank in targets(stmt)[0].ranks}
+        waiting = self.waiting.setdefault((defines(stmt)[0], *here.items()), [])
+        waiting.append((windows, machine.partial(stmt, windows)))
+        points = sum(math.prod(b - a for a, b in (one[rank] for rank in cut)) for one, _ in waiting)
+        if points == math.prod(machine.full(rank)[1] for rank in cut):
+            waiting.sort(key=lambda part: [part[0][rank] for rank in cut])
+            machine.hold(stmt, functools.reduce(functools.partial(machine.joined, stmt), (p for _, p in waiting)), here)
 
 
 def _trip(fold: Fold, statements: Sequence[Stmt], windows: Windows) -> _Trip:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from cascade.placed import Program
 from cascade.values import Precision
 
 SECONDS = 20  # the timeout of a group
+SHORT = 3  # and of the collectives of a plan on it
 
 
 def start(world: int, work: Callable[..., Any], *arguments: object) -> list[Any]:
@@ -70,3 +72,17 @@ def die(rank: int, program: Program, inputs: Mapping[str, Tensor]) -> dict[str, 
     if rank == 1:
         os._exit(0)
     return loaded(Precision.REFERENCE, **inputs)
+
+
+def stall(rank: int, program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor] | str:
+    """Rank 1 lives and does not come."""
+    loaded = Loaded(program, range(len(program.steps)), "one program", timeout_s=SHORT)
+    if rank == 1:
+        time.sleep(3 * SHORT)
+        return "late"
+    return loaded(Precision.REFERENCE, **inputs)
+
+
+def run_orders(rank: int, program: Program, orders: list[list[int]]) -> None:
+    """One plan, its steps in an order of its own on every rank."""
+    Loaded(program, orders[rank], "one program")

@@ -20,9 +20,9 @@ from cascade.ir import DType, Mesh, Shard
 from cascade.passes.exchanges import by_shards
 from cascade.passes.shard import stated
 from cascade.passes.split_tokens import split
-from cascade.placed import Kind, Program
+from cascade.placed import Collective, Kind, Program
 from cascade.trial import param_types, random_inputs
-from tests.ranks import SECONDS, die, run_plan, run_plans, run_programs, start
+from tests.ranks import SECONDS, SHORT, die, run_orders, run_plan, run_plans, run_programs, stall, start
 from tests.test_distributed_plan import EXAMPLE, block
 from tests.test_shard import ATTENTION, RING, canonical, first, lifted
 from tests.test_split_tokens import SIZES, tensor_parallel
@@ -102,4 +102,26 @@ def test_a_rank_that_is_gone_is_an_error_that_names_the_collective() -> None:
     begun = time.monotonic()
     found = start(2, die, program, inputs)[0]
     assert isinstance(found, str) and "C349" in found and "rank 0: the collective" in found
+    assert "rank 1 has not come to it" in found
     assert time.monotonic() - begun < 3 * SECONDS
+
+
+def test_a_rank_that_does_not_come_is_named_within_the_timeout() -> None:
+    program = tensor_parallel(2)
+    inputs = random_inputs(program.cascade, SIZES, param_types(program.cascade, DType.F64), 0)
+    begun = time.monotonic()
+    found, late = start(2, stall, program, inputs)
+    assert "C349" in found and "rank 1 has not come to it" in found and late == "late"
+    assert time.monotonic() - begun < SHORT + SECONDS
+
+
+def test_ranks_that_issue_collectives_in_another_order_are_refused() -> None:
+    """One hash, and on rank 1 two collectives have changed places: the first that differs is named."""
+    program = stated(
+        lifted(RING, Mesh("cp", 2), Shard("m", "cp"), Shard("t", "cp")), {"H": 1, "M": 6, "N": 7, "E": 2, "F": 2}
+    )
+    order = list(range(len(program.steps)))
+    swapped = [i for i, step in enumerate(program.steps) if isinstance(step, Collective)]
+    other = [swapped[1] if i == swapped[0] else swapped[0] if i == swapped[1] else i for i in order]
+    for found in start(2, run_orders, program, [order, other]):
+        assert "C348" in found and "collective 0 is all-gather K" in found and "on rank 1" in found

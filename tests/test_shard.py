@@ -4,6 +4,8 @@ ranks in float64 against the cascade on one device."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -249,6 +251,75 @@ def test_random_cascades_mean_the_same_at_random_placements(part: int) -> None:
         checked += 1
         exchanged += len(collectives(program))
     assert checked == RANDOM // PARTS and exchanged > checked
+
+
+# --- small layers at every placement ---------------------------------------------------------------------------------
+
+LAYERS, SHOWN = 500, 10  # in a campaign, and always
+PLACEMENTS = 64  # a layer with more of them is left out
+
+
+def small_layer(rng: random.Random) -> tuple[str, dict[str, int]]:
+    """A layer of two to four statements on tokens: products, maps with a residual, rows measured, earlier rows summed."""
+    sizes, params = {"T": rng.randint(2, 5), "D": rng.randint(2, 4)}, ["X[T,D]"]
+    width, lines, last, kept = "d", [], "X", {"d": "X"}
+    for number in range(rng.randint(1, 3)):
+        name = f"A{number}"
+        match rng.randrange(4):
+            case 0:
+                new, symbol = f"f{number}", f"F{number}"
+                sizes[symbol] = rng.randint(2, 4)
+                params.append(f"W{number}[{'D' if width == 'd' else width.upper()},{symbol}]")
+                lines.append(f"{name}[t,{new}] = sum[{width}] {last}[t,{width}] * W{number}[{width},{new}]")
+                width = new
+            case 1:
+                lines.append(f"{name}[t,{width}] = relu({last}[t,{width}]) + {kept.get(width, last)}[t,{width}]")
+            case 2:
+                reducer = rng.choice(["max", "sum", "min"])
+                lines.append(f"R{number}[t] = {reducer}[{width}] {last}[t,{width}]")
+                lines.append(f"{name}[t,{width}] = {last}[t,{width}] - R{number}[t]")
+            case _:
+                test = rng.choice(["u <= t", "t - u < 2 and u <= t", "u >= t"])
+                lines.append(f"{name}[t,{width}] = sum[u] {last}[u,{width}]   where {test}")
+        last = kept[width] = name
+    symbol = "D" if width == "d" else width.upper()
+    body = "\n    ".join(lines)
+    return f"cascade layer({', '.join(params)}) -> {last}[T,{symbol}] {{\n    {body}\n}}", sizes
+
+
+def at_every_placement(layers: int, seed: int = 0, step: int = 1) -> tuple[int, int]:
+    """Checks so many layers on two or three devices, along every rank of every statement; programs, collectives."""
+    checked = programs = exchanged = 0
+    while checked < layers:
+        seed += step
+        text, sizes = small_layer(random.Random(seed))
+        cascade = canonical(text, Mesh("p", 2 + seed % 2))
+        sharding = Sharding(cascade, sizes)
+        ways = [list(sharding.options(name)) for name in sharding.reach.units]
+        if math.prod(map(len, ways)) > PLACEMENTS:
+            continue
+        checked += 1
+        inputs = random_inputs(cascade, sizes, param_types(cascade, DType.F64), seed)
+        wanted = run(cascade, inputs, sizes, Precision.REFERENCE)
+        made = {sharding.program(dict(zip(sharding.reach.units, way, strict=True))) for way in itertools.product(*ways)}
+        for program in made:
+            for name, found in simulate(program, inputs).items():
+                torch.testing.assert_close(found, wanted[name].double(), rtol=1e-12, atol=1e-12, msg=text)
+            exchanged += len(collectives(program))
+        programs += len(made)
+    return programs, exchanged
+
+
+def test_small_layers_mean_the_same_at_every_placement() -> None:
+    programs, exchanged = at_every_placement(SHOWN)
+    assert programs > 5 * SHOWN and exchanged > programs / 2
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("part", range(PARTS))
+def test_many_small_layers_mean_the_same_at_every_placement(part: int) -> None:
+    programs, exchanged = at_every_placement(LAYERS // PARTS, part, PARTS)
+    assert programs > 5 * LAYERS // PARTS and exchanged > programs / 2
 
 
 # --- states of folds -------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from cascade.passes.lifts import Blocked, Lifted, Lifting
 from cascade.passes.pass_count import Passes, all_passes, extents_text, footprint, partitions
 from cascade.passes.fuse import Fuse
 from cascade.passes.traffic import traffic
+from cascade.verify.streams import needless_waits
 
 WIDTH = 110
 """Columns of the text."""
@@ -60,7 +61,7 @@ def report(
         "footprint": _footprint(plain, before),
         "lifted_footprint": _footprint(found.cascade, after),
         "traffic": _traffic(plain, Fuse()(found.cascade), sizes or {}, dtype or DType.F32),
-    }
+    } | ({"needless_waits": list(needless)} if (needless := needless_waits(cascade)) else {})
 
 
 def _levels(cascade: Cascade, given: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
@@ -154,6 +155,7 @@ def report_text(payload: Mapping[str, Any]) -> str:
             lines += _rank_lines(rank, found)
     lines += _footprint_lines(payload["footprint"], payload["lifted_footprint"])
     lines += _traffic_lines(payload["traffic"])
+    lines += (f"needless: {wait}" for wait in payload.get("needless_waits", ()))
     for title, count in (("passed once", 1), ("passed over not at all", 0)):
         quiet = [_title(rank, found) for rank, found in ranks.items() if _is_quiet(found) and found["plain"] == count]
         lines += _wrapped(f"{title}: {', '.join(quiet)}") if quiet else []

@@ -163,11 +163,16 @@ class Sharding:
         }
 
     @cached_property
-    def flops(self) -> dict[str, float]:
-        """The operations of every unit, transcendental ones counted once."""
+    def operations(self) -> dict[str, float]:
+        """The operations of every statement, transcendental ones counted once."""
         found = traffic(self.cascade, self.sizes, (), self.dtype).statements
+        return {name: float(sum(amount.value or 0 for amount in amounts)) for name, amounts in found.items()}
+
+    @cached_property
+    def flops(self) -> dict[str, float]:
+        """The operations of every unit."""
         return {
-            name: float(sum(sum(a.value or 0 for a in found[defines(stmt)[0]]) for stmt in unit.statements))
+            name: sum(self.operations[defines(stmt)[0]] for stmt in unit.statements)
             for name, unit in self.reach.units.items()
         }
 

@@ -31,6 +31,7 @@ from cascade.verify.statements import (
     check_extents, check_fills, check_filters, check_given, check_indices, check_kinds, check_left, check_magnitudes,
     check_operands, check_reads, check_reduced, check_right, check_topk,
 )  # fmt: skip
+from cascade.verify.streams import check_streams
 from cascade.verify.uses import check_calls, check_function, check_recursion, check_uses
 from cascade.walk import defines, expressions, reads, walk
 from cascade.wording import quote
@@ -65,6 +66,7 @@ RULES: tuple[Rule, ...] = (
     check_schedule_numbers,
     check_schedule_twice,
     check_waits,
+    check_streams,
     check_regions,
     check_groups,
     check_rows,

@@ -229,7 +229,8 @@ def _said(program: Program) -> Iterator[tuple[tuple[str, ...], str, Span | None]
             case Stream():
                 yield ("stream", directive.name), f"stream {quote(directive.name)} is declared", span
                 for part in directive.parts:
-                    yield ("part", part.name, str(part.index)), f"{part_text(part)} is in a stream", part.span
+                    owner = str(program.owner.get(part.name, part.name))  # one statement may have two names
+                    yield ("part", owner, str(part.index)), f"{part_text(part)} is in a stream", part.span
             case Wait():
                 key = ("wait", part_text(directive.part), part_text(directive.on))
                 yield key, f"{part_text(directive.part)} waits on {part_text(directive.on)}", span
@@ -334,7 +335,7 @@ def _labels(region: Region) -> Iterator[Diagnostic]:
 
 def check_waits(program: Program) -> Iterator[Diagnostic]:
     """C246: no part waits for itself, through the order of streams and other waits."""
-    number: dict[tuple[str, int | None], int] = {}
+    number: dict[tuple[int | str, int | None], int] = {}
     parts: list[Part] = []
     pairs: list[tuple[Part, Part]] = []
     for directive in program.cascade.schedule:
@@ -342,12 +343,13 @@ def check_waits(program: Program) -> Iterator[Diagnostic]:
             pairs += ((later, part) for part, later in pairwise(directive.parts) if later != part)
         elif isinstance(directive, Wait):
             pairs.append((directive.part, directive.on))
-    for part in (part for pair in pairs for part in pair):
-        if number.setdefault((part.name, part.index), len(parts)) == len(parts):
+    keys = [(program.owner.get(part.name, part.name), part.index) for pair in pairs for part in pair]
+    for key, part in zip(keys, (part for pair in pairs for part in pair), strict=True):
+        if number.setdefault(key, len(parts)) == len(parts):
             parts.append(part)
     edges: list[list[int]] = [[] for _ in parts]
-    for part, on in pairs:
-        edges[number[part.name, part.index]].append(number[on.name, on.index])
+    for key, on in zip(keys[::2], keys[1::2], strict=True):
+        edges[number[key]].append(number[on])
     for members in strongly_connected(edges):
         if cyclic(members, edges):
             listed = quoted_list(part_text(parts[i]) for i in members)

@@ -178,7 +178,8 @@ class _Grouping:
         return [found[at] for at in done]
 
     def _axes(self, step: Compute) -> object:
-        return frozenset(axis for along in step.along for axis in along.axes), step.at
+        hops = tuple(along.hop for along in step.along)  # what works on a shard does not wait for the next one
+        return frozenset(axis for along in step.along for axis in along.axes), hops, step.at
 
     def _statements(self, number: int) -> tuple[Stmt, ...]:
         step = self.program.steps[number]
@@ -283,7 +284,7 @@ class Clock:
     def of(cls, program: Program, node: Node) -> Clock:
         """The clock for a program, or for the same program in slices."""
         sharding = Sharding(program.cascade, dict(program.sizes), node)
-        return cls(program, node, sharding, sharding.flops, sharding.reach.full)
+        return cls(program, node, sharding, sharding.operations, sharding.reach.full)
 
     @property
     def reach(self) -> Reach:
@@ -332,7 +333,7 @@ class Clock:
             for step in steps:
                 windows = self._windows(step)
                 for stmt in self.reach.units[step.name].statements:
-                    flops = self.flops[step.name] * self._part(step, stmt, windows)
+                    flops = self.flops[defines(stmt)[0]] * self._part(step, stmt, windows)
                     product = self._product(stmt, windows, flops)
                     products += [] if product is None else [product]
                     vector += flops if product is None else 0.0

@@ -66,6 +66,8 @@ class Node:
         share = (devices - 1) / devices
         if kind is Kind.ALL_REDUCE:
             share = 1 + 1 / devices if self.multicast else 2 * share
+        elif kind is Kind.ALL_TO_ALL:
+            share /= devices  # of its own shard a device keeps one part
         elif kind is Kind.SHIFT:
             share = 1 / devices
         return self._moved_us(self.fits[kind], size * share) if devices > 1 else 0.0

@@ -102,8 +102,14 @@ def plan(
 
     Raises C551 without a mesh, C554 where the machine has fewer devices, C553 where cuts of the schedule cannot be.
     """
-    bound = bind_sizes(cascade, {}, sizes)
-    program = cheapest(cascade, bound, node, dtype)
+    return plan_of(cheapest(cascade, bind_sizes(cascade, {}, sizes), node, dtype), node, exact)
+
+
+def plan_of(program: Program, node: Node, exact: bool = False) -> Plan:
+    """The plan of a program that was laid out before, as one whose collectives were rewritten (`passes/exchanges.py`).
+
+    Raises C554 and C553 as `plan` does.
+    """
     devices = program.devices(tuple(axis.name for axis in program.axes))
     if devices > node.devices:
         message = f"the mesh has {devices} devices and {node.name} has {node.devices}"

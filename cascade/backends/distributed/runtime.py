@@ -13,14 +13,17 @@ streams and their events are for backends of devices.
 
 from __future__ import annotations
 
+import datetime
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from cascade import values as v
 from cascade.backends.distributed.plan import VERSION, fingerprint
@@ -32,17 +35,23 @@ from cascade.placed import (
     REDUCING, Axes, Collective, Compute, Kind, Program, coordinates, number_along, read_program, render_step,
 )  # fmt: skip
 from cascade.values import Precision
+from cascade.verify.timetable import check_ranks
 from cascade.walk import defines
 
 MERGED = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN, "prod": dist.ReduceOp.PRODUCT}
 """Reducers that the library merges."""
 
 
-def load(plan: str | Mapping[str, Any]) -> Loaded:
+TIMEOUT_S = 300.0
+"""How long a collective waits for the other ranks."""
+
+
+def load(plan: str | Mapping[str, Any], timeout_s: float = TIMEOUT_S) -> Loaded:
     """The program of a plan, given as its JSON, or as text of it, on the ranks of the default process group.
 
-    Raises CallError: C347 for what is no plan, or one of another version, or whose hash does not fit what it says;
-    C348 where the group has another number of ranks, or ranks have different plans.
+    No collective waits longer than `timeout_s` seconds. Raises CallError: C347 for what is no plan, or one of another
+    version, or whose hash does not fit what it says; C348 where the group has another number of ranks, or ranks have
+    different plans.
     """
     try:
         found = json.loads(plan) if isinstance(plan, str) else dict(plan)
@@ -57,38 +66,46 @@ def load(plan: str | Mapping[str, Any]) -> Loaded:
         raise _refusal("C347", "this is no plan", "cascadec plan FILE --machine NAME --json makes one") from None
     if said != fingerprint(cascade, dict(program.sizes), machine) or sorted(order) != list(range(len(program.steps))):
         raise _refusal("C347", "the plan does not fit its hash: it was changed after it was made", "make it anew")
-    return Loaded(program, order, said)
+    return Loaded(program, order, said, timeout_s)
 
 
 class Loaded:
     """A plan on this rank: call it with the tensors of the cascade."""
 
-    def __init__(self, program: Program, order: Sequence[int], said: str) -> None:
+    made: ClassVar[Iterator[int]] = itertools.count()
+
+    def __init__(self, program: Program, order: Sequence[int], said: str, timeout_s: float = TIMEOUT_S) -> None:
         self.program, self.order = program, order
-        self.rank, world = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
         places = coordinates(program.axes)
-        if world != len(places):
-            message = f"the plan is for {len(places)} ranks, and the group has {world}"
+        if self.world != len(places):
+            message = f"the plan is for {len(places)} ranks, and the group has {self.world}"
             raise _refusal("C348", message, "start as many processes as the mesh has devices")
-        plans: list[str | None] = [None] * world
-        dist.all_gather_object(plans, said)
-        if other := next((rank for rank, one in enumerate(plans) if one != plans[0]), None):
+        issued = [render_step(step) for step in (program.steps[n] for n in order) if isinstance(step, Collective)]
+        plans: list[Any] = [None] * self.world
+        dist.all_gather_object(plans, (said, issued))
+        if other := next((rank for rank, one in enumerate(plans) if one[0] != plans[0][0]), None):
             raise _refusal("C348", f"rank {other} has another plan than rank 0", "load one plan everywhere")
+        if wrong := next(check_ranks({rank: one[1] for rank, one in enumerate(plans)}), None):
+            raise _refusal("C348", f"ranks would wait for each other: {wrong}", "load one plan everywhere")
         self.groups: dict[Axes, tuple[list[int], Any]] = {}
+        self.name, self.calls = f"cascade {next(Loaded.made)}", 0
         for axes in dict.fromkeys(step.axes for step in program.steps if isinstance(step, Collective)):
             for members in _members(program, axes):  # every rank makes all groups, in one order
-                group = dist.new_group(members)
+                group = dist.new_group(members, timeout=datetime.timedelta(seconds=timeout_s))
                 if self.rank in members:
                     self.groups[axes] = members, group
 
     def __call__(self, precision: Precision = Precision.COMPUTE, **tensors: Tensor) -> dict[str, Tensor]:
         """The results, whole on every rank; tensors are whole, and each rank takes its shards of them.
 
-        Raises CallError (C349) where a collective fails, with this rank and the collective: a rank is gone, or late.
+        Raises CallError (C349) where a collective fails, with this rank, the collective, and who has not come to it:
+        a rank is gone, or late.
         """
         missing = [param.name for param in self.program.cascade.params if param.name not in tensors]
         if missing:
             raise _refusal("C334", f"the call does not give {missing[0]!r}", "pass every tensor by keyword")
+        self.calls += 1
         worker = Worker(self, tensors, precision)
         for number in self.order:
             worker.run(number)
@@ -102,6 +119,9 @@ class Worker(Ranks):
         super().__init__(loaded.program, tensors, loaded.rank, precision)
         self.loaded = loaded
         self.device: Device = self.devices[0]
+        self.store: Any = distributed_c10d._get_default_store()  # there is no public name for it
+        self.prefix = f"{loaded.name} {loaded.calls}"
+        self.issued = 0
 
     def run(self, number: int) -> None:
         """One step on this rank."""
@@ -109,17 +129,32 @@ class Worker(Ranks):
         if isinstance(step, Compute):
             super().run(number)
             return
+        members, group = self.loaded.groups[step.axes]
+        self.issued += 1
         try:
-            members, group = self.loaded.groups[step.axes]
+            self.store.set(f"{self.prefix} {self.loaded.rank}", str(self.issued))
             if step.kind in REDUCING:
                 self._merge(step, members, group)
             else:
                 self._receive(step, members, group)
         except RuntimeError as error:
             message = (
-                f"rank {self.loaded.rank}: the collective '{render_step(step)}' failed: {str(error).splitlines()[0]}"
+                f"rank {self.loaded.rank}: the collective '{render_step(step)}' failed{self._absent(members)}: "
+                f"{str(error).splitlines()[0]}"
             )
             raise _refusal("C349", message, "see which rank ended, or raise the timeout of the group") from error
+
+    def _absent(self, members: Sequence[int]) -> str:
+        """Which ranks have not come to the collective at hand, as far as the store of the group can say."""
+        try:
+            came = {
+                rank: int(self.store.get(key)) if self.store.check([key := f"{self.prefix} {rank}"]) else 0
+                for rank in members
+            }
+        except RuntimeError:  # the store was with a rank that is gone
+            return ""
+        late = [str(rank) for rank, count in came.items() if count < self.issued]
+        return f"; rank {', '.join(late)} has not come to it" if late else ""
 
     # --- partial results ---------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from cascade.backends.distributed.runtime import Loaded
+from cascade.compiled import Compiled
 from cascade.distributed import load
 from cascade.errors import CascadeError
 from cascade.placed import Program
@@ -86,3 +87,23 @@ def stall(rank: int, program: Program, inputs: Mapping[str, Tensor]) -> dict[str
 def run_orders(rank: int, program: Program, orders: list[list[int]]) -> None:
     """One plan, its steps in an order of its own on every rank."""
     Loaded(program, orders[rank], "one program")
+
+
+def run_by_kernels(
+    rank: int, given: Mapping[str, tuple[Program, Mapping[str, Tensor]]]
+) -> dict[str, dict[str, Tensor]]:
+    """The results of some programs, each statement a compiled cascade."""
+    found = {}
+    for name, (program, inputs) in given.items():
+        loaded = Loaded(program, range(len(program.steps)), name, make=Compiled)
+        found[name] = loaded(**inputs)
+    return found
+
+
+def run_kernels_of(rank: int, plan: dict[str, Any], inputs: Mapping[str, Tensor], backend: str) -> dict[str, Any]:
+    """The results of the second of two calls by kernels, and how many were compiled after each."""
+    loaded = load(plan, kernels=True, backend=backend)
+    loaded(**inputs)
+    assert loaded.executor is not None
+    count = len(loaded.executor.compiled)
+    return {**loaded(**inputs), "compiled": count, "compiled again": len(loaded.executor.compiled)}

@@ -34,10 +34,11 @@ LAYERS = (
     {"interp"},
     {"frontend", "passes"},
     {"backends"},
-    {"arguments", "distributed"},
+    {"arguments"},
     {"trial"},
     {"pipeline"},
     {"compiled"},
+    {"distributed"},
     {"cli", "__init__"},
 )
 SETTINGS_READERS = {"pipeline", "compiled", "cli", "backends"}
@@ -53,6 +54,7 @@ TORCH_HOMES = {
     "backends.triton.kept",
     "backends.distributed.simulate",
     "backends.distributed.runtime",
+    "backends.distributed.execute",
 }
 HOMES = {
     "lark": {"frontend"},

@@ -7,8 +7,8 @@ all-gather of pieces of one size; all-to-all and shifts point to point. What no 
 coordinate of an extreme, the largest few, states of folds) is gathered whole and merged by the interpreter, in the
 order of the ranks.
 
-It is a functional backend: the same program on gloo as on simulated ranks, every buffer of the full shape. Kernels,
-streams and their events are for backends of devices.
+It is a functional backend: the same program on gloo as on simulated ranks, every buffer of the full shape. With a
+compiler of cascades the same plan runs by kernels (`execute.py`), the interpreter being its witness.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from cascade import values as v
+from cascade.backends.distributed.execute import Executor, Make
 from cascade.backends.distributed.plan import VERSION, fingerprint
-from cascade.backends.distributed.simulate import Device, Part, Ranks, Reduction, part_of, receive, reduction
+from cascade.backends.distributed.simulate import Device, Part, Ranks, Reduction, moved, part_of, receive, reduction
 from cascade.errors import CallError, Diagnostic
 from cascade.evaluate import Stored
 from cascade.frontend.build import parse_cascade
@@ -46,10 +47,11 @@ TIMEOUT_S = 300.0
 """How long a collective waits for the other ranks."""
 
 
-def load(plan: str | Mapping[str, Any], timeout_s: float = TIMEOUT_S) -> Loaded:
+def load(plan: str | Mapping[str, Any], timeout_s: float = TIMEOUT_S, make: Make | None = None) -> Loaded:
     """The program of a plan, given as its JSON, or as text of it, on the ranks of the default process group.
 
-    No collective waits longer than `timeout_s` seconds. Raises CallError: C347 for what is no plan, or one of another
+    No collective waits longer than `timeout_s` seconds. `make` compiles what a rank computes of a task; without it the
+    interpreter runs the statements. Raises CallError: C347 for what is no plan, or one of another
     version, or whose hash does not fit what it says; C348 where the group has another number of ranks, or ranks have
     different plans.
     """
@@ -66,7 +68,7 @@ def load(plan: str | Mapping[str, Any], timeout_s: float = TIMEOUT_S) -> Loaded:
         raise _refusal("C347", "this is no plan", "cascadec plan FILE --machine NAME --json makes one") from None
     if said != fingerprint(cascade, dict(program.sizes), machine) or sorted(order) != list(range(len(program.steps))):
         raise _refusal("C347", "the plan does not fit its hash: it was changed after it was made", "make it anew")
-    return Loaded(program, order, said, timeout_s)
+    return Loaded(program, order, said, timeout_s, [task["steps"] for task in tasks], make)
 
 
 class Loaded:
@@ -74,7 +76,15 @@ class Loaded:
 
     made: ClassVar[Iterator[int]] = itertools.count()
 
-    def __init__(self, program: Program, order: Sequence[int], said: str, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        program: Program,
+        order: Sequence[int],
+        said: str,
+        timeout_s: float = TIMEOUT_S,
+        tasks: Sequence[Sequence[int]] = (),
+        make: Make | None = None,
+    ) -> None:
         self.program, self.order = program, order
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         places = coordinates(program.axes)
@@ -90,6 +100,12 @@ class Loaded:
             raise _refusal("C348", f"ranks would wait for each other: {wrong}", "load one plan everywhere")
         self.groups: dict[Axes, tuple[list[int], Any]] = {}
         self.name, self.calls = f"cascade {next(Loaded.made)}", 0
+        self.store: Any = distributed_c10d._get_default_store()  # there is no public name for it
+        self.issued = 0
+        self.executor: Executor | None = None
+        if make is not None:
+            found = tasks or [[number] for number in order]
+            self.executor = Executor(program, found, self.rank, self.groups, make, self.guarded)
         for axes in dict.fromkeys(step.axes for step in program.steps if isinstance(step, Collective)):
             for members in _members(program, axes):  # every rank makes all groups, in one order
                 group = dist.new_group(members, timeout=datetime.timedelta(seconds=timeout_s))
@@ -106,10 +122,38 @@ class Loaded:
         if missing:
             raise _refusal("C334", f"the call does not give {missing[0]!r}", "pass every tensor by keyword")
         self.calls += 1
+        self.issued = 0
+        if self.executor is not None:
+            return self.executor(tensors)
         worker = Worker(self, tensors, precision)
         for number in self.order:
             worker.run(number)
         return {result.name: worker.gathered(result.name) for result in self.program.cascade.results}
+
+    def guarded(self, step: Collective, members: Sequence[int], run: Callable[[], None]) -> None:
+        """Runs a collective; where it fails, the error says who has not come to it."""
+        self.issued += 1
+        try:
+            self.store.set(f"{self.name} {self.calls} {self.rank}", str(self.issued))
+            run()
+        except RuntimeError as error:
+            message = (
+                f"rank {self.rank}: the collective '{render_step(step)}' failed{self._absent(members)}: "
+                f"{str(error).splitlines()[0]}"
+            )
+            raise _refusal("C349", message, "see which rank ended, or raise the timeout of the group") from error
+
+    def _absent(self, members: Sequence[int]) -> str:
+        """Which ranks have not come to the collective at hand, as far as the store of the group can say."""
+        try:
+            came = {
+                rank: int(self.store.get(key)) if self.store.check([key := f"{self.name} {self.calls} {rank}"]) else 0
+                for rank in members
+            }
+        except RuntimeError:  # the store was with a rank that is gone
+            return ""
+        late = [str(rank) for rank, count in came.items() if count < self.issued]
+        return f"; rank {', '.join(late)} has not come to it" if late else ""
 
 
 class Worker(Ranks):
@@ -119,9 +163,6 @@ class Worker(Ranks):
         super().__init__(loaded.program, tensors, loaded.rank, precision)
         self.loaded = loaded
         self.device: Device = self.devices[0]
-        self.store: Any = distributed_c10d._get_default_store()  # there is no public name for it
-        self.prefix = f"{loaded.name} {loaded.calls}"
-        self.issued = 0
 
     def run(self, number: int) -> None:
         """One step on this rank."""
@@ -130,31 +171,8 @@ class Worker(Ranks):
             super().run(number)
             return
         members, group = self.loaded.groups[step.axes]
-        self.issued += 1
-        try:
-            self.store.set(f"{self.prefix} {self.loaded.rank}", str(self.issued))
-            if step.kind in REDUCING:
-                self._merge(step, members, group)
-            else:
-                self._receive(step, members, group)
-        except RuntimeError as error:
-            message = (
-                f"rank {self.loaded.rank}: the collective '{render_step(step)}' failed{self._absent(members)}: "
-                f"{str(error).splitlines()[0]}"
-            )
-            raise _refusal("C349", message, "see which rank ended, or raise the timeout of the group") from error
-
-    def _absent(self, members: Sequence[int]) -> str:
-        """Which ranks have not come to the collective at hand, as far as the store of the group can say."""
-        try:
-            came = {
-                rank: int(self.store.get(key)) if self.store.check([key := f"{self.prefix} {rank}"]) else 0
-                for rank in members
-            }
-        except RuntimeError:  # the store was with a rank that is gone
-            return ""
-        late = [str(rank) for rank, count in came.items() if count < self.issued]
-        return f"; rank {', '.join(late)} has not come to it" if late else ""
+        exchange = self._merge if step.kind in REDUCING else self._receive
+        self.loaded.guarded(step, members, lambda: exchange(step, members, group))
 
     # --- partial results ---------------------------------------------------------------------------------------------
 
@@ -189,20 +207,20 @@ class Worker(Ranks):
         stored = self.device.machine.store.get(step.tensor)
         if stored is None:
             raise RuntimeError(f"this rank has nothing of {step.tensor}")
-        boxes = [self.moved(step, shape, me, other, count) for other in range(count)]
+        boxes = [moved(step, shape, me, other, count) for other in range(count)]
         got: list[Tensor | None] = [None] * count
         packed = _packed(stored, self.device.held[step.tensor])
         if step.kind is Kind.ALL_GATHER:
             assert step.source is not None
             window = next(((low, high) for dim, low, high in step.at if dim == step.source), (0, shape[step.source]))
             longest = -(-(window[1] - window[0]) // count)
-            own = _cut(packed, self.moved(step, shape, (me + 1) % count, me, count))
+            own = _cut(packed, moved(step, shape, (me + 1) % count, me, count))
             own = _padded(own, step.source + 1, longest)
             pieces = [torch.empty_like(own) for _ in range(count)]
             dist.all_gather(pieces, own, group)
             got = [None if other == me else piece for other, piece in enumerate(pieces)]
         else:
-            sends = {other: self.moved(step, shape, other, me, count) for other in range(count) if other != me}
+            sends = {other: moved(step, shape, other, me, count) for other in range(count) if other != me}
             works = [dist.isend(_cut(packed, box), members[other], group) for other, box in sends.items() if box]
             for other, box in enumerate(boxes):
                 if other != me and box is not None:

@@ -269,27 +269,9 @@ class Ranks:
         taken = [self._snapshot(device, name) for device in group for name in (step.tensor,)]
         for number, device in enumerate(group):
             for other, source in enumerate(taken):
-                box = self.moved(step, shape, number, other, len(group))
+                box = moved(step, shape, number, other, len(group))
                 if box is not None and source is not None and other != number:
                     receive(device, step.tensor, source, box)
-
-    def moved(self, step: Collective, shape: Sequence[int], to: int, of: int, count: int) -> tuple[Window, ...] | None:
-        """The box that one device gets from another; None where they do not meet."""
-        box: list[Window] = [(0, extent) for extent in shape]
-        for dim, low, high in step.at:
-            box[dim] = low, high
-        assert step.source is not None
-        window = box[step.source]
-        if step.kind is Kind.SHIFT:
-            if of != (to + (1 if step.hop > 0 else -1)) % count:
-                return None
-            box[step.source] = stretch(window, (to + step.hop) % count, count)
-            return tuple(box)
-        box[step.source] = stretch(window, of, count)
-        if step.kind is Kind.ALL_TO_ALL:
-            assert step.target is not None
-            box[step.target] = stretch(box[step.target], to, count)
-        return tuple(box)
 
     def _snapshot(self, device: Device, name: str) -> tuple[Stored, Tensor] | None:
         """What a rank holds of a tensor before a collective; None where it has nothing of it."""
@@ -342,6 +324,25 @@ class Ranks:
                 raise InternalError(f"ranks hold different values of {name!r}")
             whole = torch.where(mask & whole.isnan(), data, whole)
         return whole
+
+
+def moved(step: Collective, shape: Sequence[int], to: int, of: int, count: int) -> tuple[Window, ...] | None:
+    """The box that one of `count` devices gets from another; None where they do not meet."""
+    box: list[Window] = [(0, extent) for extent in shape]
+    for dim, low, high in step.at:
+        box[dim] = low, high
+    assert step.source is not None
+    window = box[step.source]
+    if step.kind is Kind.SHIFT:
+        if of != (to + (1 if step.hop > 0 else -1)) % count:
+            return None
+        box[step.source] = stretch(window, (to + step.hop) % count, count)
+        return tuple(box)
+    box[step.source] = stretch(window, of, count)
+    if step.kind is Kind.ALL_TO_ALL:
+        assert step.target is not None
+        box[step.target] = stretch(box[step.target], to, count)
+    return tuple(box)
 
 
 def _unknown(dtype: torch.dtype) -> Tensor:

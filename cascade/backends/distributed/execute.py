@@ -1,0 +1,325 @@
+"""Runs the program of a plan by kernels: what a device computes are compiled cascades on boxes of plain tensors.
+
+Every tensor of the program has one buffer of its full shape and its own type; a rank writes and reads the boxes that it
+holds. Statements of a task that stand together are one cascade (`local.py`), compiled at its first call. Partial
+results lie apart until they are merged. What ranks exchange are boxes, by the collectives of torch.distributed. Nothing
+is checked here: that each box is there in time is what simulated ranks and the checker of the plan have shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cascade.backends.distributed.local import MERGED, Local, Piece, Wanted, local
+from cascade.backends.distributed.simulate import moved
+from cascade.bounds import absent_tensors
+from cascade.errors import Diagnostic, UnsupportedError
+from cascade.inference import infer_dtypes
+from cascade.ir import Cascade, DType, Einsum, Reduce
+from cascade.passes.reach import Box, left_over, meet
+from cascade.passes.split_tokens import Touched, Touches
+from cascade.placed import (
+    REDUCING, Axes, Collective, Compute, Program, Window, coordinates, stretch, windows_of,
+)  # fmt: skip
+from cascade.values import FROM_TORCH, TORCH_TYPES, identity_of
+from cascade.walk import targets
+
+Make: TypeAlias = Callable[[Cascade], Callable[..., Any]]
+"""Compiles a cascade."""
+
+Group: TypeAlias = tuple[list[int], Any]
+"""The ranks that differ along some axes only, and their process group."""
+
+OPERATIONS: dict[str, tuple[Any, Callable[[Tensor, Tensor], Tensor]]] = {
+    "sum": (dist.ReduceOp.SUM, torch.add), "prod": (dist.ReduceOp.PRODUCT, torch.mul),
+    "max": (dist.ReduceOp.MAX, torch.maximum), "min": (dist.ReduceOp.MIN, torch.minimum),
+}  # fmt: skip
+"""How the library merges over ranks, and torch two parts on one."""
+
+
+@dataclass(slots=True, eq=False)
+class Part:
+    """A partial result: its box, its values, the steps that gave it, and the axes over which it is merged already."""
+
+    piece: Piece
+    value: Tensor
+    steps: tuple[Compute, ...]
+    axes: frozenset[str] = frozenset()
+
+
+@dataclass(slots=True, eq=False)
+class Executor:
+    """A program on one rank of a group, by kernels; compiled ones are kept from call to call.
+
+    `make` compiles a cascade; `guarded` runs a collective, and says who is missing where it fails.
+    """
+
+    program: Program
+    tasks: Sequence[Sequence[int]]
+    rank: int
+    groups: Mapping[Axes, Group]
+    make: Make
+    guarded: Callable[[Collective, Sequence[int], Callable[[], None]], None]
+    touches: Touches = field(init=False)
+    places: list[dict[str, int]] = field(init=False)
+    held: dict[str, list[list[Box]]] = field(init=False)
+    absent: frozenset[str] = field(init=False)  # tensors that may be absent in places
+    compiled: dict[object, tuple[Local, Callable[..., Any]] | None] = field(init=False, default_factory=dict)
+    buffers: dict[str, Tensor] = field(init=False, default_factory=dict)
+    parts: dict[str, list[Part]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.touches = Touches.of(self.program)
+        self.places = coordinates(self.program.axes)
+        self.held = _held(self.program, self.touches)
+        self.absent = absent_tensors(self.program.cascade, dict(self.program.sizes))
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The results, whole on every rank. Raises UnsupportedError (C555) where a task is no kernel."""
+        given = {param.name: FROM_TORCH[tensors[param.name].dtype] for param in self.program.cascade.params}
+        types = infer_dtypes(self.program.cascade, given)
+        device = next(iter(tensors.values())).device
+        self.parts = {}
+        self.buffers = dict(tensors) | {
+            name: torch.empty(self.touches.reach.shape(name), dtype=TORCH_TYPES[types[name]], device=device)
+            for name in types.keys() - given.keys()
+        }
+        for number, task in enumerate(self.tasks):
+            for run in self._runs(task):
+                first = self.program.steps[run[0]]
+                if isinstance(first, Collective):
+                    self._exchange(first)
+                else:
+                    self._compute(number, run, types)
+        return {result.name: self._whole(result.name) for result in self.program.cascade.results}
+
+    def _runs(self, task: Sequence[int]) -> list[list[int]]:
+        """The steps of a task: collectives by themselves, statements between them together."""
+        found: list[list[int]] = []
+        for step in task:
+            alone = isinstance(self.program.steps[step], Collective)
+            if found and not alone and not isinstance(self.program.steps[found[-1][0]], Collective):
+                found[-1].append(step)
+            else:
+                found.append([step])
+        return found
+
+    # --- statements --------------------------------------------------------------------------------------------------
+
+    def _compute(self, task: int, run: Sequence[int], types: Mapping[str, DType]) -> None:
+        """Statements as one kernel or few; each by itself where they are not of the same windows."""
+        steps = [step for step in map(self.program.steps.__getitem__, run) if isinstance(step, Compute)]
+        empty = [step for step in steps if any(low >= high for low, high in self._windows(step).values())]
+        try:
+            if not empty:
+                self._kernel(task, run, steps, types)
+                return
+        except UnsupportedError:
+            if len(run) == 1:
+                raise
+        for number, step in zip(run, steps, strict=True):
+            if step in empty:
+                self._nothing(step, types)
+            else:
+                self._kernel(task, [number], [step], types)
+
+    def _kernel(self, task: int, run: Sequence[int], steps: Sequence[Compute], types: Mapping[str, DType]) -> None:
+        """Statements by one compiled cascade."""
+        key = (tuple(run), tuple(sorted((name, dtype.value) for name, dtype in types.items())))
+        if key not in self.compiled:
+            again = self._again(run)
+            found = local(
+                self.program, self.touches.reach, [*again, *steps], self.places[self.rank], self._wanted(run), types,
+                f"task_{task}",
+            )  # fmt: skip
+            self.compiled[key] = (found, self.make(found.cascade)) if found.writes else None
+        known = self.compiled[key]
+        if known is None:  # whoever needs it computes it
+            return
+        of, call = known
+        made = call(**{piece.name: _at(self.buffers[piece.tensor], piece.box) for piece in of.reads})
+        for piece, value in zip(of.writes, made if isinstance(made, tuple) else (made,), strict=True):
+            if piece.reducer:
+                self._keep(Part(piece, value, tuple(s for s in steps if piece.tensor in self._defined(s))))
+            else:
+                self._write(piece.tensor, piece.box, value)
+
+    def _nothing(self, step: Compute, types: Mapping[str, DType]) -> None:
+        """A statement of which this rank has no coordinates: of a sum along them, nothing is its part."""
+        windows = self._windows(step)
+        for stmt in self.touches.reach.units[step.name].statements:
+            target = targets(stmt)[0]
+            box = tuple(windows.get(rank, self.touches.reach.full[rank]) for rank in target.ranks)
+            if all(low < high for low, high in box):
+                if not isinstance(stmt, Einsum) or not isinstance(stmt.expr, Reduce) or stmt.expr.reducer not in MERGED:
+                    message = f"{target.name!r} is cut along what it reduces, and a rank has nothing of it"
+                    raise UnsupportedError(Diagnostic("C555", message, help="load the plan without kernels"))
+                value = torch.full(
+                    [high - low for low, high in box], identity_of(stmt.expr.reducer, TORCH_TYPES[types[target.name]]),
+                    dtype=TORCH_TYPES[types[target.name]], device=next(iter(self.buffers.values())).device,
+                )  # fmt: skip
+                cut = tuple(rank for rank in stmt.expr.ranks if rank in windows)
+                self._keep(Part(Piece(target.name, target.name, box, stmt.expr.reducer, cut), value, (step,)))
+
+    def _windows(self, step: Compute) -> dict[str, Window]:
+        return windows_of(step, self.places[self.rank], self.program.axes, self.touches.reach.full)
+
+    def _wanted(self, run: Sequence[int]) -> Wanted:
+        """What steps outside of some read on this rank, and results."""
+        results, absent = {result.name for result in self.program.cascade.results}, self.absent
+        others = [step for number, step in enumerate(self.program.steps) if number not in run]
+        found: dict[str, list[Box]] = {}
+        for one in (one for step in others for one in self.touches.reads(step) if one.device == self.rank):
+            found.setdefault(one.tensor, []).append(one.box)
+
+        def wanted(name: str, box: Box) -> bool:
+            return name in results or (name not in absent and any(meet(box, other) for other in found.get(name, ())))
+
+        return wanted
+
+    def _again(self, run: Sequence[int]) -> list[Compute]:
+        """The steps before some that make what these read and may be absent in places: memory does not show that.
+
+        With them comes what they need of their own task: it may be kept by nobody.
+        """
+        found, todo = set(run), list(run)
+        while todo:
+            number = todo.pop()
+            read = [one for one in self.touches.reads(self.program.steps[number]) if one.device == self.rank]
+            beside = () if number in run else next(r for task in self.tasks for r in self._runs(task) if number in r)
+            for other, step in enumerate(self.program.steps):
+                if other not in found and isinstance(step, Compute) and self._makes(step, read, other in beside):
+                    found.add(other)
+                    todo.append(other)
+        steps = [self.program.steps[number] for number in sorted(found - set(run))]
+        return [step for step in steps if isinstance(step, Compute)]
+
+    def _makes(self, step: Compute, read: Sequence[Touched], anything: bool) -> bool:
+        """Whether a step makes any of what is read; of that which may be absent, or of anything."""
+        written = [one for one in self.touches.writes(step) if one.device == self.rank]
+        return any(
+            one.tensor == other.tensor and meet(one.box, other.box)
+            for one in written if anything or one.tensor in self.absent
+            for other in read
+        )  # fmt: skip
+
+    def _defined(self, step: Compute) -> set[str]:
+        return {name for name, _ in self.touches.reach.writes(step.name, {})}
+
+    def _write(self, tensor: str, box: Box, value: Tensor) -> None:
+        """Values into a box of a buffer; the whole of one takes its place."""
+        if tuple(value.shape) == tuple(self.buffers[tensor].shape):
+            self.buffers[tensor] = value
+        else:
+            _at(self.buffers[tensor], box).copy_(value)
+
+    # --- partial results ---------------------------------------------------------------------------------------------
+
+    def _keep(self, part: Part) -> None:
+        """A part joined to what there is of the same box; written where nothing is missing any more."""
+        waiting = self.parts.setdefault(part.piece.tensor, [])
+        for other in [other for other in waiting if other.piece.box == part.piece.box and other.axes == part.axes]:
+            waiting.remove(other)
+            value = OPERATIONS[part.piece.reducer][1](other.value, part.value)
+            part = Part(part.piece, value, (*other.steps, *part.steps), part.axes)
+        if self._points(part) == math.prod(self.touches.reach.full[rank][1] for rank in part.piece.cut):
+            self._write(part.piece.tensor, part.piece.box, part.value)
+        else:
+            waiting.append(part)
+
+    def _points(self, part: Part) -> int:
+        """How many coordinates of the ranks that are cut are in a part."""
+        mine = self.places[self.rank]
+        members = [place for place in self.places if all(place[n] == mine[n] for n in mine if n not in part.axes)]
+        total = 0
+        for place in members:
+            for step in part.steps:
+                windows = windows_of(step, place, self.program.axes, self.touches.reach.full)
+                pairs = (windows.get(rank, self.touches.reach.full[rank]) for rank in part.piece.cut)
+                total += math.prod(max(0, high - low) for low, high in pairs)
+        return total
+
+    # --- collectives -------------------------------------------------------------------------------------------------
+
+    def _exchange(self, step: Collective) -> None:
+        members, group = self.groups[step.axes]
+        if step.kind in REDUCING:
+            if step.reducer not in OPERATIONS:
+                message = f"what is merged by {step.reducer!r} has no kernel"
+                raise UnsupportedError(Diagnostic("C555", message, help="load the plan without kernels"))
+            self.guarded(step, members, lambda: self._merge(step, members, group))
+        else:
+            self.guarded(step, members, lambda: self._receive(step, members, group))
+
+    def _merge(self, step: Collective, members: Sequence[int], group: Any) -> None:
+        """The parts of all members merged, on each: a box for all of them, or a stretch for each."""
+        at = {dim: (low, high) for dim, low, high in step.at}
+        waiting = self.parts.get(step.tensor, [])
+        for part in [p for p in waiting if all(p.piece.box[dim] == window for dim, window in at.items())]:
+            waiting.remove(part)
+            value, box = part.value.contiguous(), part.piece.box
+            dist.all_reduce(value, OPERATIONS[step.reducer][0], group)
+            if step.target is not None:
+                low, high = stretch(box[step.target], members.index(self.rank), len(members))
+                value = value.narrow(step.target, low - box[step.target][0], high - low)
+                box = (*box[: step.target], (low, high), *box[step.target + 1 :])
+            piece = Piece(part.piece.name, step.tensor, box, part.piece.reducer, part.piece.cut)
+            self._keep(Part(piece, value, part.steps, part.axes | set(step.axes)))
+
+    def _receive(self, step: Collective, members: Sequence[int], group: Any) -> None:
+        """Boxes of a tensor from others, and theirs to them."""
+        me, shape, buffer = members.index(self.rank), self.touches.reach.shape(step.tensor), self.buffers[step.tensor]
+        came: list[tuple[Box, Tensor]] = []
+        work: list[dist.P2POp] = []
+        for other, rank in enumerate(members):
+            box = moved(step, shape, other, me, len(members)) if other != me else None
+            if box is not None and _points(box):
+                work.append(dist.P2POp(dist.isend, _at(buffer, box).contiguous(), rank, group))
+            box = moved(step, shape, me, other, len(members)) if other != me else None
+            if box is not None and _points(box):
+                came.append((box, torch.empty_like(_at(buffer, box)).contiguous()))
+                work.append(dist.P2POp(dist.irecv, came[-1][1], rank, group))
+        for request in dist.batch_isend_irecv(work) if work else ():
+            request.wait()
+        for box, piece in came:
+            _at(buffer, box).copy_(piece)
+
+    # --- results -----------------------------------------------------------------------------------------------------
+
+    def _whole(self, name: str) -> Tensor:
+        """A result, with what other ranks have of it where no rank has all."""
+        full = tuple((0, extent) for extent in self.touches.reach.shape(name))
+        boxes = self.held.get(name, [[] for _ in self.places])
+        if all(not left_over(full, own) for own in boxes):
+            return self.buffers[name]
+        pieces: list[Any] = [None] * len(self.places)
+        dist.all_gather_object(pieces, [_at(self.buffers[name], box).cpu() for box in boxes[self.rank]])
+        for own, found in zip(boxes, pieces, strict=True):
+            for box, piece in zip(own, found, strict=True):
+                _at(self.buffers[name], box).copy_(piece)
+        return self.buffers[name]
+
+
+def _held(program: Program, touches: Touches) -> dict[str, list[list[Box]]]:
+    """The boxes of every result that each device has in the end."""
+    found = {result.name: [list[Box]() for _ in touches.places] for result in program.cascade.results}
+    for step in program.steps:
+        for one in touches.writes(step):
+            if one.tensor in found and not one.partial:
+                found[one.tensor][one.device].append(one.box)
+    return found
+
+
+def _at(tensor: Tensor, box: Box) -> Tensor:
+    return tensor[tuple(slice(low, high) for low, high in box)]
+
+
+def _points(box: Box) -> int:
+    return math.prod(max(0, high - low) for low, high in box)

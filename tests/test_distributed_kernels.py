@@ -6,6 +6,7 @@ The witness of a local cascade is the interpreter on the whole one: it is called
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from typing import Any
 
@@ -32,6 +33,7 @@ from tests.test_distributed_run import SMALL, block, programs, small_plan
 from tests.test_shard import canonical
 from tests.test_split_tokens import SIZES, tensor_parallel
 
+many: Any = importlib.import_module("examples.10_many_devices")
 BY_KERNELS = ("a layer in slices", "an all-to-all", "what is absent")
 REFUSED = {
     "the largest": "cut along what it reduces",
@@ -106,6 +108,23 @@ def test_processes_give_by_kernels_what_one_device_gives(devices: int) -> None:
         for name, results in found.items():
             for result, data in results.items():
                 torch.testing.assert_close(data.double(), wanted[name][result].double(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_examples_by_kernels(devices: int) -> None:
+    """Those whose devices merge states of a softmax are refused, and so is what is absent behind an all-to-all."""
+    refused = {"ring", "ring, both ways", "dispatch and combine"}
+    for name, made in many.PROGRAMS.items():
+        program = made(devices)
+        inputs = random_inputs(program.cascade, dict(program.sizes), param_types(program.cascade, DType.F64), 0)
+        wanted = interp.run(program.cascade, inputs, dict(program.sizes), Precision.REFERENCE)
+        for found in start(devices, run_by_kernels, {name: (program, inputs)}):
+            assert isinstance(found, str) is (name in refused), (name, found)
+            if isinstance(found, str):
+                assert "C555" in found
+                continue
+            for result, data in found[name].items():
+                torch.testing.assert_close(data.double(), wanted[result].double(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", REFUSED)

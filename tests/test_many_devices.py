@@ -338,8 +338,11 @@ def test_what_a_system_does_means_the_same_and_can_be_planned(name: str) -> None
     system = SYSTEMS[name]
     agrees(system.program(system.small, slices=True), system.small)
     found = plan_of(system.program(system.large, slices=False), node("h100x8"))
-    assert found.bound_us - 1e-6 <= found.timetable.makespan_us <= found.serial_us * 1.25
-    assert len(found.cut.cuts) == (system.parts - 1 if system.rank else 0)
+    assert found.bound_us - 1e-6 <= found.timetable.makespan_us
+    if system.rank:  # where the author cuts; each part has a launch and a last wave of its own
+        assert len(found.cut.cuts) == system.parts - 1 and found.timetable.makespan_us <= found.serial_us * 1.3
+    else:
+        assert found.timetable.makespan_us <= found.serial_us
 
 
 def test_keys_cut_where_a_shared_prefix_ends_merge_on_one_device() -> None:

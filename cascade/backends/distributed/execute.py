@@ -172,7 +172,8 @@ class Executor:
         return windows_of(step, self.places[self.rank], self.program.axes, self.touches.reach.full)
 
     def _wanted(self, run: Sequence[int]) -> Wanted:
-        """What steps outside of some read on this rank, and results."""
+        """Of what some steps define, results and what steps outside of them read on this rank."""
+        own = {one.tensor for number in run for one in self.touches.writes(self.program.steps[number])}
         results, absent = {result.name for result in self.program.cascade.results}, self.absent
         others = [step for number, step in enumerate(self.program.steps) if number not in run]
         found: dict[str, list[Box]] = {}
@@ -180,7 +181,8 @@ class Executor:
             found.setdefault(one.tensor, []).append(one.box)
 
         def wanted(name: str, box: Box) -> bool:
-            return name in results or (name not in absent and any(meet(box, other) for other in found.get(name, ())))
+            read = name not in absent and any(meet(box, other) for other in found.get(name, ()))
+            return name in own and (name in results or read)
 
         return wanted
 

@@ -313,7 +313,7 @@ SYSTEMS = {
     "TokenWeave": System(tokens, many.LAYER, {"T": 4096, "HK": 8, **LLAMA}, "t"),
     "NanoFlow": System(another_product, many.DECODE, {"B": 2048, "N": 1024, "HK": 8, **LLAMA}, "b"),
     "Flux, async tensor parallelism": System(shards_as_they_come, FEW, LOTS),
-    "FlashOverlap": System(scattered_columns, FEW, LOTS, "t", 4),
+    "FlashOverlap": System(scattered_columns, FEW, {**LOTS, "T": 16384}, "t", 4),
     "Comet, layer 0": System(tokens_by_source, {**FEW, "N": 6}, {**LOTS, "N": 8}),
     "Comet, layer 1": System(tokens_by_source, {**FEW, "N": 6}, {**LOTS, "N": 8}, "e"),
     "Tutel": System(experts, ROUTED, ROUTED_LARGE, "s"),
@@ -338,11 +338,11 @@ def test_what_a_system_does_means_the_same_and_can_be_planned(name: str) -> None
     system = SYSTEMS[name]
     agrees(system.program(system.small, slices=True), system.small)
     found = plan_of(system.program(system.large, slices=False), node("h100x8"))
-    assert found.bound_us - 1e-6 <= found.timetable.makespan_us
-    if system.rank:  # where the author cuts; each part has a launch and a last wave of its own
-        assert len(found.cut.cuts) == system.parts - 1 and found.timetable.makespan_us <= found.serial_us * 1.3
-    else:
-        assert found.timetable.makespan_us <= found.serial_us
+    assert found.bound_us - 1e-6 <= found.timetable.makespan_us <= found.serial_us * 1.25
+    if system.rank:
+        assert len(found.cut.cuts) == system.parts - 1
+    elif found.cut.cuts:  # the search may cut what its author did not, where that gains
+        assert found.cut.split_us is not None and found.cut.split_us < found.cut.whole_us
 
 
 def test_keys_cut_where_a_shared_prefix_ends_merge_on_one_device() -> None:

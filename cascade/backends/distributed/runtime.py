@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from cascade import values as v
-from cascade.backends.distributed.execute import Executor, Make
+from cascade.backends.distributed.execute import OPERATIONS, Executor, Make
 from cascade.backends.distributed.plan import VERSION, fingerprint
 from cascade.backends.distributed.simulate import Device, Part, Ranks, Reduction, moved, part_of, receive, reduction
 from cascade.errors import CallError, Diagnostic
@@ -39,10 +39,6 @@ from cascade.values import Precision
 from cascade.verify.timetable import check_ranks
 from cascade.walk import defines
 
-MERGED = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN, "prod": dist.ReduceOp.PRODUCT}
-"""Reducers that the library merges."""
-
-
 TIMEOUT_S = 300.0
 """How long a collective waits for the other ranks."""
 
@@ -51,9 +47,8 @@ def load(plan: str | Mapping[str, Any], timeout_s: float = TIMEOUT_S, make: Make
     """The program of a plan, given as its JSON, or as text of it, on the ranks of the default process group.
 
     No collective waits longer than `timeout_s` seconds. `make` compiles what a rank computes of a task; without it the
-    interpreter runs the statements. Raises CallError: C347 for what is no plan, or one of another
-    version, or whose hash does not fit what it says; C348 where the group has another number of ranks, or ranks have
-    different plans.
+    interpreter runs the statements. Raises CallError: C347 for what is no plan, or one of another version, or whose
+    hash does not fit what it says; C348 where the group has another number of ranks, or ranks have different plans.
     """
     try:
         found = json.loads(plan) if isinstance(plan, str) else dict(plan)
@@ -191,7 +186,7 @@ class Worker(Ranks):
     def _merged(self, reduced: Reduction, part: Part, count: int, group: Any) -> Part:
         """The part of all members, on each: by the library where it knows the reducer."""
         small: list[Any] = [None] * count
-        plain = reduced.reducer in MERGED and isinstance(part.value, tuple)
+        plain = reduced.reducer in OPERATIONS and isinstance(part.value, tuple)
         dist.all_gather_object(small, part.covered if plain else part, group)
         if plain and isinstance(part.value, tuple):
             covered = tuple(sorted(window for one in small for window in one))
@@ -262,7 +257,7 @@ def _all_reduced(value: v.Value, reducer: str, group: Any) -> v.Value:
     present = torch.ones_like(value.data, dtype=torch.bool) if value.present is None else value.present
     identity = torch.as_tensor(v.identity_of(reducer, value.data.dtype), dtype=value.data.dtype)
     data = torch.where(present, value.data, identity).contiguous()
-    dist.all_reduce(data, MERGED[reducer], group)
+    dist.all_reduce(data, OPERATIONS[reducer][0], group)
     there = present.to(torch.uint8).contiguous()
     dist.all_reduce(there, dist.ReduceOp.MAX, group)
     return replace(value, data=data, present=None if bool(there.all()) else there.bool())

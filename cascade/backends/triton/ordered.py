@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from cascade.backends.triton.operands import SHORT
 from cascade.backends.triton.partition import ELEMENT, LAUNCH, OPERATIONS, all_ranks
 from cascade.backends.triton.products import factors
 from cascade.inference import FLOATS, infer_dtypes, infer_shapes
@@ -24,7 +25,6 @@ from cascade.ir import Cascade, DType, Einsum, GroupBy, Rank, Read, Reduce, Stmt
 from cascade.walk import defines, expressions, free_ranks, fresh, map_expressions, names, reads, rewrite, walk
 
 GATHERED = 0.08  # of the time of a product: what a gathered side costs; 16384 x 4096 x 14336, on an H200
-SHORT = (DType.F16, DType.BF16)
 
 
 def with_ordered_operands(cascade: Cascade, extents: Mapping[str, int], inputs: Mapping[str, DType]) -> Cascade:

@@ -266,6 +266,9 @@ def test_a_critical_path_is_a_chain() -> None:
         {"name": "d", "start": 5.0, "end": 6.0, "resource": "sms", "waits": ["b"]},
     ]
     assert critical(tasks) == ["a", "b", "d"] and critical([]) == []
+    late = {"name": "e", "start": 3.0, "end": 6.0, "resource": "copies", "waits": []}
+    after = {"name": "f", "start": 6.0, "end": 7.0, "resource": "links", "waits": ["e"]}
+    assert critical([*tasks, late, after]) == ["a", "b", "d", "f"], "what began late decides nothing"
 
 
 def test_the_page_is_one_file_that_says_the_same_each_time(tmp_path: Path) -> None:

@@ -113,6 +113,17 @@ def test_a_name_in_an_equation_leads_to_its_definition(chromium: Any, files: Any
         tab.wait_for_selector("#def-D.here")
 
 
+def test_every_link_leads_somewhere(chromium: Any, files: Any) -> None:
+    """What passes made stands among the statements as they run, which are shown for it."""
+    for name in ALL:
+        with opened(chromium, files(name)) as (tab, wrong):
+            tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+            for place in sorted(set(tab.eval_on_selector_all("main a", "all => all.map(a => a.getAttribute('href'))"))):
+                tab.evaluate("place => { location.hash = place; }", place)
+                tab.wait_for_function("place => document.getElementById(place.slice(1))", arg=place, timeout=2000)
+            assert wrong == []
+
+
 def test_keys(chromium: Any, files: Any) -> None:
     with opened(chromium, files("attention")) as (tab, wrong):
         tab.keyboard.press("n")

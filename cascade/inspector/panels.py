@@ -33,6 +33,7 @@ from cascade.walk import defines, reads
 Panel = dict[str, Any]
 
 PATTERN = re.compile(r"[A-Za-z_]\w*")
+TOUCHING_US = 1e-6  # between the end of a task and what begins with it
 CHANNELS = ("matrix", "exp", "vector", "memory", "l2", "latency", "launch")
 
 
@@ -264,13 +265,14 @@ def plan(canonical: Cascade, sizes: Mapping[str, int], name: str, dtype: DType) 
 
 
 def critical(tasks: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The chain of tasks that ends last, each of which begins when the one before it ends, first to last."""
-    chain: list[Mapping[str, Any]] = []
-    at: Mapping[str, Any] | None = max(tasks, key=lambda task: task["end"], default=None)
-    while at is not None and at not in chain:
-        chain.append(at)
-        before = [task for task in tasks if abs(task["end"] - at["start"]) < 1e-6 and task is not at]
-        waits, resource = set(at["waits"]), at["resource"]
-        before.sort(key=lambda task: (task["name"] not in waits, task["resource"] != resource))
-        at = before[0] if before else None
-    return [task["name"] for task in reversed(chain)]
+    """The chain of tasks that ends last, each of which begins when the one before it ends, first to last.
+
+    Of several it is the one that begins first; where these are as long, one along waits.
+    """
+    chains: dict[str, list[Mapping[str, Any]]] = {}
+    for task in sorted(tasks, key=lambda one: (one["start"], one["end"])):
+        before = [one for one in tasks if one["name"] in chains and abs(one["end"] - task["start"]) < TOUCHING_US]
+        before.sort(key=lambda one: (chains[one["name"]][0]["start"], one["name"] not in task["waits"]))
+        chains[task["name"]] = [*(chains[before[0]["name"]] if before else ()), task]
+    last = max(tasks, key=lambda task: task["end"], default=None)
+    return [] if last is None else [task["name"] for task in chains[last["name"]]]

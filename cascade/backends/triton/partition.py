@@ -23,6 +23,7 @@ from cascade.backends.triton.rows import Rows
 from cascade.inference import infer_shapes
 from cascade.ir import Call, Cascade, Directive, Einsum, Fold, Fuse, GroupBy, Rank, Read, Reduce, Stmt, TopK
 from cascade.order import members, units
+from cascade.recent import recently
 from cascade.walk import defines, expressions, free_ranks, reads, targets, tensors_read, walk
 
 VIEW = "the same memory in another shape"
@@ -325,14 +326,27 @@ def _pays(
             parted += parts * _coordinates(targets(other)[0].ranks, extents) * 2 * PART
     read = [set(_accesses(group)), set(_accesses([stmt]))]
     made = {name for other in group for name in defines(other)}
-    elsewhere = (other for other in cascade.body[: cascade.body.index(stmt)] if made.isdisjoint(defines(other)))
-    wanted = {name for other in elsewhere for name in reads(other)}
-    twice = made - wanted - {result.name for result in cascade.results}  # neither written nor read any more
+    own = defines(stmt)
+    readers = {name: found for name in made if own in (found := _readers(cascade).get(name, ()))}
+    before_it = {name: found[: found.index(own)] for name, found in readers.items()}
+    elsewhere = {name for name, found in before_it.items() if not all(made.issuperset(other) for other in found)}
+    twice = made - elsewhere - {result.name for result in cascade.results}  # neither written nor read any more
     moved = sum(
         _coordinates(ranks, extents) * (2 if name in twice else 1 if name in made or (name, ranks) in read[0] else 0)
         for name, ranks in read[1]
     )
     return WHOLE_SIDE * lost <= (moved * ELEMENT + LAUNCH - parted) * OPERATIONS
+
+
+@recently
+def _readers(cascade: Cascade) -> Mapping[str, list[tuple[str, ...]]]:
+    """What the statements that read a tensor define, in the order of the cascade."""
+    found: dict[str, list[tuple[str, ...]]] = {name: [] for stmt in cascade.body for name in defines(stmt)}
+    for stmt in cascade.body:
+        for name in reads(stmt):
+            if name in found:
+                found[name].append(defines(stmt))
+    return found
 
 
 def _accesses(statements: Sequence[Stmt]) -> Iterator[tuple[str, tuple[str, ...]]]:

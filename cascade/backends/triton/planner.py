@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from cascade.bounds import absent_tensors, conjuncts, loop_bounds
@@ -34,6 +34,7 @@ from cascade.ir import (
     Apply, Cascade, Const, DType, Einsum, Expr, Extent, Given, GroupBy, Local, Param, Rank, Read, Reduce, Result, Size,
     Stmt, TopK,
 )  # fmt: skip
+from cascade.recent import recently
 from cascade.text import render_stmt
 from cascade.walk import defines, expressions, fresh, map_expressions, map_fold, names, reads, rewrite, targets, walk
 
@@ -266,7 +267,8 @@ class Planner:
     def stored(self, group: Group | Rest, groups: Sequence[Group | Rest]) -> tuple[str, ...]:
         """What a group writes to memory: results, and what other groups read."""
         results = {result.name for result in self.cascade.results}
-        outside = {name for other in groups if other is not group for stmt in other.statements for name in reads(stmt)}
+        readers = _readers(groups)
+        outside = {name for name in group.names if any(other is not group for other in readers.get(name, ()))}
         if isinstance(group, Group) and group.rows is not None:
             outside -= set(group.rows.names)  # every kernel in this order has its own
         outside |= {other.rows.index for other in groups if isinstance(other, Group) and other.rows is not None}
@@ -332,11 +334,10 @@ class Planner:
 
         exp(S - R) is far from 1 where R is the largest of other values than these.
         """
-        expanded = [n for s in self.cascade.body for e in expressions(s) for n in walk(e)
-                    if isinstance(n, Apply) and n.op in ("exp", "exp2")]  # fmt: skip
-        under = {node.tensor for expr in expanded for node in walk(expr) if isinstance(node, Read)}
+        if name not in _under_exponents(self.cascade):
+            return False
         own = next((g for g in self.groups() if isinstance(g, Group) and name in g.names), None)
-        return name in under and own is not None and any(name in reads(stmt) for stmt in own.statements)
+        return own is not None and any(name in reads(stmt) for stmt in own.statements)
 
     def outside(self, rest: Rest) -> Cascade:
         """Statements that run outside kernels as a cascade of their own; extents are numbers in it.
@@ -744,15 +745,9 @@ class Planner:
 
     def feeds_product(self, name: str, groups: Sequence[Group | Rest]) -> bool:
         """Whether a tensor is an operand of a matrix product of a later group that is not one in full precision."""
-        names = set(self.same_memory(name))
-        for group in groups:
-            rounds = isinstance(group, Group) and names.isdisjoint(group.names) and not self.exact(group)
-            for stmt in group.statements if rounds else ():
-                found = matrix_product(stmt)
-                terms = () if found is None else (*found.left, *found.right)
-                if any(isinstance(term, Read) and term.tensor in names for term in terms):
-                    return True
-        return False
+        names, multiplying = self.same_memory(name), _multiplying(groups)
+        found = (group for one in names for group in multiplying.get(one, ()))
+        return any(set(names).isdisjoint(group.names) and not self.exact(group) for group in found)
 
     def result(self, name: str) -> Result:
         """How a stored tensor is declared; what goes from kernel to kernel is filled with NaN where absent."""
@@ -1079,3 +1074,33 @@ class _Static:
 
     def size(self, size: Size) -> Size:
         return self.numbers.get(size, size) if isinstance(size, str) else size
+
+
+@recently
+def _readers(groups: Sequence[Group | Rest]) -> Mapping[str, list[Group | Rest]]:
+    """The groups that read each tensor."""
+    found: dict[str, list[Group | Rest]] = {}
+    for group in groups:
+        for name in {name for stmt in group.statements for name in reads(stmt)}:
+            found.setdefault(name, []).append(group)
+    return found
+
+
+@recently
+def _multiplying(groups: Sequence[Group | Rest]) -> Mapping[str, list[Group]]:
+    """The groups that have each tensor as an operand of a matrix product."""
+    found: dict[str, list[Group]] = {}
+    for group in (group for group in groups if isinstance(group, Group)):
+        products = filter(None, map(matrix_product, group.statements))
+        terms = (term for product in products for term in (*product.left, *product.right))
+        for name in {term.tensor for term in terms if isinstance(term, Read)}:
+            found.setdefault(name, []).append(group)
+    return found
+
+
+@recently
+def _under_exponents(cascade: Cascade) -> Set[str]:
+    """The tensors that an exponential is taken of, with what else stands under it."""
+    nodes = (node for stmt in cascade.body for expr in expressions(stmt) for node in walk(expr))
+    expanded = (node for node in nodes if isinstance(node, Apply) and node.op in ("exp", "exp2"))
+    return {node.tensor for expr in expanded for node in walk(expr) if isinstance(node, Read)}

@@ -26,6 +26,7 @@ function built(name) {
 function show(id) {
   built(sections.has(id) ? id : HOME[id.split("-")[0]]);
   const parts = id.split("-");
+  if (parts[0] === "def") sections.get("equations").section.reveal(id);
   const box = parts[0] === "kernel" && document.getElementById(parts.slice(0, 2).join("-"));
   if (box && box.build) {
     box.open = true;

@@ -9,7 +9,14 @@ for (const kernel of kernels)
     for (const name of [statement.origin, ...statement.names].filter(Boolean))
       definedIn.set(name, [...new Set([...(definedIn.get(name) || []), kernel.name])]);
 
-const nameLink = (name) => link(idOf("def", name), name, { class: "name" });
+const defined = new Set([...program.declared.map((one) => one.name), ...[...program.written, ...program.final].flatMap((row) => row.names)]);
+
+// A name that leads to its definition; a state before a step, `R'`, to that of the state. What a pass took away again is text.
+function nameLink(name) {
+  const plain = name.replace(/'+$/, "");
+  return defined.has(plain) ? link(idOf("def", plain), name, { class: "name" }) : el("span", {}, name);
+}
+
 const listed = (names) => names.flatMap((name, number) => (number ? [", ", nameLink(name)] : [nameLink(name)]));
 
 function overview(section) {
@@ -46,12 +53,15 @@ function equations(section) {
   };
   const used = (names) => (names && names.length ? ["; read by ", listed([...new Set(names)])] : "");
   const equation = (row, readers) => el("li", { id: idOf("def", row.names[0]) },
+    row.names.slice(1).map((name) => el("span", { id: idOf("def", name) })),
     row.math ? maths(row.math, go) : null, el("code", {}, row.text),
     el("p", { class: "notes" },
       row.line ? link(`source-L${row.line}`, `line ${row.line}`) : "", row.line && row.reads.length ? "; " : "",
       row.reads.length ? ["reads ", listed(row.reads)] : "", used(row.names.flatMap((name) => readers.get(name) || [])),
       (definedIn.get(row.names[0]) || []).map((name) => ["; in kernel ", link(idOf("kernel", name), name)])));
-  section.append(choice("Statements", [["written", "as written"], ["final", "as they run"]], show), list);
+  const chosen = choice("Statements", [["written", "as written"], ["final", "as they run"]], show);
+  section.reveal = (id) => { if (!document.getElementById(id)) chosen.querySelector("input:not(:checked)").click(); };
+  section.append(chosen, list);
 }
 
 function graphPanel(section) {
@@ -75,7 +85,7 @@ function passes(section) {
   if (quiet.length) section.append(el("p", {}, `Passed once or not at all: ${quiet.join(", ")}.`));
   const { footprint, lifted_footprint: lifted, traffic } = data.analysis;
   section.append(table("Elements of a tensor that are held at a time", ["tensor", "as written", "lifted"],
-    [...new Set([...Object.keys(footprint), ...Object.keys(lifted)])].map((name) => [program.written.some((s) => s.names.includes(name)) ? nameLink(name) : name, footprint[name] || "", lifted[name] || ""])));
+    [...new Set([...Object.keys(footprint), ...Object.keys(lifted)])].map((name) => [nameLink(name), footprint[name] || "", lifted[name] || ""])));
   const row = (title, key) => [title, traffic[`${key}_text`], traffic[key] === null ? "" : quantity(traffic[key], key.includes("fused") ? "B" : "")];
   section.append(table("Bytes and operations", ["", "in the sizes", "number"],
     [row("bytes, every statement alone", "unfused"), row("bytes, fused", "fused"), row("operations", "flops"), row("exponentials and the like", "transcendental"), row("operations, lifted", "lifted_flops")]));

@@ -32,6 +32,7 @@ check: setup
 
 # The site, in build/docs: open build/docs/index.html. A warning is an error; nothing is fetched.
 docs: setup
+	rm -rf build/docs
 	$(BIN)/sphinx-build -q -W --keep-going --fresh-env -b html docs build/docs
 
 setup: $(READY)

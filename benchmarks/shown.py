@@ -156,12 +156,13 @@ def picture(kept: Mapping[str, Row], theme: str) -> str:
     bottom = TOP + STEP * len(PICTURED)
     title = f"How many times as fast as its peers, on one {device_name(kept)}"
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" viewBox="0 0 {LEFT + WIDTH + RIGHT} {bottom + 34}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" viewBox="0 0 {LEFT + WIDTH + RIGHT} {bottom + 48}" '
         f'font-family="system-ui, sans-serif" font-size="13" fill="{colours["ink"]}">',
         f"<title>{escape(title)}</title>",
         f'<rect width="100%" height="100%" fill="{colours["page"]}"/>',
         f'<text x="12" y="24" font-size="15" font-weight="600">{escape(title)}</text>',
         f'<text x="{LEFT + WIDTH + RIGHT - 12}" y="{TOP - 14}" text-anchor="end" fill="{colours["faint"]}">ours</text>',
+        f'<text x="{place(1) + 6:.1f}" y="{bottom + 38}" fill="{colours["faint"]}">ours is faster &#8594;</text>',
         *axis(colours, bottom),
         *legend(colours),
     ]
@@ -181,7 +182,7 @@ def axis(colours: Mapping[str, object], bottom: int) -> Iterator[str]:
 
 def legend(colours: Mapping[str, object]) -> Iterator[str]:
     """Which mark is which peer."""
-    for kind, (peer, x) in enumerate(zip(PEERS, (LEFT, LEFT + 130, LEFT + 262), strict=True)):
+    for kind, (peer, x) in enumerate(zip(PEERS, (LEFT, LEFT + 128, LEFT + 276), strict=True)):
         yield mark(kind, x + 6, TOP - 18, colour_of(colours, kind))
         yield f'<text x="{x + 18}" y="{TOP - 14}" fill="{colours["faint"]}">{escape(peer)}</text>'
 

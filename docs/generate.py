@@ -10,6 +10,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -124,15 +125,14 @@ def notebook_page() -> str:
     return "\n\n".join(part for cell in cells for part in cell_parts(cell)) + "\n"
 
 
-def cell_parts(cell: dict[str, object]) -> Iterator[str]:
+def cell_parts(cell: dict[str, Any]) -> Iterator[str]:
     """A cell as Markdown."""
-    source = "".join(cell["source"])  # type: ignore[arg-type]
+    source = "".join(cell["source"])
     if cell["cell_type"] == "markdown":
         yield source
         return
     yield f"```python\n{source}\n```"
-    outputs: list[dict[str, list[str]]] = cell["outputs"]  # type: ignore[assignment]
-    printed = "".join(text for output in outputs for text in output.get("text", ()))
+    printed = "".join(text for output in cell["outputs"] for text in output.get("text", ()))
     if printed:
         yield f"```text\n{printed.rstrip()}\n```"
 

@@ -20,6 +20,7 @@ from cascade.ops import FUNCTIONS, LIBRARY_REDUCTIONS, REDUCERS
 
 HERE = Path(__file__).parent
 NOTEBOOK = HERE / "tour.ipynb"
+WIDTH = 100  # columns of the help
 
 
 def write_all(folder: Path) -> None:
@@ -41,10 +42,14 @@ def every_command(group: click.Group = commands, name: str = "cascadec") -> Iter
             yield from every_command(command, f"{name} {word}")
 
 
-def help_of(name: str, command: click.Command) -> str:
-    """What `--help` prints."""
-    with click.Context(command, info_name=name, max_content_width=100, terminal_width=100) as context:
-        return command.get_help(context)
+def help_of(name: str) -> str:
+    """What `--help` prints of a command with this name, `cascadec show`."""
+    context = click.Context(commands, info_name="cascadec", terminal_width=WIDTH, **commands.context_settings)
+    for word in name.split()[1:]:
+        group = context.command
+        assert isinstance(group, click.Group)
+        context = click.Context(group.commands[word], parent=context, info_name=word)
+    return context.get_help()
 
 
 def commands_page() -> str:
@@ -54,10 +59,10 @@ def commands_page() -> str:
         "The help of `cascadec`, as it prints it. Exit codes: 0 done; 1 the program or its data is wrong; 2 the "
         "command line, a file or the environment is wrong; 70 a bug in cascade, with a file that shows it again; "
         "130 interrupted.",
-        f"```text\n{help_of('cascadec', commands)}\n```",
+        f"```text\n{help_of('cascadec')}\n```",
     ]
-    for name, command in every_command():
-        parts += [f"## {name}", f"```text\n{help_of(name, command)}\n```"]
+    for name, _ in every_command():
+        parts += [f"## {name}", f"```text\n{help_of(name)}\n```"]
     return "\n\n".join(parts) + "\n"
 
 

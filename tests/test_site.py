@@ -165,13 +165,10 @@ def test_every_command_is_in_the_documents_as_its_help_prints_it(capsys: pytest.
     site()
     page = (GENERATED / "commands.md").read_text()
     for name, command in every_command():
-        assert f"## {name}\n" in page
         assert run_command([*name.split()[1:], "--help"]) == 0
-        printed = " ".join(capsys.readouterr().out.split())
-        start = page.index(f"## {name}\n")
-        section = " ".join(page[start : page.find("\n## ", start + 1)].split())
+        section = page.split(f"## {name}\n\n```text\n")[1].split("\n```")[0]
+        assert section.split() == capsys.readouterr().out.split() or isinstance(command, click.Group)
         assert all(option in section for option in options_of(command))
-        assert printed.split(" Options:")[0] in section
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The documents are run: sessions of Python, shell commands with the output that is shown under them, and links.
 
 What a page of `docs` shows under a block is what the block prints: `pytest tests/test_docs.py --update-golden` puts it
-there, and whoever does so reads the page again. `tests/pages.py` says what each kind of block is held to.
+there, and whoever does so reads the page again. `tests/blocks.py` says what each kind of block is held to.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cascade import ir, ops, trial
 from cascade.compiled import read_program
 from cascade.frontend.build import parse_cascade, parse_program
 from cascade.ir import DType
-from tests.pages import ROOT, Page, blocks_of, commands_in
+from tests.blocks import ROOT, Page, blocks_of, commands_in
 
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))

@@ -23,7 +23,7 @@ from benchmarks import gallery, kept, shown
 from cascade.cli import commands, run_command
 from cascade.settings import settings
 from docs.generate import every_command
-from tests.pages import ROOT, blocks_of
+from tests.blocks import ROOT, blocks_of
 
 GENERATED = ROOT / "docs" / "generated"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

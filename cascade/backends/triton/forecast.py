@@ -4,22 +4,24 @@
 
 Nothing is modelled here. Groups, tiles and estimates are those of a call with contiguous tensors of these sizes; small
 launches beside them, which make tables and bounds or merge shared streams, are not counted. What runs in no kernel is
-named and not predicted.
+named and not predicted. `launches` has the kernels themselves, those that merge as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cascade.backends.triton.count import work
+from cascade.backends.triton.emit import Source, emit
+from cascade.backends.triton.explain import Launch
 from cascade.backends.triton.machine import Estimate, Machine, Work
-from cascade.backends.triton.partition import Rest
+from cascade.backends.triton.partition import Group, Rest
 from cascade.backends.triton.planner import Planner, Tiling
 from cascade.backends.triton.restate import restated
 from cascade.backends.triton.standalone import contiguous
-from cascade.backends.triton.tune import choose, planned
+from cascade.backends.triton.tune import Choice, choose, planned
 from cascade.backends.triton.updates import Update, update_of
 from cascade.inference import bind_sizes
 from cascade.ir import Cascade, DType
@@ -49,19 +51,51 @@ def forecast(
     `in_place` are results that take the memory of a parameter, as `compile` has it.
     """
     planner = _planner(final, bind_sizes(final, {}, sizes), types, machine, in_place or {})
-    groups = planner.groups()
     found: list[Forecast] = []
     outside: list[str] = []
-    for number, group in enumerate(groups):
-        if isinstance(group, Rest):
-            outside += [name for stmt in group.statements for name in defines(stmt) if name not in planner.views]
+    for step in _chosen(planner, final.name, machine):
+        if isinstance(step, Rest):
+            outside += [name for stmt in step.statements for name in defines(stmt) if name not in planner.views]
             continue
-        name = f"{final.name}_{number}"
-        choice = choose(planner, name, group, groups, machine)
-        kernel, extents = planned(planner, name, group, groups, choice.tiling)
+        name, group, choice = step
+        kernel, extents = planned(planner, name, group, planner.groups(), choice.tiling)
         names = tuple(name for stmt in group.statements for name in defines(stmt))
         found.append(Forecast(name, names, choice.tiling, work(kernel, extents), choice.estimate))
     return tuple(found), tuple(outside)
+
+
+def launches(
+    final: Cascade, sizes: Mapping[str, int], types: Mapping[str, DType], machine: Machine
+) -> tuple[tuple[Launch | Rest, ...], dict[str, Source]]:
+    """The same kernels as they would be launched, with what runs in none, in order; the text of each by its name."""
+    planner = _planner(final, bind_sizes(final, {}, sizes), types, machine, {})
+    found = tuple(_launches(planner, final.name, machine))
+    return found, {step.kernel.name: emit(step.kernel) for step in found if isinstance(step, Launch)}
+
+
+def _launches(planner: Planner, label: str, machine: Machine) -> Iterator[Launch | Rest]:
+    """The kernels of a planner in order; behind one that shares a stream that which merges."""
+    for step in _chosen(planner, label, machine):
+        if isinstance(step, Rest):
+            yield step
+            continue
+        name, group, choice = step
+        kernel, extents = planned(planner, name, group, planner.groups(), choice.tiling)
+        yield Launch(kernel, extents, choice)
+        if choice.tiling.parts > 1:
+            _, merger, _ = planner.split(name, group, planner.groups(), choice.tiling)
+            yield from _launches(merger, f"{name}_merge", machine)
+
+
+def _chosen(planner: Planner, label: str, machine: Machine) -> Iterator[tuple[str, Group, Choice] | Rest]:
+    """Groups with the names of their kernels and their tiles, and what runs outside of kernels; views are left out."""
+    groups = planner.groups()
+    for number, group in enumerate(groups):
+        name = f"{label}_{number}"
+        if isinstance(group, Group):
+            yield name, group, choose(planner, name, group, groups, machine)
+        elif not all(one in planner.views for stmt in group.statements for one in defines(stmt)):
+            yield group
 
 
 def _planner(

@@ -143,7 +143,8 @@ def mentioned(text: str) -> Iterator[list[str]]:
 
 def options_of(command: click.Command) -> set[str]:
     """The options that a command takes."""
-    return {"--help", "-h"}.union(*(param.opts for param in command.params if isinstance(param, click.Option)))
+    options = [param for param in command.params if isinstance(param, click.Option)]
+    return {"--help", "-h"}.union(*((*option.opts, *option.secondary_opts) for option in options))
 
 
 def wrong(words: list[str]) -> str:

@@ -15,6 +15,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
@@ -125,12 +126,22 @@ def one_number(kind: str, contender: str, row: Row) -> str:
 
 # --- the picture -----------------------------------------------------------------------------------------------------
 
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a picture; `marks` are those of the peers."""
+
+    ink: str
+    faint: str
+    line: str
+    page: str
+    marks: tuple[str, str, str]
+
+
 THEMES = {
-    "light": {"ink": "#1f2328", "faint": "#59636e", "line": "#d1d9e0", "page": "#ffffff",
-              "marks": ("#0969da", "#8250df", "#bc4c00")},
-    "dark": {"ink": "#f0f6fc", "faint": "#9198a1", "line": "#3d444d", "page": "#0d1117",
-             "marks": ("#58a6ff", "#bc8cff", "#f0883e")},
-}  # fmt: skip
+    "light": Theme("#1f2328", "#59636e", "#d1d9e0", "#ffffff", ("#0969da", "#8250df", "#bc4c00")),
+    "dark": Theme("#f0f6fc", "#9198a1", "#3d444d", "#0d1117", ("#58a6ff", "#bc8cff", "#f0883e")),
+}
 LEFT, WIDTH, TOP, STEP, RIGHT = 190, 420, 64, 26, 110
 LOWEST, HIGHEST = 0.7, 45.0  # times as fast: the ends of the axis, which is logarithmic
 TICKS = (1, 2, 5, 10, 20, 40)
@@ -150,51 +161,43 @@ def mark(kind: int, x: float, y: float, colour: str) -> str:
     return f'<path d="M{x - 6:.1f} {y + 5}L{x:.1f} {y - 6}L{x + 6:.1f} {y + 5}Z" fill="{colour}"/>'
 
 
-def picture(kept: Mapping[str, Row], theme: str) -> str:
+def picture(kept: Mapping[str, Row], theme: Theme) -> str:
     """How many times as fast as its peers ours is, as SVG: a line for each row, a mark for each peer."""
-    colours = THEMES[theme]
     bottom = TOP + STEP * len(PICTURED)
     title = f"How many times as fast as its peers, on one {device_name(kept)}"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" viewBox="0 0 {LEFT + WIDTH + RIGHT} {bottom + 48}" '
-        f'font-family="system-ui, sans-serif" font-size="13" fill="{colours["ink"]}">',
+        f'font-family="system-ui, sans-serif" font-size="13" fill="{theme.ink}">',
         f"<title>{escape(title)}</title>",
-        f'<rect width="100%" height="100%" fill="{colours["page"]}"/>',
+        f'<rect width="100%" height="100%" fill="{theme.page}"/>',
         f'<text x="12" y="24" font-size="15" font-weight="600">{escape(title)}</text>',
-        f'<text x="{LEFT + WIDTH + RIGHT - 12}" y="{TOP - 14}" text-anchor="end" fill="{colours["faint"]}">ours</text>',
-        f'<text x="{place(1) + 6:.1f}" y="{bottom + 38}" fill="{colours["faint"]}">ours is faster &#8594;</text>',
-        *axis(colours, bottom),
-        *legend(colours),
+        f'<text x="{LEFT + WIDTH + RIGHT - 12}" y="{TOP - 14}" text-anchor="end" fill="{theme.faint}">ours</text>',
+        f'<text x="{place(1) + 6:.1f}" y="{bottom + 38}" fill="{theme.faint}">ours is faster &#8594;</text>',
+        *axis(theme, bottom),
+        *legend(theme),
     ]
     for number, (name, called) in enumerate(PICTURED.items()):
-        parts += line(kept[name], called, TOP + STEP * number + STEP // 2, colours)
+        parts += line(kept[name], called, TOP + STEP * number + STEP // 2, theme)
     return "\n".join([*parts, "</svg>", ""])
 
 
-def axis(colours: Mapping[str, object], bottom: int) -> Iterator[str]:
+def axis(theme: Theme, bottom: int) -> Iterator[str]:
     """The grid; as fast as the peer is a stronger line."""
     for tick in TICKS:
-        strong = f'stroke="{colours["faint"]}" stroke-width="1.5"' if tick == 1 else f'stroke="{colours["line"]}"'
+        strong = f'stroke="{theme.faint}" stroke-width="1.5"' if tick == 1 else f'stroke="{theme.line}"'
         yield f'<path d="M{place(tick):.1f} {TOP - 6}V{bottom}" {strong}/>'
-        x, faint = f"{place(tick):.1f}", colours["faint"]
+        x, faint = f"{place(tick):.1f}", theme.faint
         yield f'<text x="{x}" y="{bottom + 20}" text-anchor="middle" fill="{faint}">{tick}x</text>'
 
 
-def legend(colours: Mapping[str, object]) -> Iterator[str]:
+def legend(theme: Theme) -> Iterator[str]:
     """Which mark is which peer."""
     for kind, (peer, x) in enumerate(zip(PEERS, (LEFT, LEFT + 128, LEFT + 276), strict=True)):
-        yield mark(kind, x + 6, TOP - 18, colour_of(colours, kind))
-        yield f'<text x="{x + 18}" y="{TOP - 14}" fill="{colours["faint"]}">{escape(peer)}</text>'
+        yield mark(kind, x + 6, TOP - 18, theme.marks[kind])
+        yield f'<text x="{x + 18}" y="{TOP - 14}" fill="{theme.faint}">{escape(peer)}</text>'
 
 
-def colour_of(colours: Mapping[str, object], kind: int) -> str:
-    """The colour of a peer."""
-    marks = colours["marks"]
-    assert isinstance(marks, tuple)
-    return str(marks[kind])
-
-
-def line(row: Row, called: str, y: int, colours: Mapping[str, object]) -> Iterator[str]:
+def line(row: Row, called: str, y: int, theme: Theme) -> Iterator[str]:
     """One workload: its name, a mark for each peer, the time of ours."""
     yield f'<text x="{LEFT - 12}" y="{y + 4}" text-anchor="end">{escape(called)}</text>'
     for kind, names in enumerate(PEERS.values()):
@@ -202,9 +205,9 @@ def line(row: Row, called: str, y: int, colours: Mapping[str, object]) -> Iterat
         times = None if peer is None or is_alone(row, peer) else row.times(peer)
         if times is not None:
             told = escape(f"{called}: {times:.2f} times as fast as {peer}")
-            yield f"<g><title>{told}</title>{mark(kind, place(times), y, colour_of(colours, kind))}</g>"
+            yield f"<g><title>{told}</title>{mark(kind, place(times), y, theme.marks[kind])}</g>"
     ours = f"{milliseconds(row.ms[OURS])} ms" if OURS in row.ms else "not measured"
-    yield f'<text x="{LEFT + WIDTH + RIGHT - 12}" y="{y + 4}" text-anchor="end" fill="{colours["faint"]}">{ours}</text>'
+    yield f'<text x="{LEFT + WIDTH + RIGHT - 12}" y="{y + 4}" text-anchor="end" fill="{theme.faint}">{ours}</text>'
 
 
 PICTURE = """\
@@ -239,8 +242,8 @@ def documents(kept: Mapping[str, Row]) -> Iterator[tuple[Path, str]]:
     """Every file that shows measurements, and what it should be."""
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         yield path, filled(path.read_text(encoding="utf-8"), kept)
-    for theme in THEMES:
-        yield ROOT / "docs" / "pictures" / f"speeds-{theme}.svg", picture(kept, theme)
+    for name, theme in THEMES.items():
+        yield ROOT / "docs" / "pictures" / f"speeds-{name}.svg", picture(kept, theme)
 
 
 def main(arguments: list[str] | None = None) -> int:

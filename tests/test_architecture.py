@@ -39,9 +39,14 @@ LAYERS = (
     {"pipeline"},
     {"compiled"},
     {"distributed"},
+    {"terminal", "programs", "doctor", "entries"},
+    {"explanation", "parameters"},
+    {"comparison", "views"},
+    {"upkeep"},
     {"cli", "__init__"},
+    {"__main__"},
 )
-SETTINGS_READERS = {"pipeline", "compiled", "cli", "backends"}
+SETTINGS_READERS = {"pipeline", "compiled", "cli", "backends", "doctor", "entries", "parameters", "upkeep"}
 TORCH_HOMES = {
     "values",
     "evaluate",
@@ -63,8 +68,8 @@ HOMES = {
     "sympy": {"passes", "backends.systolic"},
     "networkx": {"passes"},
     "numpy": set(),
-    "click": {"cli"},
-    "rich": {"cli"},
+    "click": {"cli", "upkeep", "parameters", "views", "terminal"},
+    "rich": {"terminal"},
 }
 MAX_LINES = 60
 

@@ -9,18 +9,23 @@ named and not predicted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cascade.backends.triton.count import work
+from cascade.backends.triton.emit import emit
 from cascade.backends.triton.machine import Estimate, Machine, Work
+from cascade.backends.triton.offline import LIMITS, Failure, StaticFacts, facts
 from cascade.backends.triton.partition import Rest
+from cascade.backends.triton.plan import Kernel
 from cascade.backends.triton.planner import Planner, Tiling
 from cascade.backends.triton.restate import restated
 from cascade.backends.triton.standalone import contiguous
-from cascade.backends.triton.tune import choose, planned
+from cascade.backends.triton.static import request
+from cascade.backends.triton.tune import Choice, choose, planned
 from cascade.backends.triton.updates import Update, update_of
+from cascade.errors import UnsupportedError
 from cascade.inference import bind_sizes
 from cascade.ir import Cascade, DType
 from cascade.walk import defines
@@ -28,13 +33,24 @@ from cascade.walk import defines
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """One kernel: the names it defines, its tiles, what it is asked for, what the model says."""
+    """One kernel: the names it defines, its plan and the values of its symbols, its tiles and why, what it does."""
 
     name: str
     defines: tuple[str, ...]
-    tiling: Tiling
+    kernel: Kernel
+    sizes: Mapping[str, int]
+    choice: Choice
     work: Work
-    estimate: Estimate
+
+    @property
+    def tiling(self) -> Tiling:
+        """The tiles that were chosen."""
+        return self.choice.tiling
+
+    @property
+    def estimate(self) -> Estimate:
+        """What the model says of it."""
+        return self.choice.estimate
 
 
 def forecast(
@@ -48,20 +64,43 @@ def forecast(
 
     `in_place` are results that take the memory of a parameter, as `compile` has it.
     """
+    found, views = steps(final, sizes, types, machine, in_place)
+    outside = [name for one in found if isinstance(one, Rest) for name in one.names if name not in views]
+    return tuple(one for one in found if isinstance(one, Forecast)), tuple(outside)
+
+
+def steps(
+    final: Cascade,
+    sizes: Mapping[str, int],
+    types: Mapping[str, DType],
+    machine: Machine,
+    in_place: Mapping[str, str] | None = None,
+) -> tuple[tuple[Forecast | Rest, ...], frozenset[str]]:
+    """What runs, in order: kernels, and between them what is in none; and the names of views, which cost nothing."""
     planner = _planner(final, bind_sizes(final, {}, sizes), types, machine, in_place or {})
     groups = planner.groups()
-    found: list[Forecast] = []
-    outside: list[str] = []
+    found: list[Forecast | Rest] = []
     for number, group in enumerate(groups):
         if isinstance(group, Rest):
-            outside += [name for stmt in group.statements for name in defines(stmt) if name not in planner.views]
+            found.append(group)
             continue
         name = f"{final.name}_{number}"
-        choice = choose(planner, name, group, groups, machine)
-        kernel, extents = planned(planner, name, group, groups, choice.tiling)
+        try:
+            choice = choose(planner, name, group, groups, machine)
+            kernel, extents = planned(planner, name, group, groups, choice.tiling)
+        except UnsupportedError as error:  # as in a launch
+            found.append(Rest(group.plain, error.diagnostics[0].message))
+            continue
         names = tuple(name for stmt in group.statements for name in defines(stmt))
-        found.append(Forecast(name, names, choice.tiling, work(kernel, extents), choice.estimate))
-    return tuple(found), tuple(outside)
+        found.append(Forecast(name, names, kernel, extents, choice, work(kernel, extents)))
+    return tuple(found), frozenset(planner.views)
+
+
+def static_facts(kernels: Sequence[Forecast], machine: Machine) -> list[StaticFacts | Failure | None]:
+    """What the machine code of each kernel shows, compiled for the machine; None where nothing compiles for it."""
+    if machine.arch not in LIMITS:
+        return [None] * len(kernels)
+    return [*facts([request(one.kernel, emit(one.kernel)) for one in kernels], machine.arch, jobs=2)]
 
 
 def _planner(

@@ -250,7 +250,7 @@ def diff(options: Options, other: str | None, step: str | None, name: str | None
     \b
     Examples:
       cascadec diff examples/attention.cascade examples/softmax.cascade
-      cascadec diff examples/attention.cascade --pass canonicalize
+      cascadec diff examples/attention.cascade --pass lift
     """
     if (other is None) == (step is None):
         raise click.UsageError("give either OTHER, which FILE is compared with, or --pass", click.get_current_context())

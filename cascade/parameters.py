@@ -151,7 +151,8 @@ class SizeType(click.ParamType[tuple[str, int]]):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """The shape symbols of the program that stands before; a Python program is not run for this."""
-        path, name = split_name(str(ctx.params.get("file") or ""))
+        stated = [str(word) for word in (ctx.params.get("file"), *ctx.args) if word]  # args: where -s has no value yet
+        path, name = split_name(stated[0] if stated else "")
         with contextlib.suppress(CascadeError):
             if path.endswith(".cascade") and "=" not in incomplete:
                 symbols = shape_symbols(from_text(read_program(path), path, name).cascade)

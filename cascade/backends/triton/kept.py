@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from cascade.backends.triton.constants import divided
+from cascade.backends.triton.explain import Launch
 from cascade.backends.triton.launch import Launcher, typed
+from cascade.backends.triton.machine import Machine
+from cascade.backends.triton.partition import Rest
 from cascade.errors import CallError, Diagnostic
 from cascade.inference import bind_sizes
 from cascade.ir import Cascade
@@ -176,3 +179,15 @@ class KeepingLauncher:
             return {}
         launcher, kept = self.last
         return ({} if kept is None else kept.launcher.sources()) | launcher.sources()
+
+    def ran(self) -> list[Launch | Rest]:
+        """What that call ran, and before it what is computed once for each version of the constants."""
+        if self.last is None:
+            return []
+        launcher, kept = self.last
+        return [*([] if kept is None else kept.launcher.ran()), *launcher.ran()]
+
+    @property
+    def machine(self) -> Machine | None:
+        """What is known of the GPU on which that call ran, as of `Launcher`."""
+        return None if self.last is None else self.last[0].machine

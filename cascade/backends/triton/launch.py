@@ -124,14 +124,27 @@ class Launcher:
 
     def explain(self) -> str:
         """What the kind of call that was planned last runs: kernels with their tiles, and why these."""
-        plan = next((plan for plan in reversed(self.plans.values()) if plan is not None), None)
-        if plan is None:
+        if self.last is None:
             return ""
-        steps = (step for step in plan.steps if isinstance(step, RestStep | KernelStep))
         told = [f"{n} is computed apart and copied into {self.in_place[n]}: {why}\n" for n, why in self.copied.items()]
-        return "".join(told) + describe(
-            *(step.group if isinstance(step, RestStep) else self.launch(step) for step in steps)
-        )
+        return "".join(told) + describe(*self.ran())
+
+    @property
+    def last(self) -> CallPlan | None:
+        """The plan of the kind of call that was planned last; None where nothing was launched."""
+        return next((plan for plan in reversed(self.plans.values()) if plan is not None), None)
+
+    def ran(self) -> list[Launch | Rest]:
+        """What that call runs, in order, views left out."""
+        steps = () if self.last is None else self.last.steps
+        shown = (step for step in steps if isinstance(step, RestStep | KernelStep))
+        return [step.group if isinstance(step, RestStep) else self.launch(step) for step in shown]
+
+    @property
+    def machine(self) -> Machine | None:
+        """What is known of the GPU on which that call ran; None in Triton's interpreter."""
+        device = None if self.last is None else self.last.device
+        return machine_of(device) if device is not None and device.type == "cuda" else None
 
     def launch(self, step: KernelStep) -> Launch:
         """A kernel with why it has its tiles."""
@@ -139,8 +152,7 @@ class Launcher:
 
     def sources(self) -> dict[str, str]:
         """The text of every kernel of the kind of call that was planned last."""
-        plan = next((plan for plan in reversed(self.plans.values()) if plan is not None), None)
-        steps = () if plan is None else plan.steps
+        steps = () if self.last is None else self.last.steps
         return {step.source.kernel: step.source.text for step in steps if isinstance(step, KernelStep)}
 
     def direct(
@@ -582,7 +594,7 @@ class Bench:
     @property
     def machine(self) -> Machine:
         """What is known of the device."""
-        return machine_for(torch.cuda.get_device_name(self.device), torch.cuda.get_device_capability(self.device))
+        return machine_of(self.device)
 
     def unset(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor that lies as it does in a call, in which it shows what was never written."""
@@ -641,6 +653,11 @@ class Bench:
             if sum(times) > 3 * LONGEST:
                 break
         return statistics.median(times), found
+
+
+def machine_of(device: torch.device) -> Machine:
+    """What is known of a GPU that is there."""
+    return machine_for(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
 
 def unset(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

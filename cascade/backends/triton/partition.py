@@ -34,6 +34,7 @@ MANY = 128  # programs that keep a GPU busy
 GROUP_SIDE = 64  # rows of a product from which on four warps share it, and take operands from shared memory
 SHORT = 128  # a reduced rank of a matrix product up to this extent needs no loop
 WHOLE_SIDE = 0.3  # of the time of a product: what it costs that a side of it lies whole in a tile, not in many
+WIDE_SIDE = 256  # coordinates of such a side from which on it costs more: there are fewer rows for each
 OPERATIONS = 230  # that tensor cores do while a byte moves to or from memory
 LAUNCH = 8_000_000  # bytes that move in the time that one more kernel takes
 ELEMENT = 2  # bytes of a stored element, about
@@ -306,7 +307,7 @@ def _pays(
     With few rows that is the time in which they read a long side: too few programs share it. Or programs share what is
     streamed, and each writes results of its own, which another kernel reads.
     """
-    lost = parted = 0
+    lost, parted = 0.0, 0
     before = arrange(group, cascade, extents)
     for other in (*group, stmt):
         product = matrix_product(other)
@@ -317,15 +318,18 @@ def _pays(
         if not sides.isdisjoint(together.whole) and alone is not None and sides.isdisjoint(alone.whole):
             touched = sum(_coordinates(ranks, extents) for _, ranks in set(_accesses([other])))
             whole = [side for side in (product.rows, product.columns) if not side.isdisjoint(together.whole)]
-            long = any(_coordinates(list(side), extents) > PRODUCT_LIMIT for side in whole)
-            operations = 2 * _coordinates(all_ranks(other), extents)
-            lost += max(operations, touched * ELEMENT * OPERATIONS) if long else operations
+            widest = max(_coordinates(list(side), extents) for side in whole)
+            operations = max(1.0, widest / WIDE_SIDE) * 2 * _coordinates(all_ranks(other), extents)
+            lost += max(operations, touched * ELEMENT * OPERATIONS) if widest > PRODUCT_LIMIT else operations
             parts = MANY // max(1, _coordinates(together.shared, extents) // FEWEST_ROWS)
             parted += parts * _coordinates(targets(other)[0].ranks, extents) * 2 * PART
     read = [set(_accesses(group)), set(_accesses([stmt]))]
     made = {name for other in group for name in defines(other)}
+    elsewhere = (other for other in cascade.body[: cascade.body.index(stmt)] if made.isdisjoint(defines(other)))
+    wanted = {name for other in elsewhere for name in reads(other)}
+    twice = made - wanted - {result.name for result in cascade.results}  # neither written nor read any more
     moved = sum(
-        _coordinates(ranks, extents) * (2 if name in made else 1 if (name, ranks) in read[0] else 0)
+        _coordinates(ranks, extents) * (2 if name in twice else 1 if name in made or (name, ranks) in read[0] else 0)
         for name, ranks in read[1]
     )
     return WHOLE_SIDE * lost <= (moved * ELEMENT + LAUNCH - parted) * OPERATIONS

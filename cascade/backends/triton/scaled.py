@@ -1,10 +1,12 @@
 """What scales rows or columns of a product, in its operands where its tiles are used along a stream.
 
-    S_sum[m,n] = sum[e] Q[m,e] * K[n,e];  S[m,n] = S_sum[m,n] * r[m] * c[n];  R[m] = max[n] S[m,n]
+    fold e { S_sum[m,n] = sum[e] Q[m,e] * K[n,e];  finalize S[m,n] = S_sum[m,n] * r[m] * c[n] };  R[m] = max[n] S[m,n]
     -->  S_left[m,e] = cast(Q[m,e] * r[m], bf16);  S[m,n] = sum[e] S_left[m,e] * K[n,e] ...
 
 A result is scaled once, as it is written. Tiles of a stream are scaled each time, by data that is loaded for it, while
-the next product waits; so an operand that is worth a kernel of its own has the scales of its side as well.
+the next product waits; so an operand that is worth a kernel of its own has the scales of its side as well. Only scales
+that a fold applies to the sum when it ends: these were in an operand, which has its own rounding, before the lift.
+What is written behind a sum stays there: an operand would be rounded that the cascade does not round.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ class _Side:
 
 @dataclass(frozen=True, slots=True)
 class _Scaled:
-    """A statement that is a product, which nothing else reads, times other factors."""
+    """A statement that is a product, which nothing else reads, times factors that a fold has behind it."""
 
     stmt: Einsum
     total: Einsum
@@ -87,6 +89,8 @@ class _Scaled:
         total = made[totals[0].tensor]
         found = matrix_product(total)
         users = [one for one in cascade.body if total.target.name in reads(one)]
+        if not any(total.target.name in f.state and stmt.target.name in f.finalize for f in _folds(cascade)):
+            return None
         if found is None or len(users) > 1 or total.target.name in {result.name for result in cascade.results}:
             return None
         return cls(stmt, total, found, tuple(term for term in terms if term is not totals[0]))
@@ -136,6 +140,10 @@ class _Scaled:
             }
         rest = dataclasses.replace(self.stmt, expr=product(list(left.elements())))
         return {self.total: (*made, dataclasses.replace(self.total, expr=total)), self.stmt: (rest,)}
+
+
+def _folds(cascade: Cascade) -> list[Fold]:
+    return [item for item in cascade.schedule if isinstance(item, Fold)]
 
 
 def _is_total(read: Read, made: Mapping[str, Einsum]) -> bool:

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import pty
 import re
 import shlex
 import shutil
@@ -805,6 +806,19 @@ def test_cache_clear_asks_on_a_terminal(
     monkeypatch.setattr(click, "confirm", asked)
     assert shell("cache", "clear")[0] == 0
     assert len(told("cache", "list")["entries"]) == left
+
+
+@pytest.mark.parametrize(("answer", "left"), [(b"y\n", 0), (b"n\n", 1), (b"\x04", 1)])
+def test_the_question_on_a_real_terminal(own_cache: Path, answer: bytes, left: int) -> None:
+    memo.store(own_cache / "lifts" / f"{'1' * 64}.json", ("a", 1))
+    ours, theirs = pty.openpty()
+    os.write(ours, answer)
+    command = [sys.executable, "-m", "cascade", "cache", "clear"]
+    done = subprocess.run(command, cwd=ROOT, stdin=theirs, capture_output=True, text=True)
+    os.close(ours)
+    os.close(theirs)
+    assert done.returncode == 0 and "Remove 1 entry of" in done.stderr and done.stdout.startswith("removed ")
+    assert len(list((own_cache / "lifts").iterdir())) == left
 
 
 def test_an_empty_cache(own_cache: Path, shell: Any) -> None:

@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import re
 import shlex
@@ -48,20 +49,15 @@ for name in sys.argv[2:]:
     except BaseException as error:
         failure = f"{{type(error).__name__}}: {{error}}".splitlines()[0][:300]
     print(json.dumps({{"name": name, "failure": failure}}), flush=True)
+    if name == "torch" and failure is None:
+        torch = sys.modules["torch"]
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        found = [torch.cuda.get_device_properties(number) for number in range(count)]
+        listed = [[one.name, f"sm_{{one.major}}{{one.minor}}", one.total_memory] for one in found]
+        print(json.dumps({{"cuda": torch.version.cuda, "devices": listed}}), flush=True)
 """
-"""What a child process runs: each package is told before it is imported, so that a crash has a name."""
-
-DEVICES = f"""
-import json, sys
-{HELD}
-import torch
-count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-found = [torch.cuda.get_device_properties(number) for number in range(count)]
-print(json.dumps({{
-    "cuda": torch.version.cuda,
-    "devices": [[one.name, f"sm_{{one.major}}{{one.minor}}", one.total_memory] for one in found],
-}}))
-"""
+"""What a child process runs: each package is told before it is imported, so that a crash has a name; then the devices
+that torch sees."""
 
 KERNEL = """
 import triton
@@ -91,7 +87,7 @@ class Check:
     @property
     def what(self) -> str:
         """What is wrong, without the rest."""
-        return f"{self.section} {self.name}: {self.says or self.found}"
+        return f"{self.section} {self.name}: {self.found}; {self.says}" if self.says else f"{self.section} {self.name}"
 
     @property
     def line(self) -> str:
@@ -127,7 +123,7 @@ def healthy(found: Sequence[Check]) -> bool:
 
 def advice(found: Sequence[Check]) -> str:
     """For every finding that is not as it should be, the command that mends it; whether cascade can work."""
-    wrong = [check for check in found if check.state in (WARNING, BROKEN)]
+    wrong = [check for check in found if check.state in (WARNING, BROKEN) or (check.state == NOTE and check.mend)]
     lines = [line for check in wrong for line in (check.what, *([f"    {check.mend}"] if check.mend else ()))]
     broken = sum(check.state == BROKEN for check in wrong)
     verdict = f"what cascade needs is broken: {broken} of {len(found)}" if broken else "cascade can work here"
@@ -153,12 +149,11 @@ def checks(quick: bool = False) -> Iterator[Check]:
     if quick:
         yield from (_package(package, None) for package in wanted)
         return
-    with ThreadPoolExecutor(3) as pool:
+    with ThreadPoolExecutor(1) as pool:
         compiled = pool.submit(_compiler)
-        devices = pool.submit(lambda: list(_devices(wanted)))
-        failures = importing([package.module for package in wanted if _version(package.name) is not None])
+        failures, devices = importing([package.module for package in wanted if _version(package.name) is not None])
         yield from (_package(package, failures) for package in wanted)
-        yield from devices.result()
+        yield from _devices(wanted, devices)
         yield compiled.result()
 
 
@@ -269,7 +264,7 @@ def _cache() -> Check:
         folder = cache_folder()
     except CommandError as error:
         return Check("cache", "folder", NOTE, "not known", "", f"{error.diagnostics[0].message}, see above")
-    files = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
+    files = [path for path in folder.rglob("*") if path.is_file()] if os.path.isdir(folder) else []
     found = f"{folder}, {len(files)} files, {_bytes(sum(map(_size, files)))}"
     refused = _unwritable(folder)
     if refused is None:
@@ -291,7 +286,7 @@ def _size(path: Path) -> int:
 
 def _unwritable(folder: Path) -> str | None:
     """Why nothing can be written to a folder, or below the nearest one above it that exists; None where it can."""
-    place = next((one for one in (folder, *folder.parents) if one.exists()), folder)
+    place = next((one for one in (folder, *folder.parents) if os.path.exists(one)), folder)
     try:
         with tempfile.TemporaryFile(dir=place):
             return None
@@ -315,7 +310,8 @@ def _package(package: Package, failures: Mapping[str, str | None] | None) -> Che
     install = pip(package.requirement)
     if version is None:
         state = NOTE if package.extra else BROKEN
-        return Check(section, package.name, state, "not installed", package.wanted, "it is not installed", install)
+        says = f"{section} alone needs it" if package.extra else "cascade needs it"
+        return Check(section, package.name, state, "not installed", package.wanted, says, install)
     state = WARNING if package.extra else BROKEN
     if not admitted(version, package.wanted):
         says = f"{version} is not in {package.wanted}"
@@ -336,21 +332,27 @@ def _hidden(module: str) -> str | None:
     return None if found else "its files are not where Python looks for them"
 
 
-def importing(modules: Sequence[str]) -> dict[str, str | None]:
-    """Why each module cannot be imported, None where it can; each crash costs one child process."""
+def importing(modules: Sequence[str]) -> tuple[dict[str, str | None], Mapping[str, Any] | None]:
+    """Why each module cannot be imported, None where it can; what torch says of devices, None where it says nothing.
+
+    Each crash costs one child process.
+    """
     found: dict[str, str | None] = {}
+    devices: Mapping[str, Any] | None = None
     left = list(modules)
     while left:
         answers, ended = _child(IMPORTS, *left)
         for answer in answers:
             if "failure" in answer:
                 found[answer["name"]] = answer["failure"]
+            elif "devices" in answer:
+                devices = answer
         begun = [answer["begun"] for answer in answers if "begun" in answer]
         crashed = begun[-1] if begun and begun[-1] not in found else (left[0] if not begun else None)
         if crashed is not None:
             found[crashed] = ended
         left = [name for name in left if name not in found]
-    return found
+    return found, devices
 
 
 def _child(code: str, *words: str) -> tuple[list[dict[str, Any]], str]:
@@ -378,14 +380,13 @@ def _answers(text: str) -> list[dict[str, Any]]:
     return found
 
 
-def _devices(wanted: Sequence[Package]) -> Iterator[Check]:
+def _devices(wanted: Sequence[Package], told: Mapping[str, Any] | None) -> Iterator[Check]:
     """The GPUs as torch sees them, and the driver. Without one, kernels are planned, compiled and not run."""
     driver, seen = _driver()
-    answers, ended = _child(DEVICES) if not _hidden("torch") else ([], "torch is not to be found")
-    if not answers:
-        yield Check("device", "gpu", NOTE, driver or "not known", "", f"torch cannot be asked: {ended}")
+    if told is None:
+        yield Check("device", "gpu", NOTE, ", ".join(seen) or "not known", "", "torch cannot be asked, see above")
         return
-    listed = answers[-1]["devices"]
+    listed = told["devices"]
     for number, (name, arch, memory) in enumerate(listed):
         yield Check("device", f"gpu {number}", OK, f"{name}, {arch}, {_bytes(memory)}, {driver or 'driver not known'}")
     if listed:
@@ -393,11 +394,11 @@ def _devices(wanted: Sequence[Package]) -> Iterator[Check]:
     if not seen:
         yield Check("device", "gpu", NOTE, "none", "", "kernels are planned and compiled, and run nowhere here")
         return
-    if answers[-1]["cuda"] is None:
+    if told["cuda"] is None:
         torch = next(package.requirement for package in wanted if package.name == "torch")
         says, mend = "this build of torch knows no CUDA", pip("--force-reinstall", torch)
     else:
-        says, mend = f"torch, built for CUDA {answers[-1]['cuda']}, sees none of them", "nvidia-smi"
+        says, mend = f"torch, built for CUDA {told['cuda']}, sees none of them", "nvidia-smi"
     yield Check("device", "gpu", WARNING, f"{', '.join(seen)}, {driver}", "", says, mend)
 
 

@@ -123,7 +123,7 @@ def folder(environ: Mapping[str, str], name: str) -> Path | None:
     if not text.strip():
         return None
     path = Path(text).expanduser()
-    if path.exists() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isdir(path):  # not those of Path: they raise where nobody may look
         raise bad(name, text, "set it to a folder; this is a file")
     return path
 

@@ -618,13 +618,14 @@ def test_a_package_that_is_absent_or_too_old(monkeypatch: pytest.MonkeyPatch) ->
     assert (absent.state, absent.mend) == ("broken", doctor.pip(wanted["torch"].requirement))
     assert old.state == "broken" and "3.0 is not in >=1.2,<2" in old.says
     assert extra.state == "note" and doctor.healthy([extra]) and not doctor.healthy([absent])
+    assert str(extra.mend) in doctor.advice([extra]) and "cascade can work here" in doctor.advice([extra])
 
 
 def test_a_module_that_is_hidden_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     wanted = {one.name: one for one in doctor.requirements()[0]}
     assert doctor._package(wanted["torch"], {"torch": None}).state == "broken"
-    (device,) = doctor._devices(tuple(wanted.values()))
+    (device,) = doctor._devices(tuple(wanted.values()), None)
     assert device.state == "note"
 
 
@@ -633,8 +634,8 @@ def test_a_crash_on_import_has_a_name(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "dies.py").write_text("import os; os._exit(3)")
     (tmp_path / "last_one.py").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = doctor.importing(["fine_one", "dies", "last_one", "not_there"])
-    assert found["fine_one"] is found["last_one"] is None
+    found, devices = doctor.importing(["fine_one", "dies", "last_one", "not_there"])
+    assert devices is None and found["fine_one"] is found["last_one"] is None
     assert "code 3" in str(found["dies"]) and "No module named" in str(found["not_there"])
 
 
@@ -673,13 +674,11 @@ def test_devices_and_their_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     smi(tmp_path, monkeypatch, "580.1, NVIDIA H200", "580.1, NVIDIA H200")
     wanted = doctor.requirements()[0]
     devices = [["NVIDIA H200", "sm_90", 150_000_000_000]] * 2
-    monkeypatch.setattr(doctor, "_child", lambda *_: ([{"cuda": "12.8", "devices": devices}], ""))
-    found = list(doctor._devices(wanted))
+    found = list(doctor._devices(wanted, {"cuda": "12.8", "devices": devices}))
     assert [one.found for one in found] == ["NVIDIA H200, sm_90, 150 GB, driver 580.1"] * 2
     assert {one.state for one in found} == {"ok"}
     for cuda, mend in ((None, "--force-reinstall"), ("12.8", "nvidia-smi")):
-        monkeypatch.setattr(doctor, "_child", lambda *_, cuda=cuda: ([{"cuda": cuda, "devices": []}], ""))
-        (unseen,) = doctor._devices(wanted)
+        (unseen,) = doctor._devices(wanted, {"cuda": cuda, "devices": []})
         assert unseen.state == "warning" and "NVIDIA H200" in unseen.found and mend in str(unseen.mend)
 
 
@@ -687,8 +686,7 @@ def test_no_device_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'no devices were found'\nexit 6\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(doctor, "_child", lambda *_: ([{"cuda": None, "devices": []}], ""))
-    (found,) = doctor._devices(doctor.requirements()[0])
+    (found,) = doctor._devices(doctor.requirements()[0], {"cuda": None, "devices": []})
     assert found.state == "note" and doctor.healthy([found])
 
 

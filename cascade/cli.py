@@ -13,7 +13,6 @@ import difflib
 import errno
 import functools
 import importlib
-import importlib.util
 import json
 import math
 import os
@@ -23,38 +22,35 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import click
-from rich.console import Console
-from rich.highlighter import RegexHighlighter
-from rich.progress import Progress, TaskID
-from rich.table import Table
-from rich.text import Text
-from rich.theme import Theme
+from click.shell_completion import shell_complete
 
 import cascade as package
-from cascade import pipeline
-from cascade.arguments import shape_symbols
-from cascade.compiled import Compiled, from_text, read_program, specialise, split_name
-from cascade.errors import CascadeError, CommandError, Diagnostic, InternalError, Source, Span, quoted_list
+from cascade import comparison, explanation, pipeline, views
+from cascade.compiled import Compiled, specialise, split_name
+from cascade.errors import CascadeError, CommandError, Diagnostic, InternalError, Span, quoted_list
 from cascade.files import write_whole
-from cascade.frontend.tokens import decode
 from cascade.inference import infer_shapes
 from cascade.ir import Cascade, DType, Param, Result
+from cascade.parameters import (
+    BUG, COMMAND_WRONG, DONE, DTYPE, INTERRUPTED, JSON, MACHINE, PROGRAM_WRONG, SIZES, STATIC, LevelsType, MachineType,
+    PassType, ProgramType, SizesType,
+)  # fmt: skip
 from cascade.passes import PASSES
 from cascade.passes.base import parse_pass
 from cascade.passes.canonicalize import Canonicalize
 from cascade.passes.lift import lift_reductions
 from cascade.passes.report import report, report_text
-from cascade.settings import settings
+from cascade.programs import STANDARD_INPUT, find, sized, standard_input
+from cascade.settings import COMPLETION, completion_asked, settings
+from cascade.terminal import changes, emit, error_text, heading, progress, program, table
 from cascade.text import render
-
-STANDARD_INPUT = ("-", "/dev/stdin")
-DONE, PROGRAM_WRONG, COMMAND_WRONG, BUG, INTERRUPTED = 0, 1, 2, 70, 130
+from cascade.upkeep import cache_group, completion_command, doctor_command
 
 
 def main() -> None:
@@ -63,6 +59,8 @@ def main() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller, who does not want to hear
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if (asked := completion_asked()) is not None:  # by the script of `cascadec completion`
+        sys.exit(shell_complete(commands, {}, "cascadec", COMPLETION, asked))
     sys.exit(run_command(sys.argv[1:]))
 
 
@@ -135,127 +133,19 @@ class Options:
 
 def load(options: Options) -> Cascade:
     """The verified cascade that the command line names, with the sizes and the type it states."""
-    cascade = find(options.file).cascade
-    known = shape_symbols(cascade)
-    for name in options.sizes:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            symbols = f"its shape symbols are {quoted_list(known, 20)}" if known else "it has no shape symbols"
-            hint = f"did you mean {close[0]!r}?" if close else symbols
-            raise CommandError(Diagnostic("C613", f"{cascade.name!r} has no shape symbol {name!r}", help=hint))
-    return cascade
-
-
-def find(file: str) -> Compiled:
-    """What `FILE`, `FILE:name` or `-` names; a `.py` file is the user's own program and is run, text never is."""
-    path, name = split_name(file)
-    if path in STANDARD_INPUT:
-        return from_text(decode(standard_input(), "<stdin>"), "<stdin>", name)
-    if path.endswith(".py"):
-        return from_python(Path(path), name)
-    return from_text(read_program(path), path, name)
-
-
-@functools.cache
-def standard_input() -> bytes:
-    """Everything on standard input, kept so that a bug report can hold it."""
-    return sys.stdin.buffer.read()
-
-
-def from_python(path: Path, name: str | None) -> Compiled:
-    """The compiled function that a Python program defines: the last one, or the one of that name."""
-    read_program(str(path))  # a file that cannot be read is reported like any other
-    spec = importlib.util.spec_from_file_location(f"_cascadec_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise CommandError(Diagnostic("C610", f"cannot read {path}: not a Python program"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.insert(0, str(path.resolve().parent))
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # what it prints is not our output
-            spec.loader.exec_module(module)
-    except CascadeError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise program_failed(path, error) from error
-    found = {key: value for key, value in vars(module).items() if isinstance(value, Compiled)}
-    if name is None and found:
-        return list(found.values())[-1]
-    if name in found:
-        return found[name]
-    what = f"defines no cascade {name!r}" if name else "defines no compiled cascade"
-    hint = f"it defines {quoted_list(found)}" if found else "decorate a function with @cascade.compile"
-    raise CommandError(Diagnostic("C615", f"{path} {what}", help=hint))
-
-
-def program_failed(path: Path, error: BaseException) -> CommandError:
-    """The error for a Python program that raises while it is loaded, at the line of the program."""
-    if isinstance(error, SyntaxError):
-        line, column = error.lineno or 1, error.offset or 1
-    else:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-        line, column = (frames[-1].lineno or 1, (frames[-1].colno or 0) + 1) if frames else (1, 1)
-    span = Span(Source(str(path)), line, column, line, column + 1)
-    return CommandError(Diagnostic("C611", f"the program raised {type(error).__name__}: {error}", span))
+    return sized(find(options.file).cascade, options.sizes)
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
-class SizeType(click.ParamType[tuple[str, int]]):
-    """`NAME=NUMBER`, the size of a shape symbol."""
-
-    name = "NAME=NUMBER"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
-        if isinstance(value, tuple):
-            return value
-        match = re.fullmatch(r"([A-Za-z_]\w*)=(-?\d{1,30})", value, re.ASCII)
-        if match is None:
-            self.fail(f"{value!r} is not NAME=NUMBER, such as B=4", param, ctx)
-        number = int(match.group(2))
-        if not 0 <= number <= MAX_SIZE:
-            self.fail(f"{number} is not from 0 to {MAX_SIZE}", param, ctx)
-        return match.group(1), number
-
-
-MAX_SIZE = 2**63 - 1
 MAX_ELEMENTS = 2**28  # of one tensor that `run` makes, in float64 as well
-
-
-class LevelsType(click.ParamType[tuple[str, tuple[str, ...]]]):
-    """`NAME=RANK,RANK`, the levels of a partitioned rank, outermost first."""
-
-    name = "NAME=RANK,RANK"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, tuple[str, ...]]:
-        if isinstance(value, tuple):
-            return value
-        name, _, listed = value.partition("=")
-        levels = tuple(listed.split(","))
-        if not all(re.fullmatch(r"[A-Za-z_]\w*", word, re.ASCII) for word in (name, *levels)):
-            self.fail(f"{value!r} is not NAME=RANK,RANK, such as n=n1,n0", param, ctx)
-        if len(set(levels)) != len(levels) or len(levels) < 2:
-            self.fail(f"{value!r} does not name two or more different levels, such as n=n1,n0", param, ctx)
-        return name, levels
-
-
-Decorator: TypeAlias = Callable[[Callable[..., None]], Callable[..., None]]
-SIZES: Decorator = click.option(
-    "-s", "--size", "sizes", type=SizeType(), multiple=True, help="The size of a shape symbol, B=4."
-)
-DTYPE: Decorator = click.option(
-    "--dtype", type=click.Choice([d.value for d in DType]), help="The type of untyped parameters."
-)
-JSON: Decorator = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 
 
 def about_program(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command its FILE and the options that every command about a program takes."""
 
-    @click.argument("file", metavar="FILE")
+    @click.argument("file", metavar="FILE", type=ProgramType())
     @SIZES
     @DTYPE
     @JSON
@@ -283,20 +173,27 @@ def commands() -> None:
 
 @commands.command()
 @about_program
-@click.option("--after", metavar="PASS", help="Stop after this pass of the pipeline.")
+@click.option("--after", metavar="PASS", type=PassType(), help="Stop after this pass of the pipeline.")
 @click.option("--steps", is_flag=True, help="Every step of the pipeline, not only the last.")
-def show(options: Options, after: str | None, steps: bool) -> None:
+@click.option("--rich", is_flag=True, help="A tree: what runs together, ranks with passes, what each step changed.")
+def show(options: Options, after: str | None, steps: bool, rich: bool) -> None:
     """Print a cascade as written, or after a pass of the pipeline.
 
     With sizes (-s) and --dtype the text is that of the cascade for these sizes and that type.
 
     \b
     Examples:
-      cascadec show examples/attention.cascade
+      cascadec show examples/attention.cascade --rich
       cascadec show examples/block.cascade --after canonicalize -s D=64
     """
     cascade = specialise(load(options), options.sizes, options.dtype)
     until = parse_pass(after, PASSES).name if after else None
+    if rich:
+        if until or steps:
+            raise click.UsageError("--rich tells of the whole pipeline", click.get_current_context())
+        told = explanation.overview(pipeline.run_pipeline(cascade))
+        emit(told, lambda: views.overview(told), options.json)
+        return
     if not steps:
         final = pipeline.run_pipeline(cascade, until).final if until else cascade
         text = render(final)
@@ -319,15 +216,55 @@ def show_steps(steps: list[tuple[str, bool, str]]) -> None:
 
 @commands.command()
 @about_program
-@click.option("--pass", "name", metavar="PASS", required=True, help="The pass whose change is shown.")
-def diff(options: Options, name: str) -> None:
-    """Print what one pass changes, as a unified diff.
+@MACHINE
+@STATIC
+def explain(options: Options, name: str | None, static: bool) -> None:
+    """Explain a cascade: passes with their witness, what is lifted, what is not and why; on a machine, what it costs.
+
+    On a GPU these are the kernels in order: what each fuses, moves and computes, its predicted time, what bounds it and
+    for which share of it that is busy. On several devices it is the plan, on a spatial machine cycles and energy. Sizes
+    that -s does not give are those that `emit` plans for, on a GPU; untyped parameters are bf16 there.
 
     \b
     Examples:
-      cascadec diff examples/attention.cascade --pass canonicalize
-      cascadec diff model.py:encoder --pass inline --json
+      cascadec explain examples/attention.cascade
+      cascadec explain examples/block.cascade --machine h200 -s T=4096 -s D=4096 -s F=14336
     """
+    request = explanation.Request(options.sizes, options.dtype, name, static)
+    told = explanation.explanation(pipeline.run_pipeline(load_typed(options)), request)
+    emit(told, lambda: views.explanation(told), options.json)
+
+
+@commands.command()
+@about_program
+@click.argument("other", metavar="[OTHER]", type=ProgramType(".cascade", ".py", ".json"), required=False)
+@click.option("--pass", "step", metavar="PASS", type=PassType(), help="Of one FILE: the pass whose change is shown.")
+@MACHINE
+@STATIC
+def diff(options: Options, other: str | None, step: str | None, name: str | None, static: bool) -> None:
+    """Print what changed between two cascades, two schedules or two versions of a kernel; or what one pass changes.
+
+    Of cascades: statements, schedule, passes, lifts, bytes and operations; with --machine each kernel and the whole. Of
+    kernels: two files that `emit` wrote, or two .json files with what `emit --json` printed; they are read, never run.
+
+    \b
+    Examples:
+      cascadec diff examples/attention.cascade examples/softmax.cascade
+      cascadec diff examples/attention.cascade --pass lift
+    """
+    if (other is None) == (step is None):
+        raise click.UsageError("give either OTHER, which FILE is compared with, or --pass", click.get_current_context())
+    if step is not None:
+        change_of_pass(options, step)
+        return
+    assert other is not None
+    request = explanation.Request(options.sizes, options.dtype, name, static)
+    told = comparison.of_files(options.file, other, request)
+    emit(told, lambda: views.comparison(told), options.json)
+
+
+def change_of_pass(options: Options, name: str) -> None:
+    """What one pass changes, as a unified diff."""
     cascade = specialise(load(options), options.sizes, options.dtype)
     until = parse_pass(name, PASSES).name
     step = pipeline.run_pipeline(cascade, until).steps[-1]
@@ -339,7 +276,7 @@ def diff(options: Options, name: str) -> None:
 @commands.command()
 @about_program
 @click.option("--seed", type=click.IntRange(0, 2**32), default=0, show_default=True, help="Of the random inputs.")
-@click.option("--without", metavar="PASS", multiple=True, help="Leave out this pass of the pipeline.")
+@click.option("--without", metavar="PASS", type=PassType(), multiple=True, help="Leave out this pass of the pipeline.")
 def run(options: Options, seed: int, without: tuple[str, ...]) -> None:
     """Run on random inputs and compare with the float64 reference.
 
@@ -404,7 +341,7 @@ def show_run(payload: dict[str, Any]) -> None:
 
 
 @commands.command()
-@click.argument("file", metavar="[FILE]", required=False)
+@click.argument("file", metavar="[FILE]", type=ProgramType(), required=False)
 @SIZES
 @DTYPE
 @JSON
@@ -483,12 +420,15 @@ def emit_kernels(options: Options, backend: str, arch: str, folder: str) -> None
     for name, text in made.files.items():
         write_whole(Path(folder) / name, text)
     facts = offline.facts([kernel.request for kernel in made.kernels], arch, jobs=2)
+    machine = importlib.import_module(f"cascade.backends.{backend}.machine").machine_of_arch(arch)
     payload = {
         "cascade": subject.final.name,
         "arch": arch,
         "sizes": subject.sizes,
         "files": [str(Path(folder) / name) for name in made.files],
-        "kernels": [kernel_json(kernel, found, folder) for kernel, found in zip(made.kernels, facts, strict=True)],
+        "kernels": [
+            kernel_json(kernel, found, folder, machine) for kernel, found in zip(made.kernels, facts, strict=True)
+        ],
     }
     emit(payload, lambda: show_kernels(payload), options.json)
 
@@ -506,13 +446,10 @@ def subject_of(options: Options, writer: Any) -> Any:
     return writer.Subject(canonical, final, sizes, types, functools.partial(trial.highest_values, canonical))
 
 
-STATIC = ("registers", "spills", "shared_bytes", "blocks_per_sm", "wgmma", "mma", "serialized")  # of a kernel's code
-
-
-def kernel_json(kernel: Any, found: Any, folder: str) -> dict[str, Any]:
-    """One kernel and what its machine code shows: null where it does not compile, `failure` says why."""
+def kernel_json(kernel: Any, found: Any, folder: str, machine: Any) -> dict[str, Any]:
+    """One kernel, its machine code and what is predicted; null where it does not compile, `failure` says why."""
     plan = kernel.kernel
-    static = {name: getattr(found, name, None) for name in STATIC}
+    static = {name: getattr(found, name, None) for name in explanation.STATIC}
     return {
         "name": plan.name,
         "file": str(Path(folder) / kernel.file),
@@ -521,6 +458,7 @@ def kernel_json(kernel: Any, found: Any, folder: str) -> dict[str, Any]:
         "warps": plan.options.num_warps,
         "stages": plan.options.num_stages,
         "static": {**static, "serialized": [*(static["serialized"] or ())]},
+        "model": explanation.modelled(kernel, machine, static["registers"], static["shared_bytes"]),
         "failure": getattr(found, "message", None),
     }
 
@@ -533,7 +471,7 @@ def show_kernels(payload: dict[str, Any]) -> None:
     rows = []
     for kernel in payload["kernels"]:
         static = kernel["static"]
-        facts = ("-" if static[name] is None else str(static[name]) for name in STATIC[:-1])
+        facts = ("-" if static[name] is None else str(static[name]) for name in explanation.STATIC[:-1])
         grid, tile = (", ".join(f"{rank} {n}" for rank, n in kernel[key].items()) for key in ("grid", "tile"))
         remark = kernel["failure"] or " ".join(static["serialized"])
         rows.append((kernel["name"], grid, tile, *facts, " ".join(remark.split())))
@@ -545,10 +483,17 @@ SEARCHES = click.Choice(("fastest", "pareto"))
 
 @commands.command("cost")
 @about_program
-@click.option("--machine", "name", metavar="NAME|FILE", required=True, help="A machine that is known, or a TOML file.")
+@click.option(
+    "--machine",
+    "name",
+    metavar="NAME|FILE",
+    type=MachineType("gpu", "spatial"),
+    required=True,
+    help="A machine that is known, or a TOML file.",
+)
 @click.option("--mapping", "path", metavar="FILE", help="A TOML file; else the schedule's, else one is searched.")
 @click.option("--search", type=SEARCHES, help="Search one mapping, or all unbeaten ones; from --mapping.")
-@click.option("--after", metavar="PASS", help="Cost the cascade after this pass of the pipeline.")
+@click.option("--after", metavar="PASS", type=PassType(), help="Cost the cascade after this pass of the pipeline.")
 @click.option("--as-published", is_flag=True, help="Count as the published evaluation of the mapping did.")
 @click.option("--symbolic", is_flag=True, help="Closed forms in the shape symbols, of a mapping that is given.")
 @click.option("--save-mapping", "save", metavar="FILE", help="Write the mapping that was used: TOML, or FILE.cascade.")
@@ -640,42 +585,19 @@ def mapping_text(path: str, cascade: Cascade, mapping: Any) -> str:
     return render(writer.with_mapping(cascade, mapping)) if as_schedule else str(writer.render_mapping(mapping))
 
 
-@contextlib.contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None] | None]:
-    """How far a search has come, as a bar on standard error; None where that is no terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    with Progress(console=console(stderr=True), transient=True) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def told(region: str, tried: int, forms: int) -> None:
-            if region not in tasks:
-                tasks[region] = bars.add_task(region)
-            bars.update(tasks[region], completed=tried, total=forms)
-
-        yield told
-
-
-class SizesType(click.ParamType[tuple[str, tuple[int, ...]]]):
-    """`NAME=NUMBER,NUMBER`, sizes of a shape symbol."""
-
-    name = "NAME=NUMBER,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, tuple):
-            return value
-        name, _, listed = value.partition("=")
-        one = SizeType()
-        return name, tuple(one.convert(f"{name}={number}", param, ctx)[1] for number in listed.split(","))
-
-
 FIGURES = ("utilisation", "time", "speedup", "energy", "roofline", "pareto")
 
 
 @commands.command("plan")
 @about_program
-@click.option("--machine", "name", metavar="NAME", required=True, help="A machine of several devices.")
+@click.option(
+    "--machine",
+    "name",
+    metavar="NAME",
+    type=MachineType("several"),
+    required=True,
+    help="A machine of several devices.",
+)
 @click.option("--trace", "trace", metavar="FILE", help="Write the timetable as a Chrome trace, which Perfetto opens.")
 @click.option("--exact", is_flag=True, help="Prove the schedule with OR-tools, where it is installed.")
 def plan_command(options: Options, name: str, trace: str | None, exact: bool) -> None:
@@ -699,7 +621,10 @@ def plan_command(options: Options, name: str, trace: str | None, exact: bool) ->
 
 @commands.command("inspect")
 @about_program
-@click.option("--machine", "machines", metavar="NAME|FILE", multiple=True, help="One of the machines; else h200.")
+@click.option(
+    "--machine", "machines", metavar="NAME|FILE", type=MachineType("gpu", "several", "spatial"), multiple=True,
+    help="One of the machines; else h200.",
+)  # fmt: skip
 @click.option("--mapping", metavar="FILE", help="A TOML file for the costs; else the schedule's, else one is searched.")
 @click.option("--as-published", is_flag=True, help="Count costs as the published evaluation of the mapping did.")
 @click.option("--compile/--no-compile", "compiled", default=None, help="Compile the kernels; else where they are few.")
@@ -733,11 +658,19 @@ def inspect_command(
 
 
 @commands.command("sweep")
-@click.argument("file", metavar="FILE")
+@click.argument("file", metavar="FILE", type=ProgramType())
 @click.option("-s", "--size", "sizes", type=SizesType(), multiple=True, help="Sizes of a shape symbol, M=1024,4096.")
 @DTYPE
 @JSON
-@click.option("--machine", "machines", metavar="NAME|FILE", multiple=True, required=True, help="One of the machines.")
+@click.option(
+    "--machine",
+    "machines",
+    metavar="NAME|FILE",
+    type=MachineType("spatial"),
+    multiple=True,
+    required=True,
+    help="One of the machines.",
+)
 @click.option("--mapping", "mappings", metavar="FILE", multiple=True, help="One of the mappings; else it is searched.")
 @click.option("--search", type=SEARCHES, help="Search one mapping for each point, or all unbeaten ones.")
 @click.option("--jobs", type=click.IntRange(1, 1024), default=1, show_default=True, help="Processes that share it.")
@@ -866,77 +799,8 @@ def show_passes(rows: list[dict[str, Any]]) -> None:
     table(("pass", *columns[1:]), cells)
 
 
-# --- output ----------------------------------------------------------------------------------------------------------
-
-
-class CascadeHighlighter(RegexHighlighter):
-    """Colours for program text on a terminal."""
-
-    highlights = [  # noqa: RUF012  (rich's class attribute)
-        r"(?P<keyword>\b(cascade|schedule|def|where|init|fill|topk|and|or|not|cast|fuse|tile|split|shard|mesh|stream|wait|over|into|at|on"
-        r"|fold|state|update|merge|finalize|empty)\b)",
-        r"(?P<reducer>\b[a-z]\w*(?=\[[^\]]*\] ))",
-        r"(?P<number>(?<![\w.])\d+(\.\d+)?(e[+-]?\d+)?\b)",
-        r"(?P<tensor>\b\w+(?=\[))",
-        r"(?P<comment>#.*)",
-    ]
-
-
-def console(stderr: bool = False) -> Console:
-    """A terminal to draw on; plain where the stream is none."""
-    colours = {"keyword": "bold magenta", "reducer": "cyan", "number": "green", "tensor": "bold", "comment": "dim"}
-    return Console(stderr=stderr, theme=Theme(colours), highlight=False, soft_wrap=True)
-
-
-def emit(payload: dict[str, Any], draw: Callable[[], None], as_json: bool) -> None:
-    """The one JSON object, or what a person reads."""
-    if as_json:
-        click.echo(json.dumps(payload, indent=2, allow_nan=False))
-    else:
-        draw()
-
-
-def program(text: str) -> None:
-    """Program text, coloured on a terminal."""
-    out = console()
-    if out.is_terminal:
-        out.print(CascadeHighlighter()(Text(text)), end="")
-    else:
-        click.echo(text, nl=False)
-
-
-def changes(text: str) -> None:
-    """A unified diff, coloured on a terminal."""
-    out = console()
-    if not out.is_terminal:
-        click.echo(text, nl=False)
-        return
-    styles = {"+": "green", "-": "red", "@": "cyan"}
-    for line in text.splitlines():
-        out.print(Text(line, styles.get(line[:1], "")))
-
-
-def heading(text: str) -> None:
-    """A line that names what follows."""
-    out = console()
-    if out.is_terminal:
-        out.print(Text(text, "dim"))
-    else:
-        click.echo(text)
-
-
-def table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """A table with boxes on a terminal, aligned columns elsewhere."""
-    out = console()
-    if out.is_terminal:
-        drawn = Table(*titles)
-        for row in rows:
-            drawn.add_row(*(Text(cell) for cell in row))
-        out.print(drawn, soft_wrap=False)
-        return
-    widths = [max(len(row[i]) for row in (titles, *rows)) for i in range(len(titles))]
-    for row in (titles, *rows):
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+for command in (doctor_command, cache_group, completion_command):
+    commands.add_command(command)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -949,16 +813,7 @@ def complain(error: CascadeError, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"errors": [diagnostic_json(d) for d in error.diagnostics]}, indent=2))
         return
-    out = console(stderr=True)
-    if not out.is_terminal:
-        click.echo(str(error), err=True)
-        return
-    text = Text(str(error))
-    text.highlight_regex(r"error\[C\d+\]", "bold red")
-    text.highlight_regex(r"(?m)^ +\^+$", "red")
-    text.highlight_regex(r"(?m)^help:", "bold green")
-    text.highlight_regex(r"note:", "bold cyan")
-    out.print(text)
+    error_text(str(error))
 
 
 def settings_debug() -> int:

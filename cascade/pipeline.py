@@ -201,12 +201,22 @@ def broken(step: Pass, source: Cascade, before: Cascade, after: Cascade, what: s
     return InternalError(f"internal error: {text}{change}\n{reproducer(text, command, render(source))}")
 
 
+REPRODUCE = "# reproduce: "
+"""How the line of a reproducer file begins that has the command; what happened is before it, the program behind."""
+
+
+def bug_hash(told: str, program: str) -> str:
+    """The hash in the name of a reproducer file."""
+    return hashlib.sha256((told + program).encode()).hexdigest()[:12]
+
+
 def reproducer(what: str, command: str, program: str) -> str:
     """Leaves the program as a file, `{path}` in the command standing for it; the lines that say where it is."""
     folder = settings().dump or settings().cache_dir / "bugs"
-    path = folder / f"bug-{hashlib.sha256((what + program).encode()).hexdigest()[:12]}.cascade"
+    told = "".join(f"# {line}\n" for line in what.splitlines())
+    path = folder / f"bug-{bug_hash(told, program)}.cascade"
     command = command.replace("{path}", str(path))
-    comment = "".join(f"# {line}\n" for line in (*what.splitlines(), f"reproduce: {command}"))
+    comment = f"{told}{REPRODUCE}{command}\n"
     try:
         write_whole(path, comment + program)
     except CommandError as error:

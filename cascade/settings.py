@@ -11,11 +11,12 @@
     CASCADE_DUMP       a folder that receives the text of every step of every pipeline run
     CASCADE_CACHE_DIR  the folder of caches and bug reproducers (default: cascade in the user's cache folder)
 
-A fifth variable needs an entry in DECISIONS.md.
+A fifth variable needs an entry in DECISIONS.md. `_CASCADEC_COMPLETE` is set by the shell that asks for completions.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
 import os
 from collections.abc import Mapping
@@ -23,6 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cascade.errors import CommandError, Diagnostic
+
+KNOWN = ("CASCADE_CHECK", "CASCADE_DEBUG", "CASCADE_DUMP", "CASCADE_CACHE_DIR")
+"""The variables, in the order of the fields of `Settings`."""
+COMPLETION = "_CASCADEC_COMPLETE"
+"""What a shell sets where it wants completions of a command line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +39,56 @@ class Settings:
     debug: int
     dump: Path | None
     cache_dir: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """A variable that is known, or that is set and looks as if it were one.
+
+    `value` is what it is set to, None where it is not; `nearest` the known one that an unknown one may be meant for;
+    `refused` why its value cannot be used.
+    """
+
+    name: str
+    value: str | None
+    nearest: str | None = None
+    refused: str | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether cascade reads it."""
+        return self.name in KNOWN
+
+
+def variables(environ: Mapping[str, str] | None = None) -> tuple[Variable, ...]:
+    """Every known variable, then those that begin alike and mean nothing; none of them raises."""
+    given = os.environ if environ is None else environ
+    found = [Variable(name, given.get(name), None, _refused(given, name)) for name in KNOWN]
+    for name in sorted(given):
+        if name.startswith("CASCADE") and name not in KNOWN:
+            close = difflib.get_close_matches(name, KNOWN, n=1)
+            found.append(Variable(name, given[name], close[0] if close else None))
+    return tuple(found)
+
+
+def _refused(environ: Mapping[str, str], name: str) -> str | None:
+    """Why the value of one variable cannot be used, None where it can."""
+    try:
+        read({name: environ[name]} if name in environ else {})
+    except CommandError as error:
+        return error.diagnostics[0].help
+    return None
+
+
+def cache_folder(environ: Mapping[str, str] | None = None) -> Path:
+    """The folder of caches, whatever the other variables hold."""
+    given = os.environ if environ is None else environ
+    return folder(given, "CASCADE_CACHE_DIR") or user_cache(given) / "cascade"
+
+
+def completion_asked() -> str | None:
+    """What the shell asks of its completion, `bash_complete`; None where this is a command of its own."""
+    return os.environ.get(COMPLETION) or None
 
 
 @functools.cache
@@ -47,7 +103,7 @@ def read(environ: Mapping[str, str]) -> Settings:
         check=level(environ, "CASCADE_CHECK", 1, 2),
         debug=level(environ, "CASCADE_DEBUG", 0, 4),
         dump=folder(environ, "CASCADE_DUMP"),
-        cache_dir=folder(environ, "CASCADE_CACHE_DIR") or user_cache(environ) / "cascade",
+        cache_dir=cache_folder(environ),
     )
 
 
@@ -67,7 +123,7 @@ def folder(environ: Mapping[str, str], name: str) -> Path | None:
     if not text.strip():
         return None
     path = Path(text).expanduser()
-    if path.exists() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isdir(path):  # not those of Path: they raise where nobody may look
         raise bad(name, text, "set it to a folder; this is a file")
     return path
 

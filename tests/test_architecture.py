@@ -40,9 +40,14 @@ LAYERS = (
     {"inspector"},
     {"compiled"},
     {"distributed"},
+    {"terminal", "programs", "doctor", "entries"},
+    {"explanation", "parameters"},
+    {"comparison", "views"},
+    {"upkeep"},
     {"cli", "__init__"},
+    {"__main__"},
 )
-SETTINGS_READERS = {"pipeline", "compiled", "cli", "backends"}
+SETTINGS_READERS = {"pipeline", "compiled", "cli", "backends", "doctor", "entries", "parameters", "upkeep"}
 TORCH_HOMES = {
     "values",
     "evaluate",
@@ -64,8 +69,8 @@ HOMES = {
     "sympy": {"passes", "backends.systolic"},
     "networkx": {"passes"},
     "numpy": set(),
-    "click": {"cli"},
-    "rich": {"cli"},
+    "click": {"cli", "upkeep", "parameters", "views", "terminal"},
+    "rich": {"terminal"},
 }
 MAX_LINES = 60
 

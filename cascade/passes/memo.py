@@ -61,15 +61,21 @@ def remembered(kind: str, key: tuple[str, ...], compute: Callable[[], T]) -> T:
 def load(path: Path) -> Any:
     """The value of an entry; None, and a warning where there is one, for none that holds."""
     try:
-        seal, _, text = path.read_text(encoding="utf-8").partition("\n")
-        if seal == sealed(text):
-            return decoded(json.loads(text))
+        return opened(path.read_text(encoding="utf-8"))
     except OSError:
         return None
     except (ValueError, KeyError, TypeError):
         pass
     warnings.warn(f"the cache entry {path} is damaged: it is decided anew", stacklevel=2)
     return None
+
+
+def opened(text: str) -> Any:
+    """The value in the text of an entry; ValueError, KeyError or TypeError where it does not hold."""
+    seal, _, content = text.partition("\n")
+    if seal != sealed(content):
+        raise ValueError("its hash is not that of its content")
+    return decoded(json.loads(content))
 
 
 def store(path: Path, value: Any) -> None:

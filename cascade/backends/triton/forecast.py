@@ -9,7 +9,7 @@ named and not predicted. `launches` has the kernels themselves, those that merge
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,16 @@ from cascade.backends.triton.count import work
 from cascade.backends.triton.emit import Source, emit
 from cascade.backends.triton.explain import Launch
 from cascade.backends.triton.machine import Estimate, Machine, Work
+from cascade.backends.triton.offline import LIMITS, Failure, StaticFacts, facts
 from cascade.backends.triton.partition import Group, Rest
+from cascade.backends.triton.plan import Kernel
 from cascade.backends.triton.planner import Planner, Tiling
 from cascade.backends.triton.restate import restated
 from cascade.backends.triton.standalone import contiguous
+from cascade.backends.triton.static import request
 from cascade.backends.triton.tune import Choice, choose, planned
 from cascade.backends.triton.updates import Update, update_of
+from cascade.errors import UnsupportedError
 from cascade.inference import bind_sizes
 from cascade.ir import Cascade, DType
 from cascade.walk import defines
@@ -30,13 +34,24 @@ from cascade.walk import defines
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """One kernel: the names it defines, its tiles, what it is asked for, what the model says."""
+    """One kernel: the names it defines, its plan and the values of its symbols, its tiles and why, what it does."""
 
     name: str
     defines: tuple[str, ...]
-    tiling: Tiling
+    kernel: Kernel
+    sizes: Mapping[str, int]
+    choice: Choice
     work: Work
-    estimate: Estimate
+
+    @property
+    def tiling(self) -> Tiling:
+        """The tiles that were chosen."""
+        return self.choice.tiling
+
+    @property
+    def estimate(self) -> Estimate:
+        """What the model says of it."""
+        return self.choice.estimate
 
 
 def forecast(
@@ -50,18 +65,29 @@ def forecast(
 
     `in_place` are results that take the memory of a parameter, as `compile` has it.
     """
+    found, views = steps(final, sizes, types, machine, in_place)
+    outside = [name for one in found if isinstance(one, Rest) for name in one.names if name not in views]
+    return tuple(one for one in found if isinstance(one, Forecast)), tuple(outside)
+
+
+def steps(
+    final: Cascade,
+    sizes: Mapping[str, int],
+    types: Mapping[str, DType],
+    machine: Machine,
+    in_place: Mapping[str, str] | None = None,
+) -> tuple[tuple[Forecast | Rest, ...], frozenset[str]]:
+    """What runs, in order: kernels, and between them what is in none; and the names of views, which cost nothing."""
     planner = _planner(final, bind_sizes(final, {}, sizes), types, machine, in_place or {})
-    found: list[Forecast] = []
-    outside: list[str] = []
-    for step in _chosen(planner, final.name, machine):
-        if isinstance(step, Rest):
-            outside += [name for stmt in step.statements for name in defines(stmt) if name not in planner.views]
-            continue
-        name, group, choice = step
-        kernel, extents = planned(planner, name, group, planner.groups(), choice.tiling)
-        names = tuple(name for stmt in group.statements for name in defines(stmt))
-        found.append(Forecast(name, names, choice.tiling, work(kernel, extents), choice.estimate))
-    return tuple(found), tuple(outside)
+    found = [step if isinstance(step, Rest) else step[1] for step in _chosen(planner, final.name, machine)]
+    return tuple(found), frozenset(planner.views)
+
+
+def static_facts(kernels: Sequence[Forecast], machine: Machine) -> list[StaticFacts | Failure | None]:
+    """What the machine code of each kernel shows, compiled for the machine; None where nothing compiles for it."""
+    if machine.arch not in LIMITS:
+        return [None] * len(kernels)
+    return [*facts([request(one.kernel, emit(one.kernel)) for one in kernels], machine.arch, jobs=2)]
 
 
 def launches(
@@ -79,23 +105,34 @@ def _launches(planner: Planner, label: str, machine: Machine) -> Iterator[Launch
         if isinstance(step, Rest):
             yield step
             continue
-        name, group, choice = step
-        kernel, extents = planned(planner, name, group, planner.groups(), choice.tiling)
-        yield Launch(kernel, extents, choice)
-        if choice.tiling.parts > 1:
-            _, merger, _ = planner.split(name, group, planner.groups(), choice.tiling)
-            yield from _launches(merger, f"{name}_merge", machine)
+        group, found = step
+        yield Launch(found.kernel, found.sizes, found.choice)
+        if found.tiling.parts > 1:
+            _, merger, _ = planner.split(found.name, group, planner.groups(), found.tiling)
+            yield from _launches(merger, f"{found.name}_merge", machine)
 
 
-def _chosen(planner: Planner, label: str, machine: Machine) -> Iterator[tuple[str, Group, Choice] | Rest]:
-    """Groups with the names of their kernels and their tiles, and what runs outside of kernels; views are left out."""
+def _chosen(planner: Planner, label: str, machine: Machine) -> Iterator[tuple[Group, Forecast] | Rest]:
+    """Groups with their kernels, and what runs outside of kernels, as in a launch; views are left out."""
     groups = planner.groups()
     for number, group in enumerate(groups):
-        name = f"{label}_{number}"
         if isinstance(group, Group):
-            yield name, group, choose(planner, name, group, groups, machine)
+            yield _forecast(planner, f"{label}_{number}", group, groups, machine)
         elif not all(one in planner.views for stmt in group.statements for one in defines(stmt)):
             yield group
+
+
+def _forecast(
+    planner: Planner, name: str, group: Group, groups: Sequence[Group | Rest], machine: Machine
+) -> tuple[Group, Forecast] | Rest:
+    """The kernel of a group with the tiles that the model prefers; why there is none, where no plan holds it."""
+    try:
+        choice = choose(planner, name, group, groups, machine)
+        kernel, extents = planned(planner, name, group, groups, choice.tiling)
+    except UnsupportedError as error:
+        return Rest(group.plain, error.diagnostics[0].message)
+    names = tuple(name for stmt in group.statements for name in defines(stmt))
+    return group, Forecast(name, names, kernel, extents, choice, work(kernel, extents))
 
 
 def _planner(

@@ -122,6 +122,11 @@ def machine(name: str) -> Machine:
     return found
 
 
+def machine_of_arch(arch: str) -> Machine:
+    """The machine that files for an architecture are planned for: `sm_90` is an H100, `sm_80` an A100."""
+    return _H100 if arch >= "sm_90" else _A100
+
+
 def machine_for(device_name: str, capability: tuple[int, int]) -> Machine:
     """The machine that a device is, by the name its driver gives ("NVIDIA H200") and its compute capability.
 

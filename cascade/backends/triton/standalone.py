@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from cascade.backends.triton.alone import Alone, Launch, Unit, unit
 from cascade.backends.triton.count import work
 from cascade.backends.triton.emit import Argument, wrapped
-from cascade.backends.triton.machine import MACHINES
+from cascade.backends.triton.machine import machine_of_arch
 from cascade.backends.triton.offline import Request
 from cascade.backends.triton.partition import Group, Rest
 from cascade.backends.triton.restate import restated
@@ -110,12 +110,13 @@ def largest_error(ours, wanted):
 
 @dataclass(frozen=True, slots=True)
 class Emitted:
-    """One kernel: the name of its file, its plan, its text, and what the offline compiler is asked."""
+    """One kernel: its file, its plan, what the offline compiler is asked, and the values of its symbols."""
 
     file: str
     kernel: Kernel
     grid: dict[str, int]  # programs along each rank
     request: Request
+    extents: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +312,7 @@ class _Writer:
         """The kernels of a group, or why there are none."""
         if isinstance(group, Rest):
             return group
-        machine = MACHINES["h100" if self.planner.descriptors else "a100"]
+        machine = machine_of_arch("sm_90" if self.planner.descriptors else "sm_80")
         try:
             return unit(label, self.planner, group, self.groups, machine, self.elsewhere)
         except UnsupportedError as error:
@@ -379,7 +380,7 @@ class _Writer:
         if "do_not_specialize" not in launch.source.text:  # sizes that are multiples of 16 are compiled as such
             sizes = [a for a in launch.source.arguments if a.kind == "size" and extents[a.symbol] % 16 == 0]
             asked = dataclasses.replace(asked, aligned=(*asked.aligned, *(size.name for size in sizes)))
-        return Emitted(f"{one.name}.py", launch.kernel, count, asked)
+        return Emitted(f"{one.name}.py", launch.kernel, count, asked, extents)
 
     def inputs(self, one: Unit) -> list[str]:
         """The tensors that a group reads, in the order of the declaration, then as they are made."""

@@ -538,11 +538,16 @@ def _entry(chosen: Candidate) -> object:
     return (chosen.tiling.tiles, options, chosen.tiling.even, chosen.tiling.parts, chosen.milliseconds)
 
 
+def is_entry(value: object) -> bool:
+    """Whether a value that was read has the form of `_entry`."""
+    return isinstance(value, tuple) and len(value) == 5 and isinstance(value[4], int | float)
+
+
 def _kept(path: Path, order: Sequence[Candidate]) -> Choice | None:
     """The choice that an entry holds, where it is one of the candidates; tiles of anything else are not believed."""
     entry = load(path)
     for place, one in enumerate(order):
-        if entry is not None and entry[:3] == _entry(one)[:3]:  # type: ignore[index]
+        if is_entry(entry) and entry[:3] == _entry(one)[:3]:  # type: ignore[index]
             known = [*order[:place], dataclasses.replace(one, milliseconds=entry[4]), *order[place + 1 :]]
             return _chosen(known, place, f"kept from an earlier run: {entry[4]:.4g} ms there")
     return None

@@ -19,7 +19,8 @@ from cascade.backends.distributed.machine import node
 from cascade.ir import Mesh, Shard
 from cascade.passes.exchanges import by_parts, by_shards
 from cascade.passes.reach import Reach
-from cascade.passes.schedule_overlap import exact_schedule, list_schedule, lower_bound
+from cascade.passes.schedule_bound import lower_bound
+from cascade.passes.schedule_overlap import exact_schedule, list_schedule
 from cascade.passes.shard import stated
 from cascade.passes.split_tokens import split
 from cascade.placed import Collective, Kind, Program

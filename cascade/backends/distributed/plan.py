@@ -40,8 +40,9 @@ from cascade.errors import Diagnostic, InternalError, UnsupportedError
 from cascade.inference import bind_sizes
 from cascade.ir import Cascade, DType, Split
 from cascade.passes.reach import Box, Reach, left_over, meet
+from cascade.passes.schedule_bound import lower_bound
 from cascade.passes.schedule_overlap import (
-    cycle_us, exact_schedule, exposed_us, list_schedule, lower_bound, queues_of, serial_us,
+    cycle_us, exact_schedule, exposed_us, list_schedule, queues_of, repeated, serial_us,
 )  # fmt: skip
 from cascade.passes.shard import cheapest
 from cascade.passes.split_tokens import Cut, Touches, best_cut, dependencies, sliced, split, split_ranks
@@ -54,8 +55,8 @@ from cascade.walk import targets
 VERSION = 1
 """Of the JSON of a plan."""
 
-SEARCH_ROUNDS = 0
-"""Of list scheduling beyond critical paths, for every cut that is tried; the one that is taken gets all rounds."""
+ROUGH = 0
+"""The width of the search behind a list schedule, for every cut that is tried: critical paths alone."""
 
 COPIES = 3
 """Layers in a row by which one that follows itself is judged."""
@@ -77,7 +78,8 @@ APART = Way("apart")
 class Plan:
     """What was decided, and how good it is: times in microseconds, on one device as on all.
 
-    `way` is how exchanges run; `launches`, how often the host launches something for a copy of a layer in a row.
+    `way` is how exchanges run; `row` are the tasks of a copy where layers follow each other, and `launches` how often
+    the host launches something for it.
     """
 
     program: Program
@@ -87,6 +89,7 @@ class Plan:
     way: Way
     problem: Problem
     steps: tuple[tuple[int, ...], ...]
+    row: Layer
     timetable: Timetable
     queues: Queues
     bound_us: float
@@ -129,9 +132,16 @@ def plan_of(program: Program, node: Node, exact: bool = False) -> Plan:
         raise InternalError(f"the schedule of a plan is not valid: {wrong[0]}")
     whole, _ = maker.whole.problem(program, maker.clock, APART)
     return Plan(
-        chosen, node, rank, cut, way, problem, layer.steps, timetable, queues, lower_bound(problem),
-        serial_us(whole), best_us if made.repeats else None, made.launches(chosen, maker.clock, way),
+        chosen, node, rank, cut, way, problem, layer.steps, made.layers[way.name][1], timetable, queues,
+        lower_bound(problem), serial_us(whole), best_us if made.repeats else None,
+        made.launches(chosen, maker.clock, way),
     )  # fmt: skip
+
+
+def in_a_row(found: Plan, copies: int) -> Problem:
+    """So many copies of a layer as one problem; one where it does not follow itself."""
+    one = problem_of(found.program, found.row, Clock.of(found.program, found.node), found.way.blocks)
+    return repeated(one, found.row.carried, copies) if found.row.carried else one
 
 
 def carried_on(program: Program, steps: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
@@ -191,9 +201,9 @@ class _Made:
         The host launches a copy while another one runs: where that takes longer, it is what counts.
         """
         if not self.repeats:
-            return list_schedule(self.problem(program, clock, way)[0], SEARCH_ROUNDS).makespan_us
+            return list_schedule(self.problem(program, clock, way)[0], ROUGH).makespan_us
         layer = self.layers[way.name][1]
-        device_us = cycle_us(problem_of(program, layer, clock, way.blocks), layer.carried, COPIES, SEARCH_ROUNDS)
+        device_us = cycle_us(problem_of(program, layer, clock, way.blocks), layer.carried, COPIES, ROUGH)
         return max(device_us, clock.node.host_us * self.launches(program, clock, way))
 
     def launches(self, program: Program, clock: Clock, way: Way) -> int:

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from cascade.recent import recently
 from cascade.timetable import Problem
 
 EPSILON = 1e-9
@@ -94,6 +95,7 @@ def lower_bound(problem: Problem) -> float:
     return bound
 
 
+@recently
 def works(problem: Problem) -> tuple[Work, ...]:
     """The work of all tasks by resources, by sets of modes in conflict and by means of two of them, most work first."""
     modes = [[tuple(sorted(mode.demands)) for mode in task.modes] for task in problem.tasks]

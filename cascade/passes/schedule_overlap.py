@@ -19,6 +19,7 @@ Sources: list scheduling, Graham (1969); the resource-constrained problem with m
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import importlib
 import importlib.util
 import random
@@ -160,43 +161,45 @@ def _started(problem: Problem, weights: Sequence[float], last: Sequence[bool]) -
     for number, task in enumerate(problem.tasks):
         for other in task.needs:
             readers[other].append(number)
+    place = {number: at for at, number in enumerate(sorted(range(count), key=lambda n: -weights[n]))}
     ready = [number for number in range(count) if not missing[number]]
-    running: list[int] = []
-    slots: list[Slot | None] = [None] * count
+    running: list[tuple[float, int, Mode]] = []
+    slots: dict[int, Slot] = {}
     now = 0.0
     while ready or running:
-        for number in sorted(ready, key=lambda number: (-weights[number], number)):
+        waiting = []
+        for number in sorted(ready, key=place.__getitem__):
             mode = _fitting(problem.tasks[number], free, last[number])
             if mode is None:
+                waiting.append(number)
                 continue
             chosen = problem.tasks[number].modes[mode]
             for resource, amount in chosen.demands:
                 free[resource] -= amount
             slots[number] = Slot(mode, now, now + chosen.us)
-            ready.remove(number)
-            running.append(number)
-        now = min(slot.end_us for number in running if (slot := slots[number]) is not None)
-        for number in [number for number in running if (slot := slots[number]) and slot.end_us <= now + EPSILON]:
-            running.remove(number)
-            slot = slots[number]
-            assert slot is not None
-            for resource, amount in problem.tasks[number].modes[slot.mode].demands:
+            heapq.heappush(running, (now + chosen.us, number, chosen))
+        ready, now = waiting, running[0][0]
+        while running and running[0][0] <= now + EPSILON:
+            _, number, ended = heapq.heappop(running)
+            for resource, amount in ended.demands:
                 free[resource] += amount
             for reader in readers[number]:
                 missing[reader] -= 1
                 if not missing[reader]:
                     ready.append(reader)
-    return Timetable(tuple(slot for slot in slots if slot is not None))
+    return Timetable(tuple(slots[number] for number in range(count)))
 
 
 def _fitting(task: Task, free: dict[str, float], last: bool) -> int | None:
     """The first mode that what is free allows, or the last one."""
-    fits = [
-        number
-        for number, mode in enumerate(task.modes)
-        if all(amount <= free[resource] + EPSILON for resource, amount in mode.demands)
-    ]
-    return (fits[-1] if last else fits[0]) if fits else None
+    count = len(task.modes)
+    for number in range(count - 1, -1, -1) if last else range(count):
+        for resource, amount in task.modes[number].demands:
+            if amount > free[resource] + EPSILON:
+                break
+        else:
+            return number
+    return None
 
 
 # --- the exact solver ------------------------------------------------------------------------------------------------

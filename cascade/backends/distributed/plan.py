@@ -216,7 +216,7 @@ class _Maker:
 
     def __init__(self, program: Program, node: Node) -> None:
         self.program = program
-        self.reach = Reach(program.cascade, dict(program.sizes))
+        self.reach = Reach.of(program.cascade, dict(program.sizes))
         self.needs = dependencies(program)
         self.found: tuple[Group, ...] = groups(program, self.needs)
         self.clock = Clock.of(program, node)

@@ -1,0 +1,98 @@
+"""Exchanges part by part beside the statement that makes what they exchange, or reads it: which may pay.
+
+    compute Y, then reduce-scatter Y    -->    Y in four parts of its columns, each exchanged while the next is computed
+    all-gather K, then fold S over K    -->    S of its own shard, then of each that comes by: a ring
+
+The rewrites are R4 of `passes/exchanges.py`, which proves them. Smaller products waste more of their last wave and
+every part has a latency, so what is hidden must be worth more than that. An estimate of the two alone, as a pipeline of
+two stages, says what is worth a plan of its own; the plan decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from cascade.backends.distributed.kernels import TILES, Clock, has_product
+from cascade.errors import UnsupportedError
+from cascade.passes.exchanges import by_parts, by_shards
+from cascade.placed import REDUCING, Collective, Compute, Kind, Program, Step
+from cascade.walk import targets
+
+PARTS = (2, 4)
+"""Into how many parts a result is cut; of more, each pays a latency and a floor that its share no longer hides."""
+
+TILE = max(columns for _, columns, _ in TILES)
+"""Parts are so many coordinates, or a multiple: they end where tiles do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decomposed:
+    """A program with one exchange part by part: in how many of what; the time of it and its statement, so and apart."""
+
+    program: Program
+    parts: str
+    us: float
+    apart_us: float
+
+
+def decompositions(program: Program, step: Collective, clock: Clock) -> Iterator[Decomposed]:
+    """The ways in which one exchange can go part by part; none where it has parts already, or each is refused."""
+    if step.at or step not in program.steps:
+        return
+    number = program.steps.index(step)
+    try:
+        if step.kind in REDUCING:
+            yield from _parts(program, number, step, clock)
+        elif step.kind is Kind.ALL_GATHER:
+            yield _compared(program, by_shards(program, number), "shards", clock)
+    except UnsupportedError:  # not proved: then there is no such way
+        return
+
+
+def _parts(program: Program, number: int, step: Collective, clock: Clock) -> Iterator[Decomposed]:
+    """A product in parts of a dimension that it is not scattered along, cut at whole tiles."""
+    makers = (one for one in program.steps if isinstance(one, Compute) and one.name == step.tensor)
+    maker = next(makers, None)
+    if maker is None or not has_product(clock.reach, maker):
+        return
+    for dim, rank in enumerate(targets(clock.reach.units[maker.name].statements[0])[0].ranks):
+        tiles = clock.reach.full[rank][1] // TILE
+        for count in PARTS if dim != step.target and rank not in {one.rank for one in maker.along} else ():
+            cuts = [TILE * (tiles * part // count) for part in range(1, count)]
+            if tiles >= count:
+                yield _compared(program, by_parts(program, number, rank, cuts), f"{count} parts of {rank}", clock)
+
+
+def _compared(program: Program, other: Program, parts: str, clock: Clock) -> Decomposed:
+    """A rewritten program with the times of what was rewritten: part after part through both stages, and apart."""
+    node = clock.node
+    old, new = _others(program.steps, other.steps), _others(other.steps, program.steps)
+    computed = [clock.compute_us([step], node.gpu.sms - node.slots) for step in new if isinstance(step, Compute)]
+    moved = [clock.collective_us(step) for step in new if isinstance(step, Collective)]
+    if parts == "shards":  # of every shard but the own one as many tensors as are gathered
+        own = len(moved) // max(1, len(computed) - 1)
+        arrivals = [sum(moved[at : at + own]) for at in range(0, len(moved), own)]
+        us = pipelined([0.0, *arrivals], computed)
+    else:
+        us = pipelined(computed, moved)
+    apart = sum(
+        clock.compute_us([step], node.gpu.sms) if isinstance(step, Compute) else clock.collective_us(step)
+        for step in old
+    )
+    return Decomposed(other, parts, us, apart)
+
+
+def _others(steps: Sequence[Step], known: Sequence[Step]) -> list[Step]:
+    """The steps that are not among others."""
+    found = set(known)
+    return [step for step in steps if step not in found]
+
+
+def pipelined(first: Sequence[float], second: Sequence[float]) -> float:
+    """How long parts take that go through a first stage one by one, and through a second one in the same order."""
+    ready = done = 0.0
+    for one, other in zip(first, second, strict=True):
+        ready += one
+        done = max(ready, done) + other
+    return done

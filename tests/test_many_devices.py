@@ -88,10 +88,9 @@ def test_one_batch_computes_while_the_other_is_dispatched() -> None:
     slots = {task.name: slot for task, slot in zip(found.problem.tasks, found.timetable.slots, strict=True)}
     assert found.cut.cuts == (1,) and found.timetable.makespan_us < found.serial_us
     late = max(("0", "1"), key=lambda batch: slots[f"all-to-all S.{batch}"].start_us)
-    early = slots[f"H.{'10'[int(late)]}"]
-    assert (
-        early.start_us < slots[f"all-to-all S.{late}"].end_us and early.end_us > slots[f"all-to-all S.{late}"].start_us
-    )
+    sent = slots[f"all-to-all S.{late}"]
+    early = [slots[f"{name}.{'10'[int(late)]}"] for name in ("H", "E")]
+    assert any(one.start_us < sent.end_us and one.end_us > sent.start_us for one in early)
 
 
 def test_a_ring_hides_what_a_gather_leaves_exposed() -> None:
@@ -99,7 +98,7 @@ def test_a_ring_hides_what_a_gather_leaves_exposed() -> None:
     exposed = [
         exposed_of(plan_of(made(8, sizes), node("h100x8"))) for made in (many.gathered, many.ring, many.both_ways)
     ]
-    assert exposed[0] > 1000 and exposed[1] == exposed[2] == 0
+    assert exposed[0] > 1000 and exposed[1:] == pytest.approx([0, 0], abs=1e-6)
 
 
 def exposed_of(found: Plan) -> float:

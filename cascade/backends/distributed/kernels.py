@@ -419,14 +419,16 @@ class Clock:
     def awaited_us(self, steps: Sequence[Compute], gathers: Sequence[Collective]) -> float:
         """How long a kernel takes whose tiles wait for the shards of their rows, which copies bring one by one.
 
-        A wave begins when the one before it has ended and the last of its shards has come.
+        A wave begins when the one before it has ended and the last of its shards has come. Tiles are gone through in
+        the order in which shards come, so nothing else fills the last wave: all of it counts.
         """
         devices = self.program.devices(gathers[0].axes)
         hop = self.node.collective_us(Kind.SHIFT, sum(map(self._size, gathers)), devices)
         work, slots = self.work(tuple(steps)), self.node.gpu.sms
         best = math.inf
-        for tiles, waves, us in self._tilings(work.products, slots):
-            shards = (math.ceil(min(1.0, (wave + 1) * slots / tiles) * devices) - 1 for wave in range(math.ceil(waves)))
+        for tiles, _, us in self._tilings(work.products, slots):
+            waves = math.ceil(tiles / slots)
+            shards = (math.ceil(min(1.0, (wave + 1) * slots / tiles) * devices) - 1 for wave in range(waves))
             best = min(best, max(hop * shard + (waves - wave) * us for wave, shard in enumerate(shards)))
         return self._kernel_us(work, best, slots)
 

@@ -189,6 +189,11 @@ def test_the_estimate_of_parts_is_what_a_schedule_of_them_takes() -> None:
         assert best.optimal and best.makespan_us == pytest.approx(decompose.pipelined(*stages))
 
 
+def test_a_mesh_of_one_device_exchanges_nothing_in_parts() -> None:
+    text = EXAMPLE.read_text(encoding="utf-8").replace("mesh tp = 8", "mesh tp = 1")
+    assert plan(block(text), {"T": 2048, **LLAMA}, node("h100x8")).parts.kept == ()
+
+
 def test_a_host_that_launches_slowly_declines_a_split() -> None:
     slow = dataclasses.replace(node("h100x8"), host_us=400.0)
     found = plan(block(), {"T": 8192, **LLAMA}, slow)

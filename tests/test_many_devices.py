@@ -101,6 +101,17 @@ def test_a_ring_hides_what_a_gather_leaves_exposed() -> None:
     assert exposed[0] > 1000 and exposed[1:] == pytest.approx([0, 0], abs=1e-6)
 
 
+def test_a_plan_finds_the_ring_by_itself() -> None:
+    """Where the softmax was lifted to a state that merges: the same steps as the author's rewrite."""
+    sizes = {"T": 65536, "D": 4096, "H": 32, "E": 128}
+    found = plan(many.cascade_of("ring_attention", 8, None), sizes, node("h100x8"))
+    (kept,) = found.parts.kept
+    assert (kept.name, kept.parts) == ("all-gather K", "shards") and kept.us < kept.without_us
+    assert exposed_of(found) == pytest.approx(0, abs=1e-6)
+    hops = [step.hop for step in found.program.steps if isinstance(step, Collective)]
+    assert hops == [step.hop for step in many.ring(8, sizes).steps if isinstance(step, Collective)] and len(hops) == 14
+
+
 def exposed_of(found: Plan) -> float:
     return found.timetable.makespan_us - sum(
         slot.end_us - slot.start_us

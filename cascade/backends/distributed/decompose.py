@@ -10,7 +10,8 @@ two stages, says what is worth a plan of its own; the plan decides.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cascade.backends.distributed.kernels import TILES, Clock, has_product
@@ -21,6 +22,9 @@ from cascade.walk import targets
 
 PARTS = (2, 4)
 """Into how many parts a result is cut; of more, each pays a latency and a floor that its share no longer hides."""
+
+SHARDS = "shards"
+"""The parts of what is gathered: each device begins with its own."""
 
 TILE = max(columns for _, columns, _ in TILES)
 """Parts are so many coordinates, or a multiple: they end where tiles do."""
@@ -41,27 +45,29 @@ def decompositions(program: Program, step: Collective, clock: Clock) -> Iterator
     if step.at or step not in program.steps:
         return
     number = program.steps.index(step)
-    try:
-        if step.kind in REDUCING:
-            yield from _parts(program, number, step, clock)
-        elif step.kind is Kind.ALL_GATHER:
-            yield _compared(program, by_shards(program, number), "shards", clock)
-    except UnsupportedError:  # not proved: then there is no such way
-        return
+    for parts, rewrite in _rewrites(program, number, step, clock):
+        try:
+            other = rewrite()
+        except UnsupportedError:  # not proved: then there is no such way
+            continue
+        yield _compared(program, other, parts, clock)
 
 
-def _parts(program: Program, number: int, step: Collective, clock: Clock) -> Iterator[Decomposed]:
-    """A product in parts of a dimension that it is not scattered along, cut at whole tiles."""
-    makers = (one for one in program.steps if isinstance(one, Compute) and one.name == step.tensor)
-    maker = next(makers, None)
-    if maker is None or not has_product(clock.reach, maker):
+def _rewrites(
+    program: Program, number: int, step: Collective, clock: Clock
+) -> Iterator[tuple[str, Callable[[], Program]]]:
+    """What may be tried: shards as they come by, or a product in parts of a dimension, cut at whole tiles."""
+    if step.kind is Kind.ALL_GATHER:
+        yield SHARDS, functools.partial(by_shards, program, number)
+    unit = clock.reach.units.get(step.tensor)
+    if step.kind not in REDUCING or unit is None or not has_product(clock.reach, Compute(step.tensor, ())):
         return
-    for dim, rank in enumerate(targets(clock.reach.units[maker.name].statements[0])[0].ranks):
+    for dim, rank in enumerate(targets(unit.statements[0])[0].ranks):
         tiles = clock.reach.full[rank][1] // TILE
-        for count in PARTS if dim != step.target and rank not in {one.rank for one in maker.along} else ():
+        for count in PARTS if dim != step.target else ():
             cuts = [TILE * (tiles * part // count) for part in range(1, count)]
             if tiles >= count:
-                yield _compared(program, by_parts(program, number, rank, cuts), f"{count} parts of {rank}", clock)
+                yield f"{count} parts of {rank}", functools.partial(by_parts, program, number, rank, cuts)
 
 
 def _compared(program: Program, other: Program, parts: str, clock: Clock) -> Decomposed:
@@ -70,8 +76,8 @@ def _compared(program: Program, other: Program, parts: str, clock: Clock) -> Dec
     old, new = _others(program.steps, other.steps), _others(other.steps, program.steps)
     computed = [clock.compute_us([step], node.gpu.sms - node.slots) for step in new if isinstance(step, Compute)]
     moved = [clock.collective_us(step) for step in new if isinstance(step, Collective)]
-    if parts == "shards":  # of every shard but the own one as many tensors as are gathered
-        own = len(moved) // max(1, len(computed) - 1)
+    if parts == SHARDS:  # of every shard but the own one as many tensors as are gathered
+        own = max(1, len(moved) // max(1, len(computed) - 1))
         arrivals = [sum(moved[at : at + own]) for at in range(0, len(moved), own)]
         us = pipelined([0.0, *arrivals], computed)
     else:

@@ -349,16 +349,17 @@ class _Maker:
     def decomposed(self, whole_us: float, limit_us: float) -> tuple[_Maker, float, tuple[Tried, ...]]:
         """The program with every exchange part by part that makes it faster, how long it then takes, what was tried.
 
-        Each in the parts that do best for it and its statement alone. Where what all save alone does not come below a
-        limit, no program is made of them: those are estimates.
+        Each in the parts that do best for it and its statement alone. No program is made where what it and those behind
+        it save alone does not come below a limit: those are estimates.
         """
         alone = [(step, _least(decompositions(self.program, step, self.clock))) for step in self._exchanges()]
         saved = sum(max(0.0, way.apart_us - way.us) for _, way in alone if way is not None)
         found, us = self, whole_us
         tried: list[Tried] = []
         for step, way in alone:
-            name = f"{step.kind.value} {step.tensor}"
-            if way is not None and (way.us >= way.apart_us or whole_us - saved >= limit_us):
+            name, left = f"{step.kind.value} {step.tensor}", saved
+            saved -= max(0.0, way.apart_us - way.us) if way is not None else 0.0
+            if way is not None and (way.us >= way.apart_us or us - left >= limit_us):
                 tried.append(Tried(name, way.parts, way.us, way.apart_us, False, True))
             elif (again := _least(decompositions(found.program, step, found.clock))) is not None:
                 other = _Maker(again.program, self.clock.node)

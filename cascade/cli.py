@@ -599,7 +599,7 @@ FIGURES = ("utilisation", "time", "speedup", "energy", "roofline", "pareto")
     help="A machine of several devices.",
 )
 @click.option("--trace", "trace", metavar="FILE", help="Write the timetable as a Chrome trace, which Perfetto opens.")
-@click.option("--exact", is_flag=True, help="Prove the schedule with OR-tools, where it is installed.")
+@click.option("--exact", is_flag=True, help="Prove the schedule: by search, and by OR-tools where that ends too early.")
 def plan_command(options: Options, name: str, trace: str | None, exact: bool) -> None:
     """Plan a cascade for several devices: what is sharded, where its tokens are split, what runs beside what.
 

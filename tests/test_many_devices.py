@@ -88,10 +88,9 @@ def test_one_batch_computes_while_the_other_is_dispatched() -> None:
     slots = {task.name: slot for task, slot in zip(found.problem.tasks, found.timetable.slots, strict=True)}
     assert found.cut.cuts == (1,) and found.timetable.makespan_us < found.serial_us
     late = max(("0", "1"), key=lambda batch: slots[f"all-to-all S.{batch}"].start_us)
-    early = slots[f"H.{'10'[int(late)]}"]
-    assert (
-        early.start_us < slots[f"all-to-all S.{late}"].end_us and early.end_us > slots[f"all-to-all S.{late}"].start_us
-    )
+    sent = slots[f"all-to-all S.{late}"]
+    early = [slots[f"{name}.{'10'[int(late)]}"] for name in ("H", "E")]
+    assert any(one.start_us < sent.end_us and one.end_us > sent.start_us for one in early)
 
 
 def test_a_ring_hides_what_a_gather_leaves_exposed() -> None:
@@ -99,7 +98,18 @@ def test_a_ring_hides_what_a_gather_leaves_exposed() -> None:
     exposed = [
         exposed_of(plan_of(made(8, sizes), node("h100x8"))) for made in (many.gathered, many.ring, many.both_ways)
     ]
-    assert exposed[0] > 1000 and exposed[1] == exposed[2] == 0
+    assert exposed[0] > 1000 and exposed[1:] == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_a_plan_finds_the_ring_by_itself() -> None:
+    """Where the softmax was lifted to a state that merges: the same steps as the author's rewrite."""
+    sizes = {"T": 65536, "D": 4096, "H": 32, "E": 128}
+    found = plan(many.cascade_of("ring_attention", 8, None), sizes, node("h100x8"))
+    (kept,) = found.parts.kept
+    assert (kept.name, kept.parts) == ("all-gather K", "shards") and kept.us < kept.without_us
+    assert exposed_of(found) == pytest.approx(0, abs=1e-6)
+    hops = [step.hop for step in found.program.steps if isinstance(step, Collective)]
+    assert hops == [step.hop for step in many.ring(8, sizes).steps if isinstance(step, Collective)] and len(hops) == 14
 
 
 def exposed_of(found: Plan) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import statistics
 import tomllib
 from collections.abc import Callable, Sequence
@@ -19,7 +20,8 @@ from cascade.backends.distributed.machine import node
 from cascade.ir import Mesh, Shard
 from cascade.passes.exchanges import by_parts, by_shards
 from cascade.passes.reach import Reach
-from cascade.passes.schedule_overlap import exact_schedule, list_schedule, lower_bound
+from cascade.passes.schedule_bound import lower_bound
+from cascade.passes.schedule_overlap import exact_schedule, list_schedule
 from cascade.passes.shard import stated
 from cascade.passes.split_tokens import split
 from cascade.placed import Collective, Kind, Program
@@ -209,17 +211,22 @@ def test_products_that_store_to_peers_lose_on_every_row() -> None:
             assert time_us(program, stored) == pytest.approx(stored_us, rel=0.03)
 
 
-def test_products_that_wait_for_shards_win_where_it_was_measured_but_for_one_row() -> None:
-    """1024 rows: predicted 2 % faster than apart, and measured 1 % slower. On no other row the sign is wrong."""
-    wrong = []
+def test_products_that_wait_for_shards_win_where_it_was_measured() -> None:
+    """The right sign on every row, the loss at 1024 rows included; within 10 %. None of these rows was fitted."""
     for count, apart_us, awaited_us in reports("ag_gemm"):
         program = gather(count, 7168, 8192)
-        ratio = time_us(program, awaited) / time_us(program)
-        assert time_us(program, awaited) == pytest.approx(awaited_us, rel=0.08)
-        if (ratio < 1) != (awaited_us < apart_us):
-            wrong.append(count)
-            assert abs(ratio - 1) < 0.03 and abs(awaited_us / apart_us - 1) < 0.03
-    assert wrong == [1024]
+        assert time_us(program, awaited) == pytest.approx(awaited_us, rel=0.10)
+        assert (time_us(program, awaited) < time_us(program)) == (awaited_us < apart_us)
+
+
+def test_kernels_that_wait_lose_their_last_wave_where_they_do_not_wait_too() -> None:
+    """The same kernels behind a whole gather, which nothing was fitted to: slower than a library's where much of the last
+    wave is empty, and only there."""
+    for row in rows(PUBLISHED, "flux_issue90_8xh100_ms.csv"):
+        if row["op"] == "ag_gemm":
+            waves = int(row["M"]) // 128 * (7168 // 256) / 132
+            slower = float(row["flux_no_overlap_ms"]) / float(row["torch_ms"])
+            assert (slower > 1.02) == (math.ceil(waves) / waves > 1.1)
 
 
 def variants(op: str) -> dict[tuple[str, str], float]:

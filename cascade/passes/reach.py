@@ -22,6 +22,7 @@ from cascade.ir import Cascade, Expr, Extent, Fold, Local, Rank, Read, Size, Stm
 from cascade.order import Unit, units
 from cascade.passes.points import LivePoints, iterated
 from cascade.placed import Window
+from cascade.recent import recently
 from cascade.walk import defines, expressions, fold_expressions, free_ranks, targets, tensors_read, walk
 
 Box: TypeAlias = tuple[Window, ...]
@@ -42,6 +43,15 @@ class Reach:
     sizes: Mapping[str, int]
     bounds: dict[str, dict[str, Bounds]] = field(default_factory=dict)
     known: dict[tuple[str, tuple[tuple[str, Window], ...]], tuple[tuple[str, Box], ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, cascade: Cascade, sizes: Mapping[str, int]) -> Reach:
+        """The same one for the very same cascade at the same sizes, with the answers that it has given already."""
+        key = tuple(sorted(sizes.items()))
+        known = _by_sizes(cascade)
+        if key not in known:
+            known[key] = cls(cascade, dict(sizes))
+        return known[key]
 
     @cached_property
     def shapes(self) -> Shapes:
@@ -74,13 +84,23 @@ class Reach:
         """All coordinates of every rank variable."""
         return {rank: (0, self.extent(size)) for rank, size in self.shapes.ranks.items()}
 
+    @cached_property
+    def iterated(self) -> dict[str, tuple[str, ...]]:
+        """The ranks of the iteration space of every statement, by the first name that it defines."""
+        return {defines(stmt)[0]: iterated(stmt) for stmt in self.cascade.body}
+
+    @cached_property
+    def extents(self) -> dict[str, tuple[int, ...]]:
+        """The extents of every tensor."""
+        return {name: tuple(map(self.extent, shape)) for name, shape in self.shapes.tensors.items()}
+
     def extent(self, size: Size) -> int:
         """A size as a number."""
         return size if isinstance(size, int) else self.sizes[size]
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         """The extents of a tensor."""
-        return tuple(map(self.extent, self.shapes.tensors[tensor]))
+        return self.extents[tensor]
 
     def reads(self, name: str, windows: Mapping[str, Window]) -> tuple[tuple[str, Box], ...]:
         """The boxes that the unit of that name reads of other tensors, where its ranks run over these windows."""
@@ -106,28 +126,29 @@ class Reach:
         narrowed = self.narrowed(stmt, windows)
         if any(low >= high for low, high in narrowed.values()):
             return []
-        return [(node.tensor, self._box(node, narrowed)) for node in self.nodes[defines(stmt)[0]]]
+        known = _Known(self.sizes, {**self.full, **narrowed})
+        return [(node.tensor, self._box(node, known)) for node in self.nodes[defines(stmt)[0]]]
 
     def narrowed(self, stmt: Stmt, windows: Mapping[str, Window]) -> dict[str, Window]:
         """The windows of a statement's ranks, with what its filters leave of those that had none."""
         name = defines(stmt)[0]
         if name not in self.bounds:
             self.bounds[name] = self._bounds(stmt)
-        found = {rank: windows.get(rank, self.full[rank]) for rank in iterated(stmt)}
+        found = {rank: windows.get(rank, self.full[rank]) for rank in self.iterated[name]}
         for rank, bounds in self.bounds[name].items():
             if rank in windows:
                 continue
             low, high = found[rank]
             if bounds.first is not None:
-                low = max(low, interval(bounds.first, self._at_tiles(found))[0])
+                low = max(low, interval(bounds.first, _Known(self.sizes, found))[0])
             if bounds.stop is not None:
-                high = min(high, interval(bounds.stop, self._at_tiles(found))[1])
+                high = min(high, interval(bounds.stop, _Known(self.sizes, found))[1])
             found[rank] = low, max(low, high)
         return found
 
     def _bounds(self, stmt: Stmt) -> dict[str, Bounds]:
         """What filters leave of each rank of a statement, whatever the windows of the others are."""
-        ranks = iterated(stmt)
+        ranks = self.iterated[defines(stmt)[0]]
         tests = self.filters[defines(stmt)[0]]
         about = {rank: [test for test in tests if rank in free_ranks(test)] for rank in ranks}
         return {
@@ -136,15 +157,18 @@ class Reach:
             if own
         }
 
-    def _at_tiles(self, windows: Mapping[str, Window]) -> _Known:
-        return _Known(self.sizes, windows)
-
-    def _box(self, node: Read, windows: Mapping[str, Window]) -> Box:
+    def _box(self, node: Read, known: _Known) -> Box:
         box = []
         for index, extent in zip(node.index, self.shape(node.tensor), strict=True):
-            low, last = interval(index, self._at_tiles({**self.full, **windows}))
+            low, last = interval(index, known)
             box.append((max(0, low), max(0, min(extent, last + 1))))
         return tuple(box)
+
+
+@recently
+def _by_sizes(cascade: Cascade) -> dict[tuple[tuple[str, int], ...], Reach]:
+    """Where answers about a cascade are kept, by sizes."""
+    return {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,16 +1,14 @@
-"""When tasks run: list scheduling by critical path, an exact solver, and queues with the waits that are left.
+"""When tasks run: list scheduling by critical path, an exact search, and queues with the waits that are left.
 
     tasks   MLP 0, all-reduce 0, MLP 1, all-reduce 1
     sms     | MLP 0 | MLP 1 |                      makespan 30, bound 28, serial 40, exposed 8
     links           | all-reduce 0 | all-reduce 1 |
 
-`list_schedule` starts what is ready, longest way to the end first, wherever resources allow; then it climbs from there,
-by seeded changes of the order and of the modes that are preferred. `exact_schedule`
-asks CP-SAT (the extra `overlap`), which proves it, or HiGHS (`schedule_flow.py`).
-`lower_bound` is what no timetable can beat: the work of every
-resource over its capacity, between what must come before it and behind it, and the critical path, each task in the mode
-that is best for the bound. A timetable that
-meets the bound is proved by that alone.
+`list_schedule` starts what is ready, longest way to the end first, wherever resources allow; from there a narrow search
+(`schedule_search.py`) shortens it, and where that proves nothing, seeded changes of the order and of the modes that are
+preferred. `exact_schedule` widens the search until it is a proof; what is too wide for it goes to CP-SAT (the extra
+`overlap`) or HiGHS (`schedule_flow.py`). A timetable that meets the bound of `schedule_bound.py` is proved by that
+alone.
 
 `repeated` is a layer that follows itself: copies whose first tasks wait for the last ones of the copy before.
 `cycle_us` is by how much one more copy makes it longer.
@@ -21,6 +19,7 @@ Sources: list scheduling, Graham (1969); the resource-constrained problem with m
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import importlib
 import importlib.util
 import random
@@ -29,44 +28,31 @@ from itertools import pairwise
 from typing import Any
 
 from cascade.errors import CommandError, Diagnostic
+from cascade.passes.schedule_bound import EPSILON, conflicts, lower_bound, tails_us
 from cascade.passes.schedule_flow import PACKAGE, flow_schedule
-from cascade.timetable import Problem, Queues, Slot, Task, Timetable
+from cascade.passes.schedule_search import Search
+from cascade.timetable import Mode, Problem, Queues, Slot, Task, Timetable
+
+WIDTH = 16
+"""States of a level in the search behind a list schedule; 0: no search."""
+
+WIDTHS = (256, 4096)
+"""Those of the exact search, one after the other: what a narrower one finds rules out states of a wider one."""
 
 ROUNDS = 200
-"""Orders that are tried beside the one by critical path."""
+"""Orders that are tried where a narrow search proves nothing."""
+
+FEW = 4000
+"""Steps of a narrow search before it is as narrow as can be: a fraction of a second."""
+
+STEPS = 100_000
+"""Those of an exact search, some ten seconds, before a solver is asked."""
 
 TICKS_PER_US = 100
 """Times of the exact solver are whole numbers of these."""
 
 WORKERS = 8
 """Threads of the exact solver: as many strategies take turns, whatever the number of cores."""
-
-EPSILON_US = 1e-9
-
-
-def lower_bound(problem: Problem) -> float:
-    """What no timetable is shorter than, in microseconds.
-
-    Tasks that cannot start before some time, and after which the end is some way off, have what lies between for all
-    they hold of a resource. So the bound is the critical path, or the work of a resource between a head and a tail.
-    """
-    shortest = [min(mode.us for mode in task.modes) for task in problem.tasks]
-    tails = _tails(problem)
-    heads = [0.0] * len(problem.tasks)
-    for number, task in enumerate(problem.tasks):
-        heads[number] = max((heads[other] + shortest[other] for other in task.needs), default=0.0)
-    behind = [tail - us for tail, us in zip(tails, shortest, strict=True)]
-    bound = max(tails, default=0.0)
-    for resource, capacity in problem.capacities:
-        work = [min(mode.us * mode.demand(resource) for mode in task.modes) / capacity for task in problem.tasks]
-        held = sorted((n for n in range(len(work)) if work[n]), key=lambda n: -behind[n])
-        for head in {heads[number] for number in held}:
-            total = 0.0
-            for number in held:
-                if heads[number] >= head:
-                    total += work[number]
-                    bound = max(bound, head + total + behind[number])
-    return bound
 
 
 def serial_us(problem: Problem) -> float:
@@ -95,17 +81,39 @@ def exposed_us(problem: Problem, timetable: Timetable, resources: Sequence[str],
 # --- list scheduling -------------------------------------------------------------------------------------------------
 
 
-def list_schedule(problem: Problem, rounds: int = ROUNDS, seed: int = 0) -> Timetable:
-    """The shortest timetable that list scheduling comes to, from the start or, half of the rounds, from the end."""
-    bound = lower_bound(problem) * (1 + EPSILON_US)
-    best = _climbed(problem, rounds - rounds // 2, seed, bound)
-    if best.makespan_us > bound:
-        back = _climbed(_reversed(problem), rounds // 2, seed, bound)
-        if back.makespan_us < best.makespan_us - EPSILON_US:
-            slots = reversed(back.slots)
-            end = back.makespan_us
-            best = Timetable(tuple(Slot(slot.mode, end - slot.end_us, end - slot.start_us) for slot in slots))
-    return dataclasses.replace(best, optimal=best.makespan_us <= bound)
+def list_schedule(problem: Problem, width: int = WIDTH, seed: int = 0) -> Timetable:
+    """The shortest timetable that list scheduling comes to: by critical path alone where the width is 0.
+
+    Else a search of that width shortens it; where that proves nothing, so do other orders.
+    """
+    best, bound = _by_paths(problem), lower_bound(problem) * (1 + EPSILON) if width else 0.0
+    if not width or best.makespan_us <= bound:
+        return dataclasses.replace(best, optimal=best.makespan_us <= bound)
+    found = Search(problem).run(best, width, FEW)
+    best = found.timetable or best
+    if not found.proved:
+        back = _reversed(problem)
+        ways = best, _climbed(problem, ROUNDS // 2, seed, bound), _mirrored(_climbed(back, ROUNDS // 2, seed, bound))
+        best = min(ways, key=_length)
+    return dataclasses.replace(best, optimal=found.proved or best.makespan_us <= bound)
+
+
+def _by_paths(problem: Problem) -> Timetable:
+    """The shortest timetable by critical path, of the tasks or of them in reverse."""
+    ahead, back = _climbed(problem), _climbed(_reversed(problem))
+    return ahead if ahead.makespan_us <= back.makespan_us * (1 + EPSILON) else _mirrored(back)
+
+
+def _mirrored(timetable: Timetable) -> Timetable:
+    """A timetable of tasks in reverse as one of the tasks."""
+    end = timetable.makespan_us
+    return Timetable(
+        tuple(Slot(slot.mode, end - slot.end_us, end - slot.start_us) for slot in reversed(timetable.slots))
+    )
+
+
+def _length(timetable: Timetable) -> float:
+    return timetable.makespan_us
 
 
 def _reversed(problem: Problem) -> Problem:
@@ -121,15 +129,12 @@ def _reversed(problem: Problem) -> Problem:
     return dataclasses.replace(problem, tasks=tuple(reversed(tasks)))
 
 
-def _climbed(problem: Problem, rounds: int, seed: int, bound: float) -> Timetable:
+def _climbed(problem: Problem, rounds: int = 0, seed: int = 0, bound: float = 0.0) -> Timetable:
     """The timetable by critical path, and what is not longer by seeded changes of weights and preferred modes."""
-    tails = _tails(problem)
+    tails = tails_us(problem)
     count = len(problem.tasks)
     order, modes = tails, [False] * count
-    best = min(
-        (_started(problem, order, preferred) for preferred in (modes, [True] * count)),
-        key=lambda timetable: timetable.makespan_us,
-    )
+    best = min((_started(problem, order, preferred) for preferred in (modes, [True] * count)), key=_length)
     rng = random.Random(seed)
     for _ in range(rounds):
         if best.makespan_us <= bound:
@@ -144,16 +149,6 @@ def _climbed(problem: Problem, rounds: int, seed: int, bound: float) -> Timetabl
     return best
 
 
-def _tails(problem: Problem) -> list[float]:
-    """The longest way from the start of each task to the end of all, in fastest modes."""
-    tails = [0.0] * len(problem.tasks)
-    for number in reversed(range(len(problem.tasks))):
-        tails[number] += min(mode.us for mode in problem.tasks[number].modes)
-        for other in problem.tasks[number].needs:
-            tails[other] = max(tails[other], tails[number])
-    return tails
-
-
 def _started(problem: Problem, weights: Sequence[float], last: Sequence[bool]) -> Timetable:
     """The timetable in which every task starts as soon as it may: of those that are ready the one of most weight.
 
@@ -166,62 +161,74 @@ def _started(problem: Problem, weights: Sequence[float], last: Sequence[bool]) -
     for number, task in enumerate(problem.tasks):
         for other in task.needs:
             readers[other].append(number)
+    place = {number: at for at, number in enumerate(sorted(range(count), key=lambda n: -weights[n]))}
     ready = [number for number in range(count) if not missing[number]]
-    running: list[int] = []
-    slots: list[Slot | None] = [None] * count
+    running: list[tuple[float, int, Mode]] = []
+    slots: dict[int, Slot] = {}
     now = 0.0
     while ready or running:
-        for number in sorted(ready, key=lambda number: (-weights[number], number)):
+        waiting = []
+        for number in sorted(ready, key=place.__getitem__):
             mode = _fitting(problem.tasks[number], free, last[number])
             if mode is None:
+                waiting.append(number)
                 continue
             chosen = problem.tasks[number].modes[mode]
             for resource, amount in chosen.demands:
                 free[resource] -= amount
             slots[number] = Slot(mode, now, now + chosen.us)
-            ready.remove(number)
-            running.append(number)
-        now = min(slot.end_us for number in running if (slot := slots[number]) is not None)
-        for number in [number for number in running if (slot := slots[number]) and slot.end_us <= now + EPSILON_US]:
-            running.remove(number)
-            slot = slots[number]
-            assert slot is not None
-            for resource, amount in problem.tasks[number].modes[slot.mode].demands:
+            heapq.heappush(running, (now + chosen.us, number, chosen))
+        ready, now = waiting, running[0][0]
+        while running and running[0][0] <= now + EPSILON:
+            _, number, ended = heapq.heappop(running)
+            for resource, amount in ended.demands:
                 free[resource] += amount
             for reader in readers[number]:
                 missing[reader] -= 1
                 if not missing[reader]:
                     ready.append(reader)
-    return Timetable(tuple(slot for slot in slots if slot is not None))
+    return Timetable(tuple(slots[number] for number in range(count)))
 
 
 def _fitting(task: Task, free: dict[str, float], last: bool) -> int | None:
     """The first mode that what is free allows, or the last one."""
-    fits = [
-        number
-        for number, mode in enumerate(task.modes)
-        if all(amount <= free[resource] + EPSILON_US for resource, amount in mode.demands)
-    ]
-    return (fits[-1] if last else fits[0]) if fits else None
+    count = len(task.modes)
+    for number in range(count - 1, -1, -1) if last else range(count):
+        for resource, amount in task.modes[number].demands:
+            if amount > free[resource] + EPSILON:
+                break
+        else:
+            return number
+    return None
 
 
 # --- the exact solver ------------------------------------------------------------------------------------------------
 
 
 def exact_schedule(problem: Problem, seconds: float = 10.0) -> Timetable:
-    """The shortest timetable that a solver finds in this time, from the list schedule on; `optimal` where it is proved.
+    """The shortest timetable, by search; else what a solver finds in this time. `optimal` where it is proved.
 
     CP-SAT rounds times up to hundredths of a microsecond; where it is not installed, HiGHS solves small problems.
-    Raises C623 where neither is.
+    Raises C623 where the search is not enough and neither is installed.
     """
     start = list_schedule(problem)
-    if start.optimal:
-        return start
+    search, left = Search(problem), STEPS
+    for width in WIDTHS:
+        if start.optimal:
+            return start
+        found = search.run(start, width, left)
+        start = dataclasses.replace(found.timetable or start, optimal=found.proved)
+        left -= found.steps
+    return start if start.optimal else solved(problem, start, seconds)
+
+
+def solved(problem: Problem, start: Timetable, seconds: float) -> Timetable:
+    """The shortest timetable that a solver finds in this time, from another one on."""
     if importlib.util.find_spec("ortools") is not None:
         return _by_constraints(problem, start, seconds)
     if importlib.util.find_spec(PACKAGE) is not None:
         return flow_schedule(problem, start, lower_bound(problem), seconds)
-    message = "exact scheduling needs OR-tools or HiGHS, and neither is installed"
+    message = "to prove the schedule of so many tasks needs OR-tools or HiGHS, and neither is installed"
     raise CommandError(Diagnostic("C623", message, help="pip install cascade-compiler[overlap]"))
 
 
@@ -230,34 +237,39 @@ def _by_constraints(problem: Problem, start: Timetable, seconds: float) -> Timet
     cp: Any = importlib.import_module("ortools.sat.python.cp_model")
     model = cp.CpModel()
     horizon = round(start.makespan_us * TICKS_PER_US) + len(problem.tasks) + 1
-    begins: list[Any] = []
-    ends: list[Any] = []
+    begins = [model.new_int_var(0, horizon, f"s{number}") for number in range(len(problem.tasks))]
+    ends = [model.new_int_var(0, horizon, f"e{number}") for number in range(len(problem.tasks))]
     chosen: list[list[Any]] = []
-    uses: dict[str, list[tuple[Any, int]]] = {}
-    for number, task in enumerate(problem.tasks):
-        begin, end = model.new_int_var(0, horizon, f"s{number}"), model.new_int_var(0, horizon, f"e{number}")
+    held: list[tuple[Any, Mode]] = []
+    for number, (task, slot) in enumerate(zip(problem.tasks, start.slots, strict=True)):
         picks = [model.new_bool_var(f"m{number}_{mode}") for mode in range(len(task.modes))]
         model.add_exactly_one(picks)
         for mode, pick in zip(task.modes, picks, strict=True):
             ticks = -int(-mode.us * TICKS_PER_US // 1)
-            interval = model.new_optional_interval_var(begin, ticks, end, pick, f"i{number}_{mode.name}")
-            for resource, amount in mode.demands:
-                uses.setdefault(resource, []).append((interval, round(amount * TICKS_PER_US)))
+            name = f"i{number}_{mode.name}"
+            held.append((model.new_optional_interval_var(begins[number], ticks, ends[number], pick, name), mode))
         for other in task.needs:
-            model.add(begin >= ends[other])
-        begins.append(begin)
-        ends.append(end)
+            model.add(begins[number] >= ends[other])
+        model.add_hint(begins[number], round(slot.start_us * TICKS_PER_US))
+        for at, pick in enumerate(picks):
+            model.add_hint(pick, at == slot.mode)
         chosen.append(picks)
-    for resource, capacity in problem.capacities:
-        if pairs := uses.get(resource):
-            model.add_cumulative([one for one, _ in pairs], [own for _, own in pairs], round(capacity * TICKS_PER_US))
-    makespan = model.new_int_var(0, horizon, "makespan")
+    _share(problem, model, held)
+    makespan = model.new_int_var(int(lower_bound(problem) * TICKS_PER_US), horizon, "makespan")
     model.add_max_equality(makespan, ends)
-    model.add(makespan >= int(lower_bound(problem) * TICKS_PER_US))
     model.minimize(makespan)
-    for begin, slot in zip(begins, start.slots, strict=True):
-        model.add_hint(begin, round(slot.start_us * TICKS_PER_US))
     return _solved(problem, start, cp, model, (begins, chosen), seconds)
+
+
+def _share(problem: Problem, model: Any, held: Sequence[tuple[Any, Mode]]) -> None:
+    """What is held together is there. Modes in conflict never run beside each other, which follows, and proves more."""
+    for resource, capacity in problem.capacities:
+        pairs = [(interval, round(mode.demand(resource) * TICKS_PER_US)) for interval, mode in held]
+        pairs = [(interval, amount) for interval, amount in pairs if amount]
+        if pairs:
+            model.add_cumulative([one for one, _ in pairs], [own for _, own in pairs], round(capacity * TICKS_PER_US))
+    for together in conflicts(problem):
+        model.add_no_overlap([interval for interval, mode in held if tuple(sorted(mode.demands)) in together])
 
 
 def _solved(
@@ -298,10 +310,10 @@ def repeated(problem: Problem, carried: Sequence[tuple[int, int]], copies: int) 
     return Problem(tuple(tasks), problem.capacities)
 
 
-def cycle_us(problem: Problem, carried: Sequence[tuple[int, int]], copies: int = 4, rounds: int = ROUNDS) -> float:
+def cycle_us(problem: Problem, carried: Sequence[tuple[int, int]], copies: int = 4, width: int = WIDTH) -> float:
     """The time between the ends of two copies, where copies follow each other without a break."""
-    long = list_schedule(repeated(problem, carried, copies), rounds).makespan_us
-    return (long - list_schedule(problem, rounds).makespan_us) / (copies - 1)
+    long = list_schedule(repeated(problem, carried, copies), width).makespan_us
+    return (long - list_schedule(problem, width).makespan_us) / (copies - 1)
 
 
 # --- what is run -----------------------------------------------------------------------------------------------------
@@ -319,7 +331,7 @@ def queues_of(problem: Problem, timetable: Timetable, kinds: Sequence[str]) -> Q
         mode = problem.tasks[number].modes[slot.mode]
         kind = next((resource for resource in kinds if mode.demand(resource)), kinds[0])
         for lane in lanes.setdefault(kind, []):
-            if timetable.slots[lane[-1]].end_us <= slot.start_us + EPSILON_US:
+            if timetable.slots[lane[-1]].end_us <= slot.start_us + EPSILON:
                 lane.append(number)
                 break
         else:

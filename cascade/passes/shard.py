@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol, TypeAlias
@@ -123,6 +123,7 @@ class Sharding:
     dtype: DType = DType.BF16
     enough: dict[tuple[Compute, str, Held], bool] = field(default_factory=dict)
     fitting: dict[tuple[Compute, str], tuple[Held, ...]] = field(default_factory=dict)
+    times: dict[Compute, float] = field(default_factory=dict)
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -132,7 +133,7 @@ class Sharding:
     @cached_property
     def reach(self) -> Reach:
         """What statements touch."""
-        return Reach(self.cascade, self.sizes)
+        return Reach.of(self.cascade, self.sizes)
 
     @cached_property
     def axes(self) -> tuple[Axis, ...]:
@@ -151,6 +152,11 @@ class Sharding:
     def places(self) -> list[dict[str, int]]:
         """The coordinates of every device."""
         return coordinates(self.axes)
+
+    @cached_property
+    def params(self) -> frozenset[str]:
+        """The names of the parameters."""
+        return frozenset(param.name for param in self.cascade.params)
 
     @cached_property
     def bytes(self) -> dict[str, float]:
@@ -173,6 +179,18 @@ class Sharding:
         """The operations of every unit."""
         return {
             name: sum(self.operations[defines(stmt)[0]] for stmt in unit.statements)
+            for name, unit in self.reach.units.items()
+        }
+
+    @cached_property
+    def outside(self) -> dict[str, tuple[str, ...]]:
+        """What every unit reads that the statement that reads it does not define, by the unit's first name."""
+        return {
+            name: tuple(
+                tensor
+                for tensor in dict.fromkeys(t for stmt in unit.statements for t in reads(stmt))
+                if all(tensor not in defines(stmt) for stmt in unit.statements)
+            )
             for name, unit in self.reach.units.items()
         }
 
@@ -266,9 +284,8 @@ class Sharding:
     def after(self, state: State, name: str, along: tuple[Along, ...]) -> State:
         """The program with one unit more, and what it takes for every device to find what it reads."""
         step = Compute(name, along)
-        for tensor in dict.fromkeys(t for stmt in self.reach.units[name].statements for t in reads(stmt)):
-            if all(tensor not in defines(stmt) for stmt in self.reach.units[name].statements):
-                state = self.provided(state, step, tensor)
+        for tensor in self.outside[name]:
+            state = self.provided(state, step, tensor)
         held, partial = dict(state.held), dict(state.partial)
         fold = self.reach.units[name].group
         for stmt in self.reach.units[name].statements:
@@ -287,13 +304,17 @@ class Sharding:
         """What the costs say of a unit on one device; 0 where nobody asks."""
         if self.costs is None:
             return 0.0
-        share = 1 / math.prod(self.devices(a.axes) for a in step.along)
-        names = {name for stmt in self.reach.units[step.name].statements for name in (*reads(stmt), *defines(stmt))}
-        return self.costs.compute_us(self.flops[step.name] * share, sum(self.bytes[name] for name in names) * share)
+        if step not in self.times:
+            share = 1 / math.prod(self.devices(a.axes) for a in step.along)
+            stmts = self.reach.units[step.name].statements
+            names = {name for stmt in stmts for name in (*reads(stmt), *defines(stmt))}
+            moved = sum(self.bytes[name] for name in names)
+            self.times[step] = self.costs.compute_us(self.flops[step.name] * share, moved * share)
+        return self.times[step]
 
     def provided(self, state: State, step: Compute, tensor: str) -> State:
         """The program with collectives behind which the tensor is enough for a step."""
-        if tensor in {param.name for param in self.cascade.params}:
+        if tensor in self.params:
             return self._stored(state, step, tensor)
         while tensor in state.partial:
             state = self._merged(state, tensor, self.fits(step, tensor))
@@ -372,10 +393,8 @@ class Sharding:
         beam = [State()]
         names = list(self.reach.units)
         for number, name in enumerate(names):
-            later = {
-                t for other in names[number + 1 :] for stmt in self.reach.units[other].statements for t in reads(stmt)
-            }
-            later |= {result.name for result in self.cascade.results}
+            behind = (t for other in names[number + 1 :] for s in self.reach.units[other].statements for t in reads(s))
+            later = sorted({*behind, *(result.name for result in self.cascade.results)})
             ways = list(self.options(name))
             best: dict[object, State] = {}
             for state in beam:
@@ -425,10 +444,9 @@ def reducer_of(stmt: Stmt) -> str:
     return stmt.expr.reducer
 
 
-def _live(state: State, later: Iterable[str]) -> object:
+def _live(state: State, later: Sequence[str]) -> object:
     """What of a program so far the rest of it depends on."""
-    names = sorted(set(later))
     return (
-        tuple((name, state.held[name]) for name in names if name in state.held),
-        tuple((name, state.partial[name]) for name in names if name in state.partial),
+        tuple((name, state.held[name]) for name in later if name in state.held),
+        tuple((name, state.partial[name]) for name in later if name in state.partial),
     )

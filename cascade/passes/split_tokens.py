@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cascade.errors import Diagnostic, UnsupportedError
 from cascade.ir import Einsum, Fold, Rank, Read
@@ -33,6 +33,7 @@ from cascade.placed import (
     REDUCING, Collective, Compute, Kind, Place, Program, Step, Window, coordinates, number_along, slices, stretch,
     windows_of,
 )  # fmt: skip
+from cascade.recent import recently
 from cascade.walk import expressions, targets, walk
 from cascade.wording import quote
 
@@ -50,7 +51,7 @@ def split(program: Program, rank: str, cuts: Sequence[int]) -> Program:
 
 def sliced(program: Program, rank: str, cuts: Sequence[int]) -> Program:
     """What `split` gives, without the proof that no device lacks anything: for a search, which proves what it takes."""
-    reach = Reach(program.cascade, dict(program.sizes))
+    reach = Reach.of(program.cascade, dict(program.sizes))
     _, extent = reach.full.get(rank, (0, 0))
     if list(cuts) != sorted({cut for cut in cuts if 0 < cut < extent}):
         _refuse(f"cuts of {quote(rank)} rise from 1 to {extent - 1}")
@@ -75,6 +76,19 @@ def sliced(program: Program, rank: str, cuts: Sequence[int]) -> Program:
 
 def split_ranks(reach: Reach, rank: str) -> tuple[dict[str, str], dict[str, int]]:
     """Along which rank each unit is split, by its first name, and along which dimension each tensor."""
+    known = _splits(reach)
+    if rank not in known:
+        known[rank] = _split_ranks(reach, rank)
+    return known[rank]
+
+
+@recently
+def _splits(reach: Reach) -> dict[str, tuple[dict[str, str], dict[str, int]]]:
+    """Where the answers of `split_ranks` are kept."""
+    return {}
+
+
+def _split_ranks(reach: Reach, rank: str) -> tuple[dict[str, str], dict[str, int]]:
     kept = {name: _kept(reach, name) for name in reach.units}
     along = {name: rank for name, ranks in kept.items() if rank in ranks}
     dims: dict[str, int] = {}
@@ -153,11 +167,12 @@ class Touches:
     program: Program
     reach: Reach
     places: Sequence[Mapping[str, int]]
+    known: dict[tuple[Step, bool], list[Touched]] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, program: Program) -> Touches:
-        """The touches of a program."""
-        return cls(program, Reach(program.cascade, dict(program.sizes)), coordinates(program.axes))
+    @staticmethod
+    def of(program: Program) -> Touches:
+        """The touches of a program: the same for the very same one, which keeps its answers."""
+        return _touches(program)
 
     def given(self) -> list[Touched]:
         """What devices hold of the parameters."""
@@ -178,6 +193,17 @@ class Touches:
 
     def reads(self, step: Step) -> list[Touched]:
         """What a step reads."""
+        if (step, False) not in self.known:
+            self.known[step, False] = self._reads(step)
+        return self.known[step, False]
+
+    def writes(self, step: Step) -> list[Touched]:
+        """What a step writes."""
+        if (step, True) not in self.known:
+            self.known[step, True] = self._writes(step)
+        return self.known[step, True]
+
+    def _reads(self, step: Step) -> list[Touched]:
         if isinstance(step, Compute):
             return [
                 Touched(device, tensor, False, box)
@@ -192,8 +218,7 @@ class Touches:
                 found.append(Touched(of, tensor, False, box))
         return list(dict.fromkeys(found))
 
-    def writes(self, step: Step) -> list[Touched]:
-        """What a step writes."""
+    def _writes(self, step: Step) -> list[Touched]:
         if not isinstance(step, Compute):
             return list(dict.fromkeys(Touched(to, tensor, False, box) for to, _, tensor, box in self._exchanged(step)))
         partial = self.is_partial(step)
@@ -262,6 +287,11 @@ class Touches:
         assert isinstance(unit.group, Fold)
         left = (target for stmt in unit.statements for target in targets(stmt))
         return [(target.name, target.ranks) for target in left if unit.group.rank not in target.ranks]
+
+
+@recently
+def _touches(program: Program) -> Touches:
+    return Touches(program, Reach.of(program.cascade, dict(program.sizes)), coordinates(program.axes))
 
 
 def dependencies(program: Program) -> tuple[tuple[int, ...], ...]:

@@ -30,6 +30,7 @@ from cascade.ir import Apply, Einsum, Expr, Read, Reduce, Stmt
 from cascade.passes.reach import Box, Reach
 from cascade.passes.shard import Sharding
 from cascade.placed import Collective, Compute, Kind, Program, Window, stretch, windows_of
+from cascade.recent import recently
 from cascade.timetable import Mode, Problem, Task
 from cascade.walk import defines, free_ranks, reads, targets, walk
 
@@ -197,7 +198,8 @@ class _Grouping:
         return {name for stmt in self._statements(number) for name in defines(stmt)}
 
     def _is_product(self, number: int) -> bool:
-        return any(is_product(stmt) for stmt in self._statements(number))
+        sides = sides_of(self.reach)
+        return any(sides[defines(stmt)[0]] is not None for stmt in self._statements(number))
 
     def _reduces(self, number: int) -> bool:
         return any(isinstance(stmt, Einsum) and isinstance(stmt.expr, Reduce) for stmt in self._statements(number))
@@ -237,9 +239,15 @@ def is_product(stmt: Stmt) -> bool:
     return operands(stmt) is not None
 
 
+@recently
+def sides_of(reach: Reach) -> Mapping[str, Sides | None]:
+    """The sides of every statement that is a matrix product, by the first name that it defines."""
+    return {defines(stmt)[0]: operands(stmt) for stmt in reach.cascade.body}
+
+
 def has_product(reach: Reach, step: Compute) -> bool:
     """Whether a step computes a matrix product."""
-    return any(is_product(stmt) for stmt in reach.units[step.name].statements)
+    return any(sides_of(reach)[defines(stmt)[0]] is not None for stmt in reach.units[step.name].statements)
 
 
 def operands(stmt: Stmt) -> Sides | None:
@@ -372,7 +380,7 @@ class Clock:
         return total / pieces
 
     def _product(self, stmt: Stmt, windows: Mapping[str, Window], flops: float) -> Product | None:
-        sides = operands(stmt)
+        sides = sides_of(self.reach)[defines(stmt)[0]]
         if sides is None:
             return None
 
@@ -411,14 +419,16 @@ class Clock:
     def awaited_us(self, steps: Sequence[Compute], gathers: Sequence[Collective]) -> float:
         """How long a kernel takes whose tiles wait for the shards of their rows, which copies bring one by one.
 
-        A wave begins when the one before it has ended and the last of its shards has come.
+        A wave begins when the one before it has ended and the last of its shards has come. Tiles are gone through in
+        the order in which shards come, so nothing else fills the last wave: all of it counts.
         """
         devices = self.program.devices(gathers[0].axes)
         hop = self.node.collective_us(Kind.SHIFT, sum(map(self._size, gathers)), devices)
         work, slots = self.work(tuple(steps)), self.node.gpu.sms
         best = math.inf
-        for tiles, waves, us in self._tilings(work.products, slots):
-            shards = (math.ceil(min(1.0, (wave + 1) * slots / tiles) * devices) - 1 for wave in range(math.ceil(waves)))
+        for tiles, _, us in self._tilings(work.products, slots):
+            waves = math.ceil(tiles / slots)
+            shards = (math.ceil(min(1.0, (wave + 1) * slots / tiles) * devices) - 1 for wave in range(waves))
             best = min(best, max(hop * shard + (waves - wave) * us for wave, shard in enumerate(shards)))
         return self._kernel_us(work, best, slots)
 
@@ -484,7 +494,7 @@ def problem_of(program: Program, layer: Layer, clock: Clock, blocks: int | None 
     names: Counter[str] = Counter()
     tasks = []
     for own, needed in zip(layer.steps, layer.needs, strict=True):
-        name = _named(program, own)
+        name = _named(program, own, clock.reach)
         tasks.append(Task(f"{name}.{names[name]}", _modes(program, own, clock, blocks), needed))
         names[name] += 1
     return Problem(tuple(tasks), ((SMS, float(clock.node.gpu.sms)), (OUT, 1.0), (IN, 1.0)))
@@ -496,7 +506,7 @@ def launches(program: Program, layer: Layer, reach: Reach) -> int:
     sorts = set()
     for own in layer.steps:
         steps = [step for number in own if isinstance(step := program.steps[number], Compute)]
-        sides = [operands(stmt) for step in steps for stmt in reach.units[step.name].statements]
+        sides = [sides_of(reach)[defines(stmt)[0]] for step in steps for stmt in reach.units[step.name].statements]
         orders = {
             side.chosen[0].index[side.chosen[1]] for side in sides if side is not None and side.chosen is not None
         }
@@ -548,13 +558,13 @@ def _modes(program: Program, steps: Sequence[int], clock: Clock, blocks: int | N
     return tuple(reversed(found))
 
 
-def _named(program: Program, steps: Sequence[int]) -> str:
+def _named(program: Program, steps: Sequence[int], reach: Reach) -> str:
     """What a task is called: the collective and its tensor, or the last name that its statements define."""
     last = program.steps[steps[-1]]
     if isinstance(last, Collective) and len(steps) > 1:
         return f"exchange {last.tensor}"
     if isinstance(last, Collective):
         return f"{last.kind.value} {last.tensor}" + (f" hop {last.hop}" if last.hop else "")
-    names = [target.name for stmt in program.cascade.body if defines(stmt)[0] == last.name for target in targets(stmt)]
+    name = targets(reach.units[last.name].statements[0])[-1].name
     hops = [along.hop for along in last.along if along.hop]
-    return names[-1] + (f" hop {hops[0]}" if hops else "")
+    return name + (f" hop {hops[0]}" if hops else "")

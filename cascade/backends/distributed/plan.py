@@ -5,8 +5,9 @@
 The mesh and what is sharded are those of the schedule; what it leaves open is chosen by cost (`passes/shard.py`). A
 `split` of the schedule gives cuts; without one the rank that most steps can be split along is cut in two, the cut is
 searched, and declined where the whole is faster. Exchanges run apart, or as one kernel with what is computed around
-them, whichever the model says is faster. Of what is taken it is proved that no device lacks anything; the timetable and
-its queues go through the checker, which shares nothing with the scheduler.
+them, whichever the model says is faster; or part by part (`decompose.py`), where that beats the cut. Of what is taken
+it is proved that no device lacks anything; the timetable and its queues go through the checker, which shares nothing
+with the scheduler.
 
 All times are modelled. A plan is data: it is made anywhere, and carries its version and a hash of the cascade, the
 machine and the sizes, by which whoever runs it refuses another one.
@@ -17,10 +18,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cascade.backends.distributed.decompose import Decomposed, decompositions
 from cascade.backends.distributed.fused import awaited, fused, stored
 from cascade.backends.distributed.kernels import (
     IN,
@@ -40,11 +42,12 @@ from cascade.errors import Diagnostic, InternalError, UnsupportedError
 from cascade.inference import bind_sizes
 from cascade.ir import Cascade, DType, Split
 from cascade.passes.reach import Box, Reach, left_over, meet
+from cascade.passes.schedule_bound import lower_bound
 from cascade.passes.schedule_overlap import (
-    cycle_us, exact_schedule, exposed_us, list_schedule, lower_bound, queues_of, serial_us,
+    cycle_us, exact_schedule, exposed_us, list_schedule, queues_of, repeated, serial_us,
 )  # fmt: skip
 from cascade.passes.shard import cheapest
-from cascade.passes.split_tokens import Cut, Touches, best_cut, dependencies, sliced, split, split_ranks
+from cascade.passes.split_tokens import Cut, Touches, best_cut, dependencies, lacks, sliced, split, split_ranks
 from cascade.placed import Collective, Compute, Program, render_program
 from cascade.text import render
 from cascade.timetable import Problem, Queues, Timetable
@@ -54,8 +57,8 @@ from cascade.walk import targets
 VERSION = 1
 """Of the JSON of a plan."""
 
-SEARCH_ROUNDS = 0
-"""Of list scheduling beyond critical paths, for every cut that is tried; the one that is taken gets all rounds."""
+ROUGH = 0
+"""The width of the search behind a list schedule, for every cut that is tried: critical paths alone."""
 
 COPIES = 3
 """Layers in a row by which one that follows itself is judged."""
@@ -73,11 +76,47 @@ class Way:
 APART = Way("apart")
 
 
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """An exchange part by part: which, in which parts, how long it takes so and without; whether it is kept.
+
+    `alone`: the times are estimates of the exchange and its statement alone, else of the program.
+    """
+
+    name: str
+    parts: str
+    us: float
+    without_us: float
+    kept: bool
+    alone: bool
+
+    def __str__(self) -> str:
+        """What came of it, with the number."""
+        change = 100 * (self.us / self.without_us - 1)
+        than = f"{abs(change):.1f} % {'less' if change < 0 else 'more'} than {self.without_us:.1f} us"
+        what = "it and its statement take" if self.alone else "the layer takes"
+        return f"{self.name} in {self.parts}: {what} {self.us:.1f} us, {than} without"
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a search for exchanges part by part came to: what was tried, and why the plan has none, if it has none."""
+
+    tried: tuple[Tried, ...]
+    declined: str | None
+
+    @property
+    def kept(self) -> tuple[Tried, ...]:
+        """Those of the plan."""
+        return tuple(one for one in self.tried if one.kept) if self.declined is None else ()
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """What was decided, and how good it is: times in microseconds, on one device as on all.
 
-    `way` is how exchanges run; `launches`, how often the host launches something for a copy of a layer in a row.
+    `way` is how exchanges run; `row` are the tasks of a copy where layers follow each other, and `launches` how often
+    the host launches something for it.
     """
 
     program: Program
@@ -85,8 +124,10 @@ class Plan:
     rank: str | None
     cut: Cut
     way: Way
+    parts: Parts
     problem: Problem
     steps: tuple[tuple[int, ...], ...]
+    row: Layer
     timetable: Timetable
     queues: Queues
     bound_us: float
@@ -102,22 +143,29 @@ def plan(
 
     Raises C551 without a mesh, C554 where the machine has fewer devices, C553 where cuts of the schedule cannot be.
     """
-    return plan_of(cheapest(cascade, bind_sizes(cascade, {}, sizes), node, dtype), node, exact)
+    return _planned(cheapest(cascade, bind_sizes(cascade, {}, sizes), node, dtype), node, exact, True)
 
 
 def plan_of(program: Program, node: Node, exact: bool = False) -> Plan:
-    """The plan of a program that was laid out before, as one whose collectives were rewritten (`passes/exchanges.py`).
+    """The plan of a program that was laid out before, as one whose collectives were rewritten (`passes/exchanges.py`):
+    they stay what they are.
 
     Raises C554 and C553 as `plan` does.
     """
+    return _planned(program, node, exact, False)
+
+
+def _planned(program: Program, node: Node, exact: bool, decompose: bool) -> Plan:
+    """The plan of a program; `decompose`, whether its exchanges may go part by part."""
     devices = program.devices(tuple(axis.name for axis in program.axes))
     if devices > node.devices:
         message = f"the mesh has {devices} devices and {node.name} has {node.devices}"
         raise UnsupportedError(Diagnostic("C554", message, help="a smaller mesh, or another --machine"))
-    maker = _Maker(program, node)
-    rank, cut = maker.search()
-    chosen = split(program, rank, cut.cuts) if rank is not None and cut.cuts else program
-    made = maker.whole if chosen is program else maker.made(chosen)
+    whole = _Maker(program, node)
+    rank, cut = whole.search()
+    maker, cut, parts = _in_parts(whole, cut) if decompose else (whole, cut, Parts((), "none is looked for"))
+    chosen = split(maker.program, rank, cut.cuts) if rank is not None and cut.cuts else maker.program
+    made = maker.whole if chosen is maker.program else maker.made(chosen)
     best_us, way = maker.best(made, chosen)
     problem, layer = made.problem(chosen, maker.clock, way)
     timetable = exact_schedule(problem) if exact else list_schedule(problem)
@@ -127,11 +175,46 @@ def plan_of(program: Program, node: Node, exact: bool = False) -> Plan:
     ]  # fmt: skip
     if wrong:
         raise InternalError(f"the schedule of a plan is not valid: {wrong[0]}")
-    whole, _ = maker.whole.problem(program, maker.clock, APART)
+    alone, _ = whole.whole.problem(program, whole.clock, APART)
     return Plan(
-        chosen, node, rank, cut, way, problem, layer.steps, timetable, queues, lower_bound(problem),
-        serial_us(whole), best_us if made.repeats else None, made.launches(chosen, maker.clock, way),
+        chosen, node, rank, cut, way, parts, problem, layer.steps, made.layers[way.name][1], timetable, queues,
+        lower_bound(problem), serial_us(alone), best_us if made.repeats else None,
+        made.launches(chosen, maker.clock, way),
     )  # fmt: skip
+
+
+def _in_parts(whole: _Maker, cut: Cut) -> tuple[_Maker, Cut, Parts]:
+    """The program with exchanges part by part where that is faster than any cut, or the one that there is.
+
+    Cuts that the schedule gives are taken as they are.
+    """
+    if whole.is_cut:
+        return whole, cut, Parts((), "the schedule says where to cut")
+    best = min(cut.whole_us, cut.split_us or cut.whole_us)
+    maker, us, tried = whole.decomposed(cut.whole_us, best)
+    if us >= best:
+        return whole, cut, Parts(tried, _why_whole(tried, us, cut.whole_us, best))
+    if lacking := next(lacks(maker.program), None):
+        raise InternalError(f"device {lacking[1]} would lack {lacking[2]} for an exchange in parts")
+    loss = f"{best:.1f} us, {100 * (best / us - 1):.1f} % more than {us:.1f} us with exchanges in parts"
+    declined = f"the best cut, at {cut.cuts[0]}, takes {loss}" if cut.cuts else cut.declined
+    return maker, dataclasses.replace(cut, cuts=(), declined=declined), Parts(tried, None)
+
+
+def _why_whole(tried: Sequence[Tried], us: float, whole_us: float, best_us: float) -> str:
+    """Why no exchange goes part by part: no way, no gain for one alone, or less than slices gain."""
+    saved = sum(max(0.0, one.without_us - one.us) for one in tried if one.alone)
+    if us < whole_us:
+        return f"the layer takes {us:.1f} us, {100 * (us / best_us - 1):.1f} % more than {best_us:.1f} us in slices"
+    if saved:
+        return f"they save {saved:.1f} us at most of {whole_us:.1f} us, and slices {whole_us - best_us:.1f} us"
+    return str(min(tried, key=lambda one: one.us / one.without_us)) if tried else "no exchange can go part by part"
+
+
+def in_a_row(found: Plan, copies: int) -> Problem:
+    """So many copies of a layer as one problem; one where it does not follow itself."""
+    one = problem_of(found.program, found.row, Clock.of(found.program, found.node), found.way.blocks)
+    return repeated(one, found.row.carried, copies) if found.row.carried else one
 
 
 def carried_on(program: Program, steps: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
@@ -191,9 +274,9 @@ class _Made:
         The host launches a copy while another one runs: where that takes longer, it is what counts.
         """
         if not self.repeats:
-            return list_schedule(self.problem(program, clock, way)[0], SEARCH_ROUNDS).makespan_us
+            return list_schedule(self.problem(program, clock, way)[0], ROUGH).makespan_us
         layer = self.layers[way.name][1]
-        device_us = cycle_us(problem_of(program, layer, clock, way.blocks), layer.carried, COPIES, SEARCH_ROUNDS)
+        device_us = cycle_us(problem_of(program, layer, clock, way.blocks), layer.carried, COPIES, ROUGH)
         return max(device_us, clock.node.host_us * self.launches(program, clock, way))
 
     def launches(self, program: Program, clock: Clock, way: Way) -> int:
@@ -206,7 +289,7 @@ class _Maker:
 
     def __init__(self, program: Program, node: Node) -> None:
         self.program = program
-        self.reach = Reach(program.cascade, dict(program.sizes))
+        self.reach = Reach.of(program.cascade, dict(program.sizes))
         self.needs = dependencies(program)
         self.found: tuple[Group, ...] = groups(program, self.needs)
         self.clock = Clock.of(program, node)
@@ -263,6 +346,37 @@ class _Maker:
 
         return rank, best_cut(self.reach.full[rank][1], TILES[0][0], time_us, [fixed] if fixed else [])
 
+    def decomposed(self, whole_us: float, limit_us: float) -> tuple[_Maker, float, tuple[Tried, ...]]:
+        """The program with every exchange part by part that makes it faster, how long it then takes, what was tried.
+
+        Each in the parts that do best for it and its statement alone. No program is made where what it and those behind
+        it save alone does not come below a limit: those are estimates.
+        """
+        alone = [(step, _least(decompositions(self.program, step, self.clock))) for step in self._exchanges()]
+        saved = sum(max(0.0, way.apart_us - way.us) for _, way in alone if way is not None)
+        found, us = self, whole_us
+        tried: list[Tried] = []
+        for step, way in alone:
+            name, left = f"{step.kind.value} {step.tensor}", saved
+            saved -= max(0.0, way.apart_us - way.us) if way is not None else 0.0
+            if way is not None and (way.us >= way.apart_us or us - left >= limit_us):
+                tried.append(Tried(name, way.parts, way.us, way.apart_us, False, True))
+            elif (again := _least(decompositions(found.program, step, found.clock))) is not None:
+                other = _Maker(again.program, self.clock.node)
+                other_us, _ = other.best(other.whole, again.program)
+                tried.append(Tried(name, again.parts, other_us, us, other_us < us, False))
+                if other_us < us:
+                    found, us = other, other_us
+        return found, us, tuple(tried)
+
+    def _exchanges(self) -> Iterator[Collective]:
+        return (step for step in self.program.steps if isinstance(step, Collective))
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the schedule says where to cut."""
+        return any(isinstance(item, Split) for item in self.program.cascade.schedule)
+
     def _stated(self) -> tuple[str | None, tuple[int, ...]]:
         """The rank and the cuts that the schedule gives; the first split is taken."""
         for item in self.program.cascade.schedule:
@@ -283,6 +397,11 @@ class _Maker:
                         along, dims = split_ranks(self.reach, rank)
                         best = max(best, (len(along) + len(dims), rank), key=lambda pair: pair[0])
         return best[1]
+
+
+def _least(ways: Iterable[Decomposed]) -> Decomposed | None:
+    """The way that gains most, or loses least, for an exchange and its statement alone."""
+    return min(ways, key=lambda way: way.us - way.apart_us, default=None)
 
 
 def _same(program: Program, one: int, other: int) -> bool:
@@ -324,6 +443,10 @@ def plan_json(found: Plan) -> dict[str, Any]:
         "cycle_us": found.cycle_us,
         "launches": found.launches,
         "exchange": {"way": found.way.name, "blocks": found.way.blocks},
+        "parts": {
+            "kept": [{"exchange": one.name, "in": one.parts} for one in found.parts.kept],
+            "declined": found.parts.declined,
+        },
         "exposed_comm_us": exposed_us(found.problem, found.timetable, (OUT, IN), SMS),
         "tasks": [
             {
@@ -364,6 +487,8 @@ def plan_text(found: Plan, width: int = 72) -> str:
     lines += [f"split: {split_text}" + (f"; {found.cut.declined}" if found.cut.declined else "")]
     blocks = f", {found.way.blocks} thread blocks each" if found.way.blocks else ""
     lines += [f"exchanges: {found.way.name}{blocks}"]
+    kept = ", ".join(f"{one.name} in {one.parts}" for one in found.parts.kept)
+    lines += [f"exchanges in parts: {kept or 'none'}" + (f"; {found.parts.declined}" if not kept else "")]
     lines += [f"exposed communication: {exposed_us(found.problem, found.timetable, (OUT, IN), SMS):.1f} us", ""]
     for name, tasks in found.queues.queues:
         row = [" "] * width

@@ -18,7 +18,7 @@ from benchmarks.reductions import slice_of
 from benchmarks.workload import Bar, Inputs, Peer, Workload, normal
 
 decoder: Any = importlib.import_module("examples.07_decoder_layer")
-mixture: Any = importlib.import_module("examples.08_mixture_layer")
+mixture: Any = importlib.import_module("examples.08_mixture_of_experts")
 EPS = 1e-6
 NEAR = 0.05  # logits of experts, which have a deviation of 1, that roundings of 16 bits may turn round
 LAST = 4  # tokens of a whole layer that are checked: with each goes all before it

@@ -232,7 +232,7 @@ def test_explain_of_a_plan_and_of_a_cost(told: Any, shell: Any, tmp_path: Path) 
 
 
 def test_what_a_kernel_cannot_hold_is_named(told: Any) -> None:
-    found = told("explain", str(ROOT / "examples/mixture_layer.cascade"), "--machine", "h100")
+    found = told("explain", str(ROOT / "examples/mixture_of_experts.cascade"), "--machine", "h100")
     assert found["outside"] and all(one["names"] and one["reason"] for one in found["outside"])
 
 

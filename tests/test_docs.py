@@ -47,6 +47,12 @@ def test_the_python_session_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "cascade attention(" in capsys.readouterr().out
 
 
+def test_what_the_readme_says_first_is_so() -> None:
+    program, found = blocks(README, "")[0], blocks(README, "text")[0]
+    assert program in read_program(str(ROOT / "examples/attention.cascade"))
+    assert found in cascade.parse(program).explain()
+
+
 @pytest.mark.parametrize("command", README_COMMANDS, ids=lambda command: command.text[:90])
 def test_a_shell_command_prints_what_the_readme_shows(command: Any, tmp_path: Path) -> None:
     (tmp_path / "broken.cascade").write_text(BROKEN)

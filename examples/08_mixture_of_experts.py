@@ -1,6 +1,6 @@
-"""A decoder layer with a mixture of experts as one program, from `mixture_layer.cascade`, equal to a loop over experts.
+"""A decoder layer with a mixture of experts as one program, from `mixture_of_experts.cascade`, equal to a loop over experts.
 
-Run it with `python -m examples.08_mixture_layer`.
+Run it with `python -m examples.08_mixture_of_experts`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import cascade as cs
 
-TEXT = Path(__file__).with_name("mixture_layer.cascade").read_text()
+TEXT = Path(__file__).with_name("mixture_of_experts.cascade").read_text()
 CHOSEN = 2  # experts of a token
 decoder = importlib.import_module("examples.07_decoder_layer")
 

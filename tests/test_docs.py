@@ -64,6 +64,14 @@ def test_a_shell_command_prints_what_the_readme_shows(command: Any, tmp_path: Pa
     assert "cascadec emit" not in command.text or set(shown) & set(emitted)
 
 
+def test_the_kernels_of_the_layer_are_those_that_explain_tells(tmp_path: Path) -> None:
+    (command,) = (
+        command for command in README_COMMANDS if command.text.startswith("cascadec explain examples/decoder")
+    )
+    (shown,) = (block for block in blocks(README, "text") if block.startswith("kernel "))
+    assert shown in Page("README", tmp_path).console(command)
+
+
 def functions(text: str) -> dict[str, str]:
     """The functions of a Python text, however they are laid out."""
     return {node.name: ast.dump(node) for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}

@@ -19,16 +19,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cascade import pipeline
-from cascade.arguments import shape_symbols
-from cascade.errors import CommandError, Diagnostic, quoted_list
+from cascade.errors import CommandError, Diagnostic
 from cascade.inference import infer_shapes
 from cascade.ir import Cascade, DType, Fold, Fuse, GroupBy, Stmt
+from cascade.modelled import cost_on, families, family, plan_on
 from cascade.passes.canonicalize import Canonicalize
 from cascade.passes.lift import lift_reductions
 from cascade.passes.report import report
 from cascade.text import render_declaration, render_directive, render_stmt
 from cascade.walk import defines
-from cascade.wording import suggest
 
 STATIC = ("registers", "spills", "shared_bytes", "blocks_per_sm", "wgmma", "mma", "serialized")
 """What is told of a kernel's machine code."""
@@ -175,26 +174,6 @@ def rejected(passes: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def families() -> dict[str, tuple[str, ...]]:
-    """The names of machines by what they are: one GPU, several devices, a modelled spatial machine."""
-    return {
-        "gpu": tuple(importlib.import_module("cascade.backends.triton.machine").MACHINES),
-        "several": importlib.import_module("cascade.backends.distributed.machine").shipped(),
-        "spatial": importlib.import_module("cascade.backends.systolic.machine").shipped(),
-    }
-
-
-def family(name: str) -> str:
-    """What a machine is; CommandError (C605) with the closest name of any family where there is none."""
-    known = families()
-    for kind, names in known.items():
-        if name.lower() in names or (kind == "spatial" and name.endswith(".toml")):
-            return kind
-    listed = [one for names in known.values() for one in names]
-    hint = suggest(name, listed, "the machines are")
-    raise CommandError(Diagnostic("C605", f"there is no machine {name!r}", help=hint))
-
-
 def _on_gpu(trace: pipeline.Trace, request: Request) -> dict[str, Any]:
     """The kernels of a first call on one GPU. Sizes that are not given are those that `emit` plans for."""
     trial = importlib.import_module("cascade.trial")  # lazily: it needs torch
@@ -282,40 +261,16 @@ def _sum(values: Iterable[float | None]) -> float | None:
     return None if None in found else math.fsum(value for value in found if value is not None)
 
 
-def _all_sizes(trace: pipeline.Trace, request: Request) -> None:
-    """Refuses a request that leaves the size of a symbol open (C323)."""
-    missing = [name for name in shape_symbols(trace.source) if name not in request.sizes]
-    if missing:
-        plural = "size" if len(missing) == 1 else "sizes"
-        hint = f"give {' '.join(f'-s {name}=...' for name in missing)}"
-        raise CommandError(Diagnostic("C323", f"the {plural} of {quoted_list(missing)} must be known", help=hint))
-
-
 def _on_devices(trace: pipeline.Trace, request: Request) -> dict[str, Any]:
     """The plan for several devices."""
-    _all_sizes(trace, request)
-    planner = importlib.import_module("cascade.backends.distributed.plan")
-    machines = importlib.import_module("cascade.backends.distributed.machine")
-    canonical = pipeline.run_pipeline(trace.source, Canonicalize.name).final
     dtype = request.dtype or DType.BF16
-    found = planner.plan(canonical, request.sizes, machines.node(request.machine), dtype)
-    return {"dtype": dtype.value, "plan": planner.plan_json(found)}
+    return {"dtype": dtype.value, "plan": plan_on(trace, request.sizes, dtype, str(request.machine))}
 
 
 def _on_arrays(trace: pipeline.Trace, request: Request) -> dict[str, Any]:
     """The cost on a modelled spatial machine, by the mapping of the schedule, else by the fastest that is found."""
-    _all_sizes(trace, request)
-    parts = ("machine", "mapping", "work", "search", "cost", "report")
-    machines, mappings, work, search, cost, told = (
-        importlib.import_module(f"cascade.backends.systolic.{part}") for part in parts
-    )
-    machine = machines.machine(request.machine)
-    mapping = mappings.scheduled(trace.source)
-    source = pipeline.run_pipeline(trace.source, Canonicalize.name).final if mapping else trace.final
-    cascaded = work.take_apart(source)
-    mapping = mapping or search.search(cascaded, machine, request.sizes)
-    found = cost.Evaluator(cascaded, machine, mapping).cost(request.sizes)
-    return {"cost": told.cost_json(found, machine), "summary": told.summary(found, machine)}
+    found = cost_on(trace, request.sizes, str(request.machine))
+    return {"cost": found["cost"], "summary": found["summary"]}
 
 
 MODELS = {"gpu": _on_gpu, "several": _on_devices, "spatial": _on_arrays}

@@ -10,7 +10,6 @@ What completes reads names and program text; it runs no program, and finds nothi
 from __future__ import annotations
 
 import contextlib
-import importlib
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,6 +22,7 @@ from cascade.arguments import shape_symbols
 from cascade.compiled import from_text, read_program, split_name
 from cascade.errors import CascadeError
 from cascade.ir import DType
+from cascade.modelled import families
 from cascade.passes import PASSES
 from cascade.pipeline import PIPELINE
 from cascade.settings import COMPLETION
@@ -98,25 +98,7 @@ class MachineType(click.ParamType[str]):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """The machines of these families."""
-        return items((name for family in self.families for name in FAMILIES[family]()), incomplete)
-
-
-def _gpus() -> Iterable[str]:
-    return tuple(importlib.import_module("cascade.backends.triton.machine").MACHINES)
-
-
-def _several() -> Iterable[str]:
-    found: tuple[str, ...] = importlib.import_module("cascade.backends.distributed.machine").shipped()
-    return found
-
-
-def _spatial() -> Iterable[str]:
-    found: tuple[str, ...] = importlib.import_module("cascade.backends.systolic.machine").shipped()
-    return found
-
-
-FAMILIES: dict[str, Callable[[], Iterable[str]]] = {"gpu": _gpus, "several": _several, "spatial": _spatial}
-"""What lists the machines of a family: one GPU, several devices, a modelled spatial machine."""
+        return items((name for family in self.families for name in families()[family]), incomplete)
 
 
 class DurationType(click.ParamType[float]):

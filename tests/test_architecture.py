@@ -37,6 +37,7 @@ LAYERS = (
     {"arguments"},
     {"trial"},
     {"pipeline"},
+    {"modelled"},
     {"inspector"},
     {"compiled"},
     {"distributed"},

@@ -15,21 +15,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cascade import __version__
-from cascade.backends.distributed.machine import shipped as devices
-from cascade.backends.systolic.machine import shipped as spatial
 from cascade.backends.triton.explain import Launch
 from cascade.backends.triton.forecast import launches
-from cascade.backends.triton.machine import MACHINES, Machine, machine
+from cascade.backends.triton.machine import Machine, machine
 from cascade.backends.triton.partition import Rest
 from cascade.backends.triton.standalone import default_sizes
 from cascade.backends.triton.static import request
-from cascade.errors import CascadeError, CommandError, Diagnostic
+from cascade.errors import CascadeError
 from cascade.inspector import panels
 from cascade.inspector.page import Page
 from cascade.ir import DType
-from cascade.passes.canonicalize import Canonicalize
-from cascade.pipeline import Trace, run_pipeline
-from cascade.wording import suggest
+from cascade.modelled import family
+from cascade.pipeline import Trace
 
 FEW = 12  # kernels up to which all are compiled for their static facts without being asked to
 DEFAULT_GPU = "h200"
@@ -66,7 +63,7 @@ def inspect(trace: Trace, asked: Asked | None = None, ran: Ran | None = None) ->
     Raises CommandError (C605) for a machine that nothing knows, and what its backend raises.
     """
     asked = asked or Asked()
-    kinds = {name: kind_of(name) for name in asked.machines}
+    kinds = {name: family(name) for name in asked.machines}
     data: dict[str, Any] = {
         "version": __version__,
         "program": panels.program(trace),
@@ -81,24 +78,10 @@ def inspect(trace: Trace, asked: Asked | None = None, ran: Ran | None = None) ->
     data["kernels"] += [kernels_planned(trace, asked, name) for name in gpus]
     for name, kind in kinds.items():
         if kind == "spatial":
-            found = panels.cost(trace.source, asked.sizes, name, asked.mapping, asked.as_published)
-            data["costs"].append(found)
-        elif kind == "devices":
-            canonical = run_pipeline(trace.source, Canonicalize.name).final
-            data["plans"].append(panels.plan(canonical, asked.sizes, name, asked.dtype or DType.BF16))
+            data["costs"].append(panels.cost(trace, asked.sizes, name, asked.mapping, asked.as_published))
+        elif kind == "several":
+            data["plans"].append(panels.plan(trace, asked.sizes, asked.dtype or DType.BF16, name))
     return Page(f"{trace.source.name} - cascade inspector", data)
-
-
-def kind_of(name: str) -> str:
-    """Which backend knows a machine: `gpu`, `devices`, `spatial`; a file is a spatial machine."""
-    if name.lower() in MACHINES:
-        return "gpu"
-    if name.lower() in devices():
-        return "devices"
-    if name.endswith(".toml") or name in spatial():
-        return "spatial"
-    known = (*MACHINES, *devices(), *spatial())
-    raise CommandError(Diagnostic("C605", f"no machine is named {name!r}", help=suggest(name, known, "machines are")))
 
 
 def kernels_planned(trace: Trace, asked: Asked, name: str) -> dict[str, Any]:

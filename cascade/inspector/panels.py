@@ -8,7 +8,6 @@ its elements from them, so no text of a program is ever read as markup.
 from __future__ import annotations
 
 import difflib
-import importlib
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -23,6 +22,7 @@ from cascade.inspector.graph import Graph, graph
 from cascade.inspector.links import line_names, owner
 from cascade.inspector.maths import typeset
 from cascade.ir import Cascade, DType, Stmt
+from cascade.modelled import cost_on, plan_on
 from cascade.passes.canonicalize import Canonicalize
 from cascade.passes.lift import Lift, lift_reductions
 from cascade.passes.report import report
@@ -234,33 +234,16 @@ def finite(value: float) -> float | None:
 # --- costs and plans -------------------------------------------------------------------------------------------------
 
 
-def cost(written: Cascade, sizes: Mapping[str, int], name: str, path: str | None, published: bool) -> Panel:
-    """What the cascade costs on a spatial machine, by the mapping of a file, of its schedule, or a searched one."""
-    machine, mapping, take_apart, search, evaluate, reports = (
-        importlib.import_module(f"cascade.backends.systolic.{part}")
-        for part in ("machine", "mapping", "work", "search", "cost", "report")
-    )
-    on = machine.machine(name)
-    found = mapping.mapping(path) if path is not None else mapping.scheduled(written)
-    given = found is not None
-    cascaded = take_apart.take_apart(run_pipeline(written, Canonicalize.name if given else None).final)
-    if found is None:
-        found = search.search(cascaded, on, dict(sizes))
-    priced = evaluate.Evaluator(cascaded, on, found).cost(dict(sizes), published)
-    return {
-        **reports.cost_json(priced, on),
-        "sizes": dict(sizes),
-        "mapping": mapping.render_mapping(found).rstrip().split("\n"),
-        "searched": not given,
-        "summary": reports.summary(priced, on),
-    }
+def cost(trace: Trace, sizes: Mapping[str, int], name: str, path: str | None, as_published: bool) -> Panel:
+    """What the cascade costs on a spatial machine, and by which mapping."""
+    found = cost_on(trace, sizes, name, path, as_published)
+    mapping = found["mapping"].rstrip().split("\n")
+    return {**found.pop("cost"), **found, "sizes": dict(sizes), "mapping": mapping}
 
 
-def plan(canonical: Cascade, sizes: Mapping[str, int], name: str, dtype: DType) -> Panel:
+def plan(trace: Trace, sizes: Mapping[str, int], dtype: DType, name: str) -> Panel:
     """The plan of a cascade for several devices, with the chain of tasks that decides how long it takes."""
-    planner = importlib.import_module("cascade.backends.distributed.plan")
-    machines = importlib.import_module("cascade.backends.distributed.machine")
-    found = planner.plan_json(planner.plan(canonical, dict(sizes), machines.node(name), dtype))
+    found = plan_on(trace, sizes, dtype, name)
     return {**found, "sizes": dict(sizes), "critical": critical(found["tasks"])}
 
 

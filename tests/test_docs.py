@@ -100,7 +100,13 @@ def test_a_page_shows_what_its_blocks_print(path: Path, tmp_path: Path, update_g
     if update_golden:
         path.write_text(found)
     else:
-        assert found == text
+        assert steady(found) == steady(text)
+
+
+def steady(text: str) -> str:
+    """A page without the digits of errors, which are those of a CPU's exponential; of what power of ten they are stays."""
+    told = re.sub(r"(largest error )\d\.\d+(e[-+]\d+)", r"\1\2", text)
+    return re.sub(r"\d\.\d+(e-\d+)(?=.* ok$)", r"\1", told, flags=re.M)
 
 
 def test_a_page_that_shows_something_else_is_found(tmp_path: Path) -> None:

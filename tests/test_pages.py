@@ -120,7 +120,7 @@ def test_every_link_leads_somewhere(chromium: Any, files: Any) -> None:
             tab.evaluate("dispatchEvent(new Event('beforeprint'))")
             for place in sorted(set(tab.eval_on_selector_all("main a", "all => all.map(a => a.getAttribute('href'))"))):
                 tab.evaluate("place => { location.hash = place; }", place)
-                tab.wait_for_function("place => document.getElementById(place.slice(1))", arg=place, timeout=2000)
+                tab.wait_for_function("place => document.getElementById(place.slice(1))", arg=place)
             assert wrong == []
 
 

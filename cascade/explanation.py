@@ -189,7 +189,8 @@ def _on_gpu(trace: pipeline.Trace, request: Request) -> dict[str, Any]:
     sizes = writer.default_sizes(trace.final, types, request.sizes)
     found, views = forecaster.steps(trace.final, sizes, types, machine)
     kernels = [step for step in found if isinstance(step, forecaster.Forecast)]
-    compiled = forecaster.static_facts(kernels, machine) if request.static else [None] * len(kernels)
+    plans = [kernel.kernel for kernel in kernels]
+    compiled = forecaster.static_facts(plans, machine) if request.static else [None] * len(kernels)
     listed = [kernel_json(kernel, facts) for kernel, facts in zip(kernels, compiled, strict=True)]
     return {
         "sizes": sizes,

@@ -1,4 +1,4 @@
-"""A decoder layer with a mixture of experts as one program, from `mixture_of_experts.cascade`, equal to a loop over experts.
+"""A decoder layer with a mixture of experts, from `mixture_of_experts.cascade`, equal to a loop over experts.
 
 Run it with `python -m examples.08_mixture_of_experts`.
 """

@@ -3,7 +3,7 @@
     page = inspect(trace, Asked(sizes={"M": 4096}, machines=("h200", "fusemax")))
     page.save("page.html")
 
-`gather` asks the passes and backends, `page` makes the file. Which panels it has depends on the machines: a GPU shows
+`panels` asks the passes and backends, `page` makes the file. Which panels it has depends on the machines: a GPU shows
 kernels, a spatial machine a cost, several devices a plan.
 """
 
@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cascade import __version__
+from cascade.backends.triton.emit import emit
 from cascade.backends.triton.explain import Launch
-from cascade.backends.triton.forecast import launches
+from cascade.backends.triton.forecast import launches, static_facts
 from cascade.backends.triton.machine import Machine, machine
 from cascade.backends.triton.partition import Rest
 from cascade.backends.triton.standalone import default_sizes
-from cascade.backends.triton.static import request
 from cascade.errors import CascadeError
 from cascade.inspector import panels
 from cascade.inspector.page import Page
@@ -92,20 +92,14 @@ def kernels_planned(trace: Trace, asked: Asked, name: str) -> dict[str, Any]:
     told: dict[str, Any] = {"dtype": (asked.dtype or DType.BF16).value, "ran": False, "given": sorted(asked.sizes)}
     try:
         sizes = default_sizes(trace.final, types, asked.sizes)
-        found, sources = launches(trace.final, sizes, types, gpu)
+        found = launches(trace.final, sizes, types, gpu)
     except CascadeError as error:
         return {**told, "machine": gpu.name, "sizes": dict(asked.sizes), "kernels": [], "refused": str(error)}
-    kernels = [step for step in found if isinstance(step, Launch)]
+    kernels = [step.kernel for step in found if isinstance(step, Launch)]
     if asked.compiled or (asked.compiled is None and len(kernels) <= FEW):
-        offline = importlib.import_module("cascade.backends.triton.offline")  # lazily: it starts compilers
-        asked_for = [request(step.kernel, sources[step.kernel.name]) for step in kernels]
-        facts = offline.facts(asked_for, gpu.arch, jobs=2)
-        known = {step.kernel.name: fact for step, fact in zip(kernels, facts, strict=True)}
-        found = tuple(
-            step if isinstance(step, Rest) else Launch(step.kernel, step.sizes, step.choice, known[step.kernel.name])
-            for step in found
-        )
-    texts = {name: source.text for name, source in sources.items()}
+        facts = iter(static_facts(kernels, gpu))
+        found = tuple(replace(step, facts=next(facts)) if isinstance(step, Launch) else step for step in found)
+    texts = {kernel.name: emit(kernel).text for kernel in kernels}
     return panels.kernels(found, texts, gpu, trace.source, {**told, "sizes": sizes})
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from cascade.backends.triton.count import live_registers, programs, shared_memory, work
 from cascade.backends.triton.machine import Work
-from cascade.backends.triton.offline import StaticFacts
+from cascade.backends.triton.offline import Failure, StaticFacts
 from cascade.backends.triton.partition import Rest
 from cascade.backends.triton.plan import Kernel, Role
 from cascade.backends.triton.planner import Tiling
@@ -33,7 +33,7 @@ class Launch:
     kernel: Kernel
     sizes: Mapping[str, int]
     choice: Choice | None = None
-    facts: StaticFacts | None = None
+    facts: StaticFacts | Failure | None = None
 
 
 def describe(*steps: Launch | Rest) -> str:
@@ -152,8 +152,10 @@ def _others(others: tuple[Candidate, ...]) -> str:
     return f"; next: {'; '.join(found)}" if found else ""
 
 
-def _compiled(facts: StaticFacts) -> str:
-    """What the machine code shows."""
+def _compiled(facts: StaticFacts | Failure) -> str:
+    """What the machine code shows, or why there is none."""
+    if isinstance(facts, Failure):
+        return f"does not compile: {facts.message}"
     spilled = f", {facts.spills} bytes spilled" if facts.spills else ""
     waiting = f", products wait ({', '.join(facts.serialized)})" if facts.serialized else ""
     blocks = plural(facts.blocks_per_sm, "block")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cascade.backends.triton.count import work
-from cascade.backends.triton.emit import Source, emit
+from cascade.backends.triton.emit import emit
 from cascade.backends.triton.explain import Launch
 from cascade.backends.triton.machine import Estimate, Machine, Work
 from cascade.backends.triton.offline import LIMITS, Failure, StaticFacts, facts
@@ -83,20 +83,18 @@ def steps(
     return tuple(found), frozenset(planner.views)
 
 
-def static_facts(kernels: Sequence[Forecast], machine: Machine) -> list[StaticFacts | Failure | None]:
+def static_facts(kernels: Sequence[Kernel], machine: Machine) -> list[StaticFacts | Failure | None]:
     """What the machine code of each kernel shows, compiled for the machine; None where nothing compiles for it."""
     if machine.arch not in LIMITS:
         return [None] * len(kernels)
-    return [*facts([request(one.kernel, emit(one.kernel)) for one in kernels], machine.arch, jobs=2)]
+    return [*facts([request(kernel, emit(kernel)) for kernel in kernels], machine.arch, jobs=2)]
 
 
 def launches(
     final: Cascade, sizes: Mapping[str, int], types: Mapping[str, DType], machine: Machine
-) -> tuple[tuple[Launch | Rest, ...], dict[str, Source]]:
-    """The same kernels as they would be launched, with what runs in none, in order; the text of each by its name."""
-    planner = _planner(final, bind_sizes(final, {}, sizes), types, machine, {})
-    found = tuple(_launches(planner, final.name, machine))
-    return found, {step.kernel.name: emit(step.kernel) for step in found if isinstance(step, Launch)}
+) -> tuple[Launch | Rest, ...]:
+    """The same kernels as they would be launched, with what runs in none, in order."""
+    return tuple(_launches(_planner(final, bind_sizes(final, {}, sizes), types, machine, {}), final.name, machine))
 
 
 def _launches(planner: Planner, label: str, machine: Machine) -> Iterator[Launch | Rest]:

@@ -83,6 +83,24 @@ NOOP = Variant("noop", factor=1.15)
 CAUSAL = Variant("causal", "n <= m", mask=causal_mask, live=causal_pairs)
 
 
+def relative(block: int) -> Variant:
+    """A learned bias for each distance, and keys of the query's own block only: attention that no library has."""
+
+    def score(inputs: Inputs) -> Score:
+        table = inputs["T"]
+        return lambda s, b, h, m, n: s + table[h, (m - n + block - 1).clamp(0, 2 * block - 2)]
+
+    def table(shape: Shape, device: torch.device) -> Inputs:
+        seeded = torch.Generator().manual_seed(1)
+        return {"T": torch.randn(shape.heads, 2 * block - 1, generator=seeded).to(device)}
+
+    return Variant(
+        f"relative, blocks of {block}",
+        f"m // {block} == n // {block}", f"{{s}} + T[h,m-n+{block - 1}]", ", T: f32[H,R]",
+        lambda inputs: lambda b, h, m, n: m // block == n // block, score, table, lambda length: float(length * block),
+    )  # fmt: skip
+
+
 def variants(tiny: bool) -> tuple[Variant, ...]:
     """FlexAttention's variants, with windows and documents that suit the lengths."""
     window, prefix, document = (16, 16, 11) if tiny else (1024, 2048, 1100)
@@ -216,8 +234,9 @@ def forward(device: torch.device, options: Any) -> Iterator[Workload]:
         (NOOP, Shape(4, 32, 32, 4096, 64), (Bar(1.15, peer="flex"),)),
         (CAUSAL, Shape(4, 32, 32, 4096, 64), (Bar(1.2, peer="flex"), Bar(1.0, peer="cudnn"))),
         (CAUSAL, Shape(2, 32, 8, 8192, 128), (Bar(1.25, peer="flex"),)),
+        (relative(16), Shape(4, 16, 16, 8192, 128), (Bar(1.25, peer="flex"),)),
     ):
-        name = f"{'full' if variant is NOOP else 'causal'} {shape.text}"
+        name = f"{'full' if variant is NOOP else variant.name} {shape.text}"
         peers = beside(variant, device, ("flex", "cudnn", "flash"))
         yield workload(name, shape.small() if options.tiny else shape, variant, peers, bars, device)
 

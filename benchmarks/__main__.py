@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention, compiling, costing, experts, launching, layers, products, reductions
+from benchmarks import attention, compiling, costing, devices, experts, launching, layers, products, reductions
 from benchmarks.row import OURS, Result, measure_row, synchronise
 from benchmarks.table import Table, default_path, environment, header, table_of, write
 from benchmarks.timing import Budget, copy_rate, reason
@@ -45,13 +45,14 @@ OTHERS: dict[str, Callable[[torch.device, Any], Iterator[Table]]] = {
     "compile": compiling.table,
     "model": model,
     "cost": costing.table,
+    "devices": devices.table,
 }
 NO_ROW = 3
 ALONE_SECONDS = 150.0
 SECONDS = {  # of each where all are run
     "attention": 70.0, "flex-grid": 100.0, "decode": 40.0, "rows": 100.0, "gemm": 50.0, "layers": 120.0,
     "experts": 60.0, "launch": 30.0, "compile": 80.0, "model": 150.0,
-    "cost": 40.0,
+    "cost": 40.0, "devices": 150.0,
 }  # fmt: skip
 GRACE_SECONDS = 90  # for what a row takes beyond the time of its table
 

@@ -62,6 +62,7 @@ TORCH_HOMES = {
     "backends.distributed.simulate",
     "backends.distributed.runtime",
     "backends.distributed.execute",
+    "backends.distributed.streams",
 }
 HOMES = {
     "lark": {"frontend"},

@@ -15,7 +15,7 @@ import cascade
 from cascade import interp
 from cascade.backends.triton import launch
 from cascade.backends.triton.joined import with_joined
-from cascade.backends.triton.planner import Layout, contiguous
+from cascade.backends.triton.planner import Layout, contiguous, gaps, viewed
 from cascade.ir import DType
 from cascade.text import render_stmt
 from cascade.values import Precision
@@ -85,7 +85,7 @@ def given(text: str, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[s
 def test_ranks_that_lie_together_are_one(name: str) -> None:
     text = program(JOINED[name])
     plain, inputs = final(text), given(text)
-    joined = with_joined(plain, SIZES, set(inputs))
+    joined = with_joined(plain, SIZES, dict.fromkeys(inputs, ()))
     verify(joined.cascade)
     assert joined.sizes and joined.views
     sizes = joined.extents(SIZES)
@@ -114,7 +114,7 @@ def test_kernels_of_joined_ranks(name: str, dtype: torch.dtype, odd: dict[str, i
 @pytest.mark.parametrize("name", APART)
 def test_ranks_stay_apart_where(name: str) -> None:
     text = program(APART[name])
-    assert with_joined(final(text), SIZES, set(given(text))).cascade == final(text)
+    assert with_joined(final(text), SIZES, dict.fromkeys(given(text), ())).cascade == final(text)
     call, inputs = cascade.compile(text, backend="triton"), given(text)
     verdict = judge_all(call(**inputs), standard(call.cascade, inputs, {}))
     assert verdict.ok, verdict
@@ -125,7 +125,33 @@ def test_data_with_gaps_is_read_where_it_lies() -> None:
     call, inputs = cascade.compile(text, backend="triton"), given(text)
     gaps = {name: torch.stack([tensor] * 2, -1)[..., 0] for name, tensor in inputs.items()}
     torch.testing.assert_close(call(**gaps), call(**inputs), rtol=1e-5, atol=1e-5)
-    assert not with_joined(final(text), SIZES, set()).views
+    assert not with_joined(final(text), SIZES, {}).views
+
+
+def test_ranks_are_one_where_gaps_are_elsewhere() -> None:
+    text = program(JOINED["summed"])
+    call, plain = cascade.compile(text, backend="triton"), given(text)
+    some = {name: torch.cat([tensor] * 3, 1)[:, 1 : tensor.shape[1] + 1] for name, tensor in plain.items()}
+    assert not any(tensor.is_contiguous() for tensor in some.values())
+    verdict = judge_all(call(**some), standard(call.cascade, some, {}))
+    assert verdict.ok, verdict
+    assert any("_flat" in text for text in call.sources().values())
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 8), (4, 1, 8), (1, 3, 8), (4, 3, 1), (1, 1, 8)])
+@pytest.mark.parametrize("wide", range(3))
+def test_what_lies_together_is_what_torch_can_view(shape: tuple[int, ...], wide: int) -> None:
+    whole = torch.zeros([2 * n if dim == wide else n for dim, n in enumerate(shape)])
+    tensor = whole.narrow(wide, 0, shape[wide])
+    layout = Layout(tuple(shape), tensor.stride(), DType.F32, True)
+    for at in range(2):
+        merged = (*shape[:at], shape[at] * shape[at + 1], *shape[at + 2 :])
+        if at in gaps(layout):
+            with pytest.raises(RuntimeError):
+                tensor.view(merged)
+        else:
+            steps = zip(merged, viewed(layout, merged), tensor.view(merged).stride(), strict=True)
+            assert all(extent == 1 or ours == theirs for extent, ours, theirs in steps)
 
 
 def test_lengths_that_change_share_kernels() -> None:
@@ -141,7 +167,7 @@ def test_lengths_that_change_share_kernels() -> None:
 
 def test_what_is_joined_is_said() -> None:
     text = program(JOINED["rows"])
-    joined = with_joined(final(text), SIZES, {"X", "W", "c"})
+    joined = with_joined(final(text), SIZES, {"X": (), "W": (), "c": ()})
     assert [render_stmt(stmt) for stmt in joined.cascade.body] == [
         "X_flat[bt,d] = X[bt//T,bt%T,d]",
         "Y_sum_flat[bt,f] = sum[d] X_flat[bt,d] * W[f,d]",

@@ -2,8 +2,10 @@
 
 Every tensor of the program has one buffer of its full shape and its own type; a rank writes and reads the boxes that it
 holds. Statements of a task that stand together are one cascade (`local.py`), compiled at its first call. Partial
-results lie apart until they are merged. What ranks exchange are boxes, by the collectives of torch.distributed. Nothing
-is checked here: that each box is there in time is what simulated ranks and the checker of the plan have shown.
+results lie apart until they are merged. What ranks exchange are boxes, by the collectives of torch.distributed. On CUDA
+the queues of the plan are streams (`streams.py`), and nothing waits for the device: a call can be captured into a CUDA
+graph. Nothing is checked here: that each box is there in time is what simulated ranks and the checker of the plan have
+shown.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from cascade.backends.distributed.local import MERGED, Local, Piece, Wanted, local
 from cascade.backends.distributed.simulate import moved
+from cascade.backends.distributed.streams import Ordered, Queues
 from cascade.bounds import absent_tensors
 from cascade.errors import Diagnostic, UnsupportedError
 from cascade.inference import infer_dtypes
@@ -26,7 +29,7 @@ from cascade.ir import Cascade, DType, Einsum, Reduce
 from cascade.passes.reach import Box, left_over, meet
 from cascade.passes.split_tokens import Touched, Touches
 from cascade.placed import (
-    REDUCING, Axes, Collective, Compute, Program, Window, coordinates, stretch, windows_of,
+    REDUCING, Axes, Collective, Compute, Kind, Program, Window, coordinates, stretch, windows_of,
 )  # fmt: skip
 from cascade.values import FROM_TORCH, TORCH_TYPES, identity_of
 from cascade.walk import targets
@@ -62,7 +65,7 @@ class Executor:
     """
 
     program: Program
-    tasks: Sequence[Sequence[int]]
+    tasks: Sequence[Ordered]
     rank: int
     groups: Mapping[Axes, Group]
     make: Make
@@ -74,8 +77,14 @@ class Executor:
     compiled: dict[object, tuple[Local, Callable[..., Any]] | None] = field(init=False, default_factory=dict)
     buffers: dict[str, Tensor] = field(init=False, default_factory=dict)
     parts: dict[str, list[Part]] = field(init=False, default_factory=dict)
+    queues: Queues = field(init=False)
 
     def __post_init__(self) -> None:
+        exchanging = {
+            task.queue for task in self.tasks
+            if all(isinstance(self.program.steps[step], Collective) for step in task.steps)
+        }  # fmt: skip
+        self.queues = Queues(self.tasks, exchanging)
         self.touches = Touches.of(self.program)
         self.places = coordinates(self.program.axes)
         self.held = _held(self.program, self.touches)
@@ -91,19 +100,25 @@ class Executor:
             name: torch.empty(self.touches.reach.shape(name), dtype=TORCH_TYPES[types[name]], device=device)
             for name in types.keys() - given.keys()
         }
-        for number, task in enumerate(self.tasks):
-            for run in self._runs(task):
-                first = self.program.steps[run[0]]
-                if isinstance(first, Collective):
-                    self._exchange(first)
-                else:
-                    self._compute(number, run, types)
+        with self.queues.call(device):
+            for number in range(len(self.tasks)):
+                with self.queues.task(number):
+                    self._task(number, types)
         return {result.name: self._whole(result.name) for result in self.program.cascade.results}
 
-    def _runs(self, task: Sequence[int]) -> list[list[int]]:
+    def _task(self, number: int, types: Mapping[str, DType]) -> None:
+        """The steps of a task, in its queue."""
+        for run in self._runs(self.tasks[number]):
+            first = self.program.steps[run[0]]
+            if isinstance(first, Collective):
+                self._exchange(first)
+            else:
+                self._compute(number, run, types)
+
+    def _runs(self, task: Ordered) -> list[list[int]]:
         """The steps of a task: collectives by themselves, statements between them together."""
         found: list[list[int]] = []
-        for step in task:
+        for step in task.steps:
             alone = isinstance(self.program.steps[step], Collective)
             if found and not alone and not isinstance(self.program.steps[found[-1][0]], Collective):
                 found[-1].append(step)
@@ -146,6 +161,7 @@ class Executor:
         of, call = known
         made = call(**{piece.name: _at(self.buffers[piece.tensor], piece.box) for piece in of.reads})
         for piece, value in zip(of.writes, made if isinstance(made, tuple) else (made,), strict=True):
+            self.queues.keep(value)
             if piece.reducer:
                 self._keep(Part(piece, value, tuple(s for s in steps if piece.tensor in self._defined(s))))
             else:
@@ -229,7 +245,7 @@ class Executor:
         waiting = self.parts.setdefault(part.piece.tensor, [])
         for other in [other for other in waiting if other.piece.box == part.piece.box and other.axes == part.axes]:
             waiting.remove(other)
-            value = OPERATIONS[part.piece.reducer][1](other.value, part.value)
+            value = self.queues.keep(OPERATIONS[part.piece.reducer][1](other.value, part.value))
             part = Part(part.piece, value, (*other.steps, *part.steps), part.axes)
         if self._points(part) == math.prod(self.touches.reach.full[rank][1] for rank in part.piece.cut):
             self._write(part.piece.tensor, part.piece.box, part.value)
@@ -266,32 +282,76 @@ class Executor:
         waiting = self.parts.get(step.tensor, [])
         for part in [p for p in waiting if all(p.piece.box[dim] == window for dim, window in at.items())]:
             waiting.remove(part)
-            value, box = part.value.contiguous(), part.piece.box
-            dist.all_reduce(value, OPERATIONS[step.reducer][0], group)
-            if step.target is not None:
-                low, high = stretch(box[step.target], members.index(self.rank), len(members))
-                value = value.narrow(step.target, low - box[step.target][0], high - low)
-                box = (*box[: step.target], (low, high), *box[step.target + 1 :])
+            box = part.piece.box
+            if step.target is None:
+                value = self.queues.keep(part.value.contiguous())
+                dist.all_reduce(value, OPERATIONS[step.reducer][0], group)
+            else:
+                own = [stretch(box[step.target], member, len(members)) for member in range(len(members))]
+                lengths = [high - low for low, high in own]
+                value = self._scattered(part.value, step.target, lengths, members.index(self.rank), step, group)
+                box = (*box[: step.target], own[members.index(self.rank)], *box[step.target + 1 :])
             piece = Piece(part.piece.name, step.tensor, box, part.piece.reducer, part.piece.cut)
             self._keep(Part(piece, value, part.steps, part.axes | set(step.axes)))
+
+    def _scattered(
+        self, value: Tensor, dim: int, lengths: Sequence[int], me: int, step: Collective, group: Any
+    ) -> Tensor:
+        """A rank's stretch of what is merged: by a reduce-scatter where stretches are equal and the library has one."""
+        keep, operation = self.queues.keep, OPERATIONS[step.reducer][0]
+        if value.is_cuda and len(set(lengths)) == 1:
+            first = keep(value.movedim(dim, 0).contiguous())
+            merged = keep(torch.empty_like(first[: lengths[0]]))
+            dist.reduce_scatter_tensor(merged, first, operation, group)
+            return merged.movedim(0, dim)
+        whole = keep(value.contiguous())
+        dist.all_reduce(whole, operation, group)
+        return whole.narrow(dim, sum(lengths[:me]), lengths[me])
 
     def _receive(self, step: Collective, members: Sequence[int], group: Any) -> None:
         """Boxes of a tensor from others, and theirs to them."""
         me, shape, buffer = members.index(self.rank), self.touches.reach.shape(step.tensor), self.buffers[step.tensor]
+        if step.kind is Kind.ALL_GATHER and buffer.is_cuda and self._gathered(step, members, group):
+            return
         came: list[tuple[Box, Tensor]] = []
         work: list[dist.P2POp] = []
         for other, rank in enumerate(members):
             box = moved(step, shape, other, me, len(members)) if other != me else None
             if box is not None and _points(box):
-                work.append(dist.P2POp(dist.isend, _at(buffer, box).contiguous(), rank, group))
+                sent = self.queues.keep(_at(buffer, box).contiguous())
+                work.append(dist.P2POp(dist.isend, sent, rank, group))
             box = moved(step, shape, me, other, len(members)) if other != me else None
             if box is not None and _points(box):
-                came.append((box, torch.empty_like(_at(buffer, box)).contiguous()))
+                came.append((box, self.queues.keep(torch.empty_like(_at(buffer, box)).contiguous())))
                 work.append(dist.P2POp(dist.irecv, came[-1][1], rank, group))
         for request in dist.batch_isend_irecv(work) if work else ():
             request.wait()
         for box, piece in came:
             _at(buffer, box).copy_(piece)
+
+    def _gathered(self, step: Collective, members: Sequence[int], group: Any) -> bool:
+        """Boxes of one size by the all-gather of the library, into their place where they lie there one after another.
+
+        False, and nothing is done, where they differ.
+        """
+        me, count = members.index(self.rank), len(members)
+        shape, buffer = self.touches.reach.shape(step.tensor), self.buffers[step.tensor]
+        boxes = [moved(step, shape, (other + 1) % count, other, count) for other in range(count)]
+        given = [box for box in boxes if box is not None]
+        if len(given) < count or len({_extents(box) for box in given}) > 1:
+            return False
+        own = self.queues.keep(_at(buffer, given[me]).contiguous())
+        place = _at(
+            buffer, tuple((min(l), max(h)) for l, h in (zip(*dim, strict=True) for dim in zip(*given, strict=True)))
+        )
+        if step.source == 0 and place.is_contiguous() and place.numel() == count * own.numel():
+            dist.all_gather_into_tensor(place, own, group)
+            return True
+        came = self.queues.keep(own.new_empty((count, *own.shape)))
+        dist.all_gather_into_tensor(came, own, group)
+        for box, piece in zip(given, came, strict=True):
+            _at(buffer, box).copy_(piece)
+        return True
 
     # --- results -----------------------------------------------------------------------------------------------------
 
@@ -301,10 +361,10 @@ class Executor:
         boxes = self.held.get(name, [[] for _ in self.places])
         if all(not left_over(full, own) for own in boxes):
             return self.buffers[name]
-        pieces: list[Any] = [None] * len(self.places)
-        dist.all_gather_object(pieces, [_at(self.buffers[name], box).cpu() for box in boxes[self.rank]])
-        for own, found in zip(boxes, pieces, strict=True):
-            for box, piece in zip(own, found, strict=True):
+        for rank, own in enumerate(boxes):
+            for box in own:
+                piece = _at(self.buffers[name], box).contiguous()
+                dist.broadcast(piece, rank)
                 _at(self.buffers[name], box).copy_(piece)
         return self.buffers[name]
 
@@ -321,6 +381,10 @@ def _held(program: Program, touches: Touches) -> dict[str, list[list[Box]]]:
 
 def _at(tensor: Tensor, box: Box) -> Tensor:
     return tensor[tuple(slice(low, high) for low, high in box)]
+
+
+def _extents(box: Box) -> tuple[int, ...]:
+    return tuple(high - low for low, high in box)
 
 
 def _points(box: Box) -> int:

@@ -44,7 +44,8 @@ class Node:
 
     `slots` is how many SMs a collective takes while it runs; `multicast`: the switch reduces and multicasts. `fused`
     is, by thread blocks, what one kernel reaches that scatters, does what is local to its rows and gathers, empty where
-    there is none; `stores`, what the tiles of a product reach that are stored to peers as they are made. `host_us` is
+    there is none; `stores`, what the tiles of a product reach that are stored to peers as they are made; `awaits`,
+    whether the tiles of one can wait for shards that copies bring. `host_us` is
     how long the host is busy with one launch; nothing is said of it where it is 0. `sustained` is which share of the
     matrix rate of the GPU remains when it multiplies without a pause.
     """
@@ -60,6 +61,7 @@ class Node:
     stores: Fit | None
     host_us: float
     sustained: float
+    awaits: bool = True
 
     def collective_us(self, kind: Kind, size: float, devices: int) -> float:
         """How long a collective takes on a tensor of so many bytes, those of all devices together."""
@@ -134,6 +136,7 @@ def _node(table: Table) -> Node:
         _fit(stores) if stores.values else None,
         table.number("host_us", 0.0, LONGEST_US, 0.0),
         table.number("sustained", 0.1, 1.0, 1.0),
+        table.flag("awaits", True),
     )
     kinds.done()
     table.done()

@@ -146,6 +146,11 @@ def plan(
     return _planned(cheapest(cascade, bind_sizes(cascade, {}, sizes), node, dtype), node, exact, True)
 
 
+def whole(cascade: Cascade, sizes: Mapping[str, int], node: Node, dtype: DType = DType.BF16) -> Plan:
+    """The same without slices and with every exchange in one piece: what a plan is compared with. Raises as `plan`."""
+    return _planned(cheapest(cascade, bind_sizes(cascade, {}, sizes), node, dtype), node, False, False, False)
+
+
 def plan_of(program: Program, node: Node, exact: bool = False) -> Plan:
     """The plan of a program that was laid out before, as one whose collectives were rewritten (`passes/exchanges.py`):
     they stay what they are.
@@ -155,15 +160,15 @@ def plan_of(program: Program, node: Node, exact: bool = False) -> Plan:
     return _planned(program, node, exact, False)
 
 
-def _planned(program: Program, node: Node, exact: bool, decompose: bool) -> Plan:
-    """The plan of a program; `decompose`, whether its exchanges may go part by part."""
+def _planned(program: Program, node: Node, exact: bool, decompose: bool, slices: bool = True) -> Plan:
+    """The plan of a program; `decompose`, whether its exchanges may go part by part, `slices`, whether it is split."""
     devices = program.devices(tuple(axis.name for axis in program.axes))
     if devices > node.devices:
         message = f"the mesh has {devices} devices and {node.name} has {node.devices}"
         raise UnsupportedError(Diagnostic("C554", message, help="a smaller mesh, or another --machine"))
-    whole = _Maker(program, node)
-    rank, cut = whole.search()
-    maker, cut, parts = _in_parts(whole, cut) if decompose else (whole, cut, Parts((), "none is looked for"))
+    first = _Maker(program, node)
+    rank, cut = first.search() if slices else (None, Cut((), "none is looked for", first.serial_us, None))
+    maker, cut, parts = _in_parts(first, cut) if decompose else (first, cut, Parts((), "none is looked for"))
     chosen = split(maker.program, rank, cut.cuts) if rank is not None and cut.cuts else maker.program
     made = maker.whole if chosen is maker.program else maker.made(chosen)
     best_us, way = maker.best(made, chosen)
@@ -175,10 +180,9 @@ def _planned(program: Program, node: Node, exact: bool, decompose: bool) -> Plan
     ]  # fmt: skip
     if wrong:
         raise InternalError(f"the schedule of a plan is not valid: {wrong[0]}")
-    alone, _ = whole.whole.problem(program, whole.clock, APART)
     return Plan(
         chosen, node, rank, cut, way, parts, problem, layer.steps, made.layers[way.name][1], timetable, queues,
-        lower_bound(problem), serial_us(alone), best_us if made.repeats else None,
+        lower_bound(problem), first.serial_us, best_us if made.repeats else None,
         made.launches(chosen, maker.clock, way),
     )  # fmt: skip
 
@@ -311,11 +315,16 @@ class _Maker:
         layers = {APART.name: (alone, cycle)}
         for name, may, joined in (
             ("fused", bool(self.clock.node.fused), fused), ("stored", self.clock.node.stores is not None, stored),
-            ("awaited", True, awaited),
+            ("awaited", self.clock.node.awaits, awaited),
         ):  # fmt: skip
             if may and (other := joined(program, cycle, self.reach)) != cycle:
                 layers[name] = joined(program, alone, self.reach), other
         return _Made(layers)
+
+    @property
+    def serial_us(self) -> float:
+        """How long the program takes that is not split, one task after the other."""
+        return serial_us(self.whole.problem(self.program, self.clock, APART)[0])
 
     def best(self, made: _Made, program: Program, tried: int = 0) -> tuple[float, Way]:
         """The least time, and the way of exchanges that reaches it; of `tried` thread blocks only, if given."""
@@ -456,6 +465,7 @@ def plan_json(found: Plan) -> dict[str, Any]:
                 "start": slots[task].start_us,
                 "end": slots[task].end_us,
                 "waits": waits.get(task, []),
+                "sms": int(found.problem.tasks[task].modes[slots[task].mode].demand(SMS)),
                 "steps": list(found.steps[task]),
             }
             for task in order

@@ -29,6 +29,7 @@ from cascade import values as v
 from cascade.backends.distributed.execute import OPERATIONS, Executor, Make
 from cascade.backends.distributed.plan import VERSION, fingerprint
 from cascade.backends.distributed.simulate import Device, Part, Ranks, Reduction, moved, part_of, receive, reduction
+from cascade.backends.distributed.streams import Ordered
 from cascade.errors import CallError, Diagnostic
 from cascade.evaluate import Stored
 from cascade.frontend.build import parse_cascade
@@ -63,7 +64,16 @@ def load(plan: str | Mapping[str, Any], timeout_s: float = TIMEOUT_S, make: Make
         raise _refusal("C347", "this is no plan", "cascadec plan FILE --machine NAME --json makes one") from None
     if said != fingerprint(cascade, dict(program.sizes), machine) or sorted(order) != list(range(len(program.steps))):
         raise _refusal("C347", "the plan does not fit its hash: it was changed after it was made", "make it anew")
-    return Loaded(program, order, said, timeout_s, [task["steps"] for task in tasks], make)
+    return Loaded(program, order, said, timeout_s, ordered(tasks), make)
+
+
+def ordered(tasks: Sequence[Mapping[str, Any]]) -> list[Ordered]:
+    """The tasks of a plan's JSON in their queues."""
+    places = {task["name"]: place for place, task in enumerate(tasks)}
+    return [
+        Ordered(tuple(task["steps"]), task["resource"], tuple(places[name] for name in task["waits"]), task["sms"])
+        for task in tasks
+    ]
 
 
 class Loaded:
@@ -77,7 +87,7 @@ class Loaded:
         order: Sequence[int],
         said: str,
         timeout_s: float = TIMEOUT_S,
-        tasks: Sequence[Sequence[int]] = (),
+        tasks: Sequence[Ordered] = (),
         make: Make | None = None,
     ) -> None:
         self.program, self.order = program, order
@@ -99,11 +109,12 @@ class Loaded:
         self.issued = 0
         self.executor: Executor | None = None
         if make is not None:
-            found = tasks or [[number] for number in order]
+            found = tasks or [Ordered((number,)) for number in order]
             self.executor = Executor(program, found, self.rank, self.groups, make, self.guarded)
         for axes in dict.fromkeys(step.axes for step in program.steps if isinstance(step, Collective)):
             for members in _members(program, axes):  # every rank makes all groups, in one order
-                group = dist.new_group(members, timeout=datetime.timedelta(seconds=timeout_s))
+                options = _urgent([task.sms for task in tasks if _exchanges(program, task)])
+                group = dist.new_group(members, datetime.timedelta(seconds=timeout_s), pg_options=options)
                 if self.rank in members:
                     self.groups[axes] = members, group
 
@@ -241,6 +252,21 @@ class Worker(Ranks):
         for there, piece in pieces:
             whole = torch.where(there, piece, whole)
         return whole
+
+
+def _exchanges(program: Program, task: Ordered) -> bool:
+    """Whether a task does nothing but exchange."""
+    return all(isinstance(program.steps[step], Collective) for step in task.steps)
+
+
+def _urgent(blocks: Sequence[int | None]) -> Any:
+    """Of groups on GPUs: exchanges begin before what else waits, and take as many thread blocks as the plan has it."""
+    if dist.get_backend() != "nccl":
+        return None
+    options = dist.ProcessGroupNCCL.Options()
+    options.is_high_priority_stream = True
+    options.config.max_ctas = max((count for count in blocks if count), default=options.config.max_ctas)
+    return options
 
 
 def _members(program: Program, axes: Axes) -> list[list[int]]:

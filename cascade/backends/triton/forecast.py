@@ -20,7 +20,7 @@ from cascade.backends.triton.machine import Estimate, Machine, Work
 from cascade.backends.triton.offline import LIMITS, Failure, StaticFacts, facts
 from cascade.backends.triton.partition import Group, Rest
 from cascade.backends.triton.plan import Kernel
-from cascade.backends.triton.planner import Planner, Tiling
+from cascade.backends.triton.planner import Planner, Tiling, gaps
 from cascade.backends.triton.restate import restated
 from cascade.backends.triton.standalone import contiguous
 from cascade.backends.triton.static import request
@@ -143,7 +143,7 @@ def _planner(
         )
         for param in final.params
     }
-    found = restated(final, bound, types, bound, frozenset(layouts))
+    found = restated(final, bound, types, bound, {name: gaps(layout) for name, layout in layouts.items()})
     updates = {result: update_of(found.cascade, result, param) for result, param in in_place.items()}
     return Planner(
         found.cascade, found.joined.extents(bound), layouts, machine.arch >= "sm_90", why=found.why,

@@ -32,6 +32,7 @@ class Joined:
     cascade: Cascade
     sizes: Mapping[str, tuple[Size, Size]] = field(default_factory=dict)  # by their shape symbols, in order
     views: Mapping[str, str] = field(default_factory=dict)  # of which tensor
+    gaps: Mapping[str, frozenset[int]] = field(default_factory=dict)  # of what is given: as `with_joined` has them
 
     def extents(self, known: Mapping[str, int]) -> dict[str, int]:
         """The known extents of shape symbols, and those of joined ranks where both of theirs are known."""
@@ -57,25 +58,26 @@ class Joined:
         return frozenset(found)
 
 
-def with_joined(cascade: Cascade, extents: Mapping[str, int], contiguous: Collection[str]) -> Joined:
+def with_joined(cascade: Cascade, extents: Mapping[str, int], gaps: Mapping[str, Collection[int]]) -> Joined:
     """The cascade with such ranks as one; `extents` are those of shape symbols.
 
-    `contiguous` are the parameters that lie without gaps: of these another shape is the same memory. What kernels
-    exchange is made so.
+    `gaps` are the dimensions of parameters that do not lie together with the next one, as heads of which some were
+    taken lie apart between tokens: of two that do, another shape is the same memory. A parameter that is not among
+    them has gaps everywhere. What kernels exchange has none.
     """
-    found = Joined(cascade)
-    while (pair := next(_pairs(found, found.extents(extents), contiguous), None)) is not None:
+    everywhere = {param.name: range(len(param.shape)) for param in cascade.params}
+    found = Joined(cascade, gaps={name: frozenset(own) for name, own in {**everywhere, **gaps}.items()})
+    while (pair := next(_pairs(found, found.extents(extents)), None)) is not None:
         found = pair.applied(found)
     return found
 
 
-def _pairs(before: Joined, extents: Mapping[str, int], contiguous: Collection[str]) -> Iterator[_Pair]:
+def _pairs(before: Joined, extents: Mapping[str, int]) -> Iterator[_Pair]:
     """The ranks that are one, of the rows, the columns or what a product sums over, in kernels of products alone."""
     cascade = before.cascade
     shapes = infer_shapes(cascade)
     ranks = {rank: size if isinstance(size, int) else extents[size] for rank, size in shapes.ranks.items()}
     ordered = {name for item in cascade.schedule if isinstance(item, GroupBy) for name in item.statements}
-    given = {param.name for param in cascade.params} - set(contiguous)
     for group in partition(cascade, ranks, before.views):
         apart = isinstance(group, Rest) and group.reason != NO_TILE
         if apart or not ordered.isdisjoint(group.names) or not _sums_only(group.statements):
@@ -83,7 +85,7 @@ def _pairs(before: Joined, extents: Mapping[str, int], contiguous: Collection[st
         for stmt in group.statements:
             for first, second in _beside(stmt):
                 pair = _Pair(first, second, group.statements, shapes)
-                if all(map(pair.suits, group.statements)) and pair.read.isdisjoint(given) and pair.lies_alike():
+                if all(map(pair.suits, group.statements)) and pair.lies_alike() and pair.lies_together(before.gaps):
                     yield pair
 
 
@@ -163,6 +165,10 @@ class _Pair:
             places.setdefault(tensor, set()).add(index.index(self.ranks[0]))
         return all(len(at) == 1 for at in places.values())
 
+    def lies_together(self, gaps: Mapping[str, frozenset[int]]) -> bool:
+        """Whether what is given has no gaps between them."""
+        return all(node.index.index(self.ranks[0]) not in gaps.get(node.tensor, ()) for node in self.reads)
+
     def lies(self, index: Sequence[Expr]) -> bool:
         """Whether coordinates have both, side by side and once, or neither."""
         at = [place for place, part in enumerate(index) if part in self.ranks]
@@ -191,7 +197,11 @@ class _Pair:
             cascade, body=tuple(body), schedule=schedule, given=(*cascade.given, Given(flat.rank.name, symbol))
         )
         found = stated(found, {**self.shapes.ranks, flat.rank.name: symbol})
-        return Joined(found, {**before.sizes, symbol: sizes}, flat.views)
+        gaps = dict(before.gaps)
+        for node in (node for node in self.reads if node.tensor in gaps):
+            at = node.index.index(self.ranks[0])
+            gaps[flat.name(node.tensor)] = frozenset(dim - (dim > at) for dim in before.gaps[node.tensor])
+        return Joined(found, {**before.sizes, symbol: sizes}, flat.views, gaps)
 
 
 @dataclass(slots=True)

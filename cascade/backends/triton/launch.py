@@ -27,6 +27,7 @@ from triton.runtime.errors import OutOfResources, TritonError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cascade import __version__, interp
+from cascade.backends.share import at_most
 from cascade.backends.triton.emit import Argument, Source, emit, permutation
 from cascade.backends.triton.joined import Joined
 from cascade.backends.triton.machine import Machine, machine_for
@@ -34,7 +35,7 @@ from cascade.backends.triton.explain import Launch, describe
 from cascade.backends.triton.partition import Group, Rest, power_of_two, reduced_ranks
 from cascade.backends.triton.plan import Blocks, Kernel
 from cascade.backends.triton.plan import Tensor as PlannedTensor
-from cascade.backends.triton.planner import Layout, Planner, Tiling, contiguous
+from cascade.backends.triton.planner import Layout, Planner, Tiling, gaps
 from cascade.backends.triton.relaunch import Relaunch, relaunch
 from cascade.backends.triton.restate import restated
 from cascade.backends.triton.rows import BLOCKS, SORTED
@@ -200,14 +201,13 @@ class Launcher:
         """
         moving = self.moving(extents)
         dtypes = {name: layout.dtype for name, layout in layouts.items()}
+        apart = {name: gaps(layout) for name, layout in layouts.items()}
         cascade = typed(self.cascade, self.source, dtypes)
-
-        gapless = {n for n, layout in layouts.items() if tuple(layout.strides) == contiguous(layout.shape)}
 
         def supposing(symbols: Collection[str]) -> tuple[Planner, Joined]:
             supposed = {symbol: self.supposed(symbol, extents[symbol]) for symbol in sorted(symbols)}
             certain = {symbol: extent for symbol, extent in extents.items() if symbol not in supposed}
-            found = restated(cascade, {**extents, **supposed}, dtypes, certain, gapless)
+            found = restated(cascade, {**extents, **supposed}, dtypes, certain, apart)
             joined, updates = found.joined, self.updates(found.cascade)
             sizes = {**joined.extents(extents), **supposed}
             return Planner(
@@ -426,22 +426,27 @@ class RestStep:
 
 @dataclass(slots=True, eq=False)
 class ViewStep:
-    """A tensor in another shape, which is no work unless rows between kernels have gaps; a result has none."""
+    """A tensor in another shape, which is no work unless rows between kernels have gaps; a result has none.
+
+    Of a tensor that is `given` it is the same memory, with the gaps that are elsewhere.
+    """
 
     name: str
     of: str
     shape: tuple[int, ...]
+    given: bool
     made: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] = ()
 
     def __call__(self, tensors: dict[str, Tensor]) -> None:
-        tensors[self.name] = tensors[self.of].reshape(self.shape).contiguous()
+        of = tensors[self.of]
+        tensors[self.name] = of.view(self.shape) if self.given else of.reshape(self.shape).contiguous()
 
 
 def outside(planner: Planner, group: Rest) -> RestStep | ViewStep:
     """The step that runs statements outside kernels."""
     if group.names[0] in planner.views:
         name, of = planner.view(group)
-        return ViewStep(name, of, planner.numbers(name))
+        return ViewStep(name, of, planner.numbers(name), planner.same_memory(of)[0] in planner.layouts)
     return RestStep(group, planner.outside(group))
 
 
@@ -556,10 +561,10 @@ def refused(error: Exception) -> bool:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors a device has, or the interpreter stands for."""
+    """How many multiprocessors a device has, or the interpreter stands for, of which kernels may count on all."""
     if device.type != "cuda":
-        return INTERPRETED
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+        return at_most(INTERPRETED)
+    return at_most(int(torch.cuda.get_device_properties(device).multi_processor_count))
 
 
 def descriptor(tensor: Tensor, box: Sequence[int]) -> TensorDescriptor:

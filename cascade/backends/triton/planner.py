@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -275,15 +276,17 @@ class Planner:
         return tuple(name for name in group.names if name in results or name in outside)
 
     def tensor(self, name: str, operand: bool = False) -> Tensor:
-        """How a tensor lies in memory: parameters as they are given, everything else contiguous."""
+        """How a tensor lies in memory: parameters as they are given, in any shape, everything else contiguous."""
         update = self.updates.get(name)
         layout = self.layouts.get(name if update is None else update.of)
         shape = self.shapes[name]
         if layout is None:
             numbers = [self.number(size) for size in shape]
             given = self.layouts.get(self.same_memory(name)[0])
-            kind, aligned = (self.storage(name, operand), True) if given is None else (given.dtype, given.aligned)
-            layout = Layout(tuple(numbers), contiguous(numbers), kind, aligned)
+            if given is not None:
+                layout = Layout(tuple(numbers), viewed(given, numbers), given.dtype, given.aligned)
+            else:
+                layout = Layout(tuple(numbers), contiguous(numbers), self.storage(name, operand), True)
         known = tuple(
             0 if extent == 1 else stride if stride in (0, 1) else None
             for extent, stride in zip(layout.shape, layout.strides, strict=True)
@@ -1053,6 +1056,25 @@ def pieces_of(extent: int, exact: bool) -> tuple[int, ...]:
 def powers(extent: int) -> tuple[int, ...]:
     """The powers of two that a number is the sum of, the largest first."""
     return tuple(1 << bit for bit in reversed(range(extent.bit_length())) if extent >> bit & 1)
+
+
+def gaps(layout: Layout) -> frozenset[int]:
+    """The dimensions of a tensor that do not lie together with the next one, so that both can be seen as one."""
+    pairs = enumerate(zip(itertools.pairwise(layout.shape), itertools.pairwise(layout.strides), strict=True))
+    return frozenset(dim for dim, (extents, steps) in pairs if 1 not in extents and steps[0] != extents[1] * steps[1])
+
+
+def viewed(layout: Layout, shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a tensor in a shape of which each dimension is some of its own that lie together."""
+    found: list[int] = []
+    dims = iter(zip(layout.shape, layout.strides, strict=True))
+    for extent in shape:
+        own, step = next(dims)
+        while own < extent:
+            further, last = next(dims)
+            own, step = own * further, last if further > 1 or own == 1 else step
+        found.append(step)
+    return tuple(found)
 
 
 def contiguous(shape: Sequence[int]) -> tuple[int, ...]:

@@ -43,12 +43,12 @@ def restated(
     extents: Mapping[str, int],
     inputs: Mapping[str, DType],
     certain: Mapping[str, int],
-    contiguous: Collection[str] | None = None,
+    gaps: Mapping[str, Collection[int]] | None = None,
 ) -> Restated:
     """The cascade as kernels are planned for it, at extents of the shape symbols and types of the parameters.
 
-    Some extents are `certain`: proofs may use them. Ranks are joined where it is known which parameters are
-    `contiguous`, and rows then lie in the order in which they are read.
+    Some extents are `certain`: proofs may use them. Ranks are joined where it is known which dimensions of parameters
+    have `gaps` behind them, and rows then lie in the order in which they are read.
     """
 
     def of_ranks(found: Cascade) -> dict[str, int]:
@@ -61,7 +61,7 @@ def restated(
         (lambda found: with_sums(found, of_ranks(found), inputs), SUMMED),
         (lambda found: with_scaled_operands(found, extents, inputs, certain), STREAMED),
         (lambda found: with_operands(found, extents, inputs, certain), STORED),
-        (lambda found: found if contiguous is None else with_ordered_operands(found, extents, inputs), ORDERED),
+        (lambda found: found if gaps is None else with_ordered_operands(found, extents, inputs), ORDERED),
         (lambda found: with_scales(found, of_ranks(found)), SCALED),
     )
     why: dict[str, str] = {}
@@ -72,10 +72,10 @@ def restated(
         made = {name for stmt in cascade.body for name in defines(stmt)} - known | sums(cascade) - before
         why |= dict.fromkeys(sorted(made), reason)
     cascade = with_prologues(cascade, of_ranks(cascade))
-    joined = Joined(cascade) if contiguous is None else with_joined(cascade, extents, contiguous)
+    joined = Joined(cascade) if gaps is None else with_joined(cascade, extents, gaps)
     known = {name for stmt in cascade.body for name in defines(stmt)}
     why |= dict.fromkeys((n for s in joined.cascade.body for n in defines(s) if n not in known), JOINED)
-    ordered = frozenset[str]() if contiguous is None else in_order(joined.cascade, inputs)
+    ordered = frozenset[str]() if gaps is None else in_order(joined.cascade, inputs)
     return Restated(joined.cascade, why, joined, ordered)
 
 

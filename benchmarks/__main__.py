@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention, compiling, costing, devices, experts, launching, layers, products, reductions
+from benchmarks import (
+    attention, compiling, costing, devices, emulated, experts, launching, layers, products, reductions, splitting,
+)  # fmt: skip
 from benchmarks.row import OURS, Result, measure_row, synchronise
 from benchmarks.table import Table, default_path, environment, header, table_of, write
 from benchmarks.timing import Budget, copy_rate, reason
@@ -46,13 +48,15 @@ OTHERS: dict[str, Callable[[torch.device, Any], Iterator[Table]]] = {
     "model": model,
     "cost": costing.table,
     "devices": devices.table,
+    "emulated": emulated.table,
+    "split": splitting.table,
 }
 NO_ROW = 3
 ALONE_SECONDS = 150.0
 SECONDS = {  # of each where all are run
     "attention": 70.0, "flex-grid": 100.0, "decode": 40.0, "rows": 100.0, "gemm": 50.0, "layers": 120.0,
     "experts": 60.0, "launch": 30.0, "compile": 80.0, "model": 150.0,
-    "cost": 40.0, "devices": 150.0,
+    "cost": 40.0, "devices": 150.0, "emulated": 60.0, "split": 60.0,
 }  # fmt: skip
 GRACE_SECONDS = 90  # for what a row takes beyond the time of its table
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from benchmarks import programs
+from benchmarks.ours import build
 from benchmarks.peers import Mask, Score, flex, four, sdpa
 from benchmarks.workload import Bar, Inputs, Peer, Workload, normal
 
@@ -277,6 +278,57 @@ def decoding(device: torch.device, options: Any) -> Iterator[Workload]:
     ):
         name = f"decode {'ragged ' if variant is RAGGED else ''}{shape.text}"
         yield decode_workload(name, shape.small() if options.tiny else shape, variant, bars, device)
+    for shared in (32, 8):
+        yield prefixed_workload(Prefixed(64, 32, shared, 8192, 512, 128), options.tiny, device)
+
+
+@dataclass(frozen=True)
+class Prefixed:
+    """Sequences that have their first keys in common: how many, the heads, the keys of all and of each, the width."""
+
+    batches: int
+    heads: int
+    shared: int
+    prefix: int
+    length: int
+    width: int
+
+    @property
+    def text(self) -> str:
+        """As a table names it."""
+        heads = f"{self.heads}/{self.shared}" if self.shared < self.heads else f"{self.heads}"
+        return f"{self.batches} {heads} {self.prefix}+{self.length} {self.width}"
+
+    def small(self) -> Prefixed:
+        """One that the interpreter runs at once."""
+        group = self.heads // self.shared
+        return Prefixed(3, 2 * group, 2, 40, 24, 16)
+
+
+def prefixed_workload(shape: Prefixed, small: bool, device: torch.device) -> Workload:
+    """One query of every sequence against keys of all and of its own; the peer has the common ones in every sequence."""
+    name, group = f"decode prefix {shape.text}", shape.heads // shape.shared
+    own = shape.small() if small else shape
+
+    def inputs(generator: torch.Generator) -> Inputs:
+        common = (own.shared, own.prefix, own.width)
+        keys = (own.batches, own.shared, own.length, own.width)
+        found = {"Q": normal(generator, own.batches, own.heads, own.width)}
+        found |= {"C": normal(generator, *common), "W": normal(generator, *common)}
+        return found | {"K": normal(generator, *keys), "V": normal(generator, *keys)}
+
+    def apart(inputs: Inputs) -> Inputs:
+        """The keys and values of every sequence with those of all before its own."""
+        pairs = ((inputs["C"], inputs["K"]), (inputs["W"], inputs["V"]))
+        k, v = (torch.cat([common.expand(own.batches, *common.shape), each], 2) for common, each in pairs)
+        return {"Q": inputs["Q"], "K": k, "V": v}
+
+    call = build(programs.decode(group), "quick", device.type)
+    moved = 4.0 * own.width * own.shared * (own.prefix + own.batches * own.length)
+    return Workload(
+        name, programs.prefixed(group), inputs, lambda given: expected(NOOP, apart(given)), found,
+        {"unshared": Peer(lambda given: call(**given), apart)}, (Bar(5.0, peer="unshared"),), moved=moved,
+    )  # fmt: skip
 
 
 def decode_workload(name: str, shape: Shape, variant: Variant, bars: tuple[Bar, ...], device: torch.device) -> Workload:

@@ -24,6 +24,22 @@ def attention(group: int = 1, score: str = "{s}", where: str = "", params: str =
 """
 
 
+def prefixed(group: int) -> str:
+    """Attention of one new token where sequences have their first keys in common, each followed by keys of its own."""
+    key = f"h//{group}" if group > 1 else "h"
+    heads = "G" if group > 1 else "H"
+    given = f"Q[B,H,E], C[{heads},L,E], W[{heads},L,F], K[B,{heads},N,E], V[B,{heads},N,F]"
+    return f"""cascade prefixed({given}) -> O[B,H,F] {{
+    T[b,h,l] = Q[b,h,e] * C[{key},l,e] / sqrt(E)
+    S[b,h,n] = Q[b,h,e] * K[b,{key},n,e] / sqrt(E)
+    R[b,h]   = max(max[l] T[b,h,l], max[n] S[b,h,n])
+    D[b,h]   = sum[l] exp(T[b,h,l] - R[b,h]) + sum[n] exp(S[b,h,n] - R[b,h])
+    A[b,h,f] = sum[l] exp(T[b,h,l] - R[b,h]) * W[{key},l,f]
+    O[b,h,f] = (A[b,h,f] + sum[n] exp(S[b,h,n] - R[b,h]) * V[b,{key},n,f]) / D[b,h]
+}}
+"""
+
+
 def decode(group: int, ragged: bool = False) -> str:
     """Attention of one new token: a single query for every head; `group` query heads share a key head.
 

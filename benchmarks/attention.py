@@ -306,7 +306,7 @@ class Prefixed:
 
 
 def prefixed_workload(shape: Prefixed, small: bool, device: torch.device) -> Workload:
-    """One query of every sequence against keys of all and of its own; the peer has the common ones in every sequence."""
+    """One query of every sequence against keys of all and of its own; the peer has the common ones in each."""
     name, group = f"decode prefix {shape.text}", shape.heads // shape.shared
     own = shape.small() if small else shape
 

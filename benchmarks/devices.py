@@ -26,7 +26,7 @@ import cascade.distributed
 from benchmarks.links import LLAMA, line
 from benchmarks.row import ALL_WRONG
 from benchmarks.table import Table
-from benchmarks.timing import captured, events_around
+from benchmarks.timing import events_around
 from cascade.backends.distributed.machine import Fit, Node, node
 from cascade.backends.distributed.plan import Plan, plan, plan_json, whole
 from cascade.compiled import Compiled
@@ -207,13 +207,17 @@ def apart_from(found: Tensor, wanted: Tensor) -> float:
 
 
 def turns(calls: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, float]:
-    """The median milliseconds of each, as graphs where they can be captured, in turns, on the slowest rank."""
+    """The median milliseconds of each, as graphs, in turns, on the slowest rank."""
     ready: dict[str, Callable[[], Any]] = {}
     for name, call in calls.items():
         for _ in range(2):
             call()
-        graph = captured(call)
-        ready[name] = call if graph is None else graph.replay
+        torch.cuda.synchronize()
+        dist.barrier()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        ready[name] = graph.replay
         ready[name]()
     samples: dict[str, list[float]] = {name: [] for name in ready}
     for _ in range(rounds):

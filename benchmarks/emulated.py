@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.devices import inputs, told
 from benchmarks.links import LLAMA
 from benchmarks.table import Table
-from benchmarks.timing import Budget, captured, events_around, measure
+from benchmarks.timing import Budget, events_around, measure
 from cascade.backends.distributed.execute import Executor, Part
 from cascade.backends.distributed.kernels import Clock
 from cascade.backends.distributed.local import Piece
@@ -73,9 +73,11 @@ class Link:
     def __init__(self, device: torch.device) -> None:
         size = HOST_BYTES if device.type == "cuda" else 1 << 12
         self.source = torch.zeros(size, dtype=torch.uint8, device=device)
-        self.host = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self.host = torch.zeros(size, dtype=torch.uint8)
         self.latency_us, self.rate = 0.0, 1e4  # bytes a microsecond
-        if device.type == "cuda":
+        if device.type == "cuda":  # registered, not pinned by torch, which cannot keep track of copies in a graph
+            runtime: Any = torch.cuda.cudart()
+            assert not int(runtime.cudaHostRegister(self.host.data_ptr(), size, 0)), "host memory can be registered"
             few, many = (1e3 * min(events_around(lambda n=n: self.move(n)) for _ in range(5)) for n in (1 << 12, size))
             self.latency_us, self.rate = few, (size - (1 << 12)) / (many - few)
 
@@ -150,8 +152,10 @@ def graph_of(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]
     if device.type != "cuda":
         return call
     call()
-    graph = captured(call)
-    assert graph is not None, "a program on one device can be captured"
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
     return graph.replay
 
 

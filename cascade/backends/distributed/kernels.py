@@ -44,12 +44,6 @@ TILES = ((128, 256, 0.91), (128, 128, 0.82), (64, 256, 0.73))
 LAST_WAVE = 0.3
 """Which share of the empty places of the last wave is lost: persistent kernels fill some of them."""
 
-FLOOR_US = 8.0
-"""What a task takes beside its work: a launch, the first loads, the last stores."""
-
-PRODUCT_US = 8.0
-"""What products take beyond that: filling and draining their pipelines, operands that nothing has touched yet."""
-
 SORT_LAUNCHES = 3
 TABLE_LAUNCHES = 2
 """Of a product whose operand data chooses: rows are brought in order, once an index; tables of tiles, once a kernel.
@@ -57,9 +51,8 @@ TABLE_LAUNCHES = 2
 As `rows.py` of the Triton backend makes them.
 """
 
-# The floor is what the norm of few rows takes by itself (figure 4 of TokenWeave, arXiv 2505.11329). Tiles, the last
-# wave and what products take beyond the floor are fitted to a tensor-parallel MLP on an H100 (figure 9), whole and in
-# halves: within 4 % in the mean square and 8 % at most.
+# Tiles and the last wave are fitted to a tensor-parallel MLP on an H100 (figure 9 of TokenWeave, arXiv 2505.11329),
+# whole and in halves, with the floors of `machines/h100x8.toml`: within 4 % in the mean square and 8 % at most.
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +323,7 @@ class Clock:
         """The floor, and the longest of products, other operations and bytes."""
         gpu = self.node.gpu
         lanes = 2 * gpu.lanes * slots * gpu.clock_ghz * 1e3  # operations a microsecond
-        floor = FLOOR_US + (PRODUCT_US if work.products else 0.0)
+        floor = self.node.floor_us + (self.node.product_us if work.products else 0.0)
         return floor + max(matrix_us, work.vector / lanes, work.moved / (gpu.bandwidth_tbs * 1e6))
 
     def work(self, steps: tuple[Compute, ...]) -> Work:

@@ -42,12 +42,14 @@ class Fit:
 class Node:
     """Devices that are linked all to all by switches: their GPU, how many, GB/s of a direction of one device's links.
 
-    `slots` is how many SMs a collective takes while it runs; `multicast`: the switch reduces and multicasts. `fused`
-    is, by thread blocks, what one kernel reaches that scatters, does what is local to its rows and gathers, empty where
-    there is none; `stores`, what the tiles of a product reach that are stored to peers as they are made; `awaits`,
-    whether the tiles of one can wait for shards that copies bring. `host_us` is
-    how long the host is busy with one launch; nothing is said of it where it is 0. `sustained` is which share of the
-    matrix rate of the GPU remains when it multiplies without a pause.
+    `slots` is how many SMs a collective takes while it runs; `multicast`: the switch reduces and multicasts.
+    `fused` is, by thread blocks, what one kernel reaches that scatters, does what is local to its rows and gathers,
+    empty where there is none; `stores`, what the tiles of a product reach that are stored to peers as they are
+    made; `awaits`, whether the tiles of one can wait for shards that copies bring. `host_us` is how long the host
+    is busy with one launch; nothing is said of it where it is 0. `floor_us` is what a kernel takes beside its work:
+    a launch, the first loads, the last stores; `product_us`, what products take beyond that: filling and draining
+    their pipelines, operands that nothing has touched yet. `sustained` is which share of the matrix rate of the GPU
+    remains when it multiplies without a pause.
     """
 
     name: str
@@ -62,6 +64,8 @@ class Node:
     host_us: float
     sustained: float
     awaits: bool = True
+    floor_us: float = 8.0
+    product_us: float = 8.0
 
     def collective_us(self, kind: Kind, size: float, devices: int) -> float:
         """How long a collective takes on a tensor of so many bytes, those of all devices together."""
@@ -137,6 +141,8 @@ def _node(table: Table) -> Node:
         table.number("host_us", 0.0, LONGEST_US, 0.0),
         table.number("sustained", 0.1, 1.0, 1.0),
         table.flag("awaits", True),
+        table.number("floor_us", 0.0, LONGEST_US, 8.0),
+        table.number("product_us", 0.0, LONGEST_US, 8.0),
     )
     kinds.done()
     table.done()

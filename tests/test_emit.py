@@ -155,6 +155,44 @@ def test_self_check_finds_a_wrong_kernel(written: Any, tmp_path: Path) -> None:
     assert started(file, tmp_path).returncode == 1
 
 
+@pytest.mark.parametrize("large", [True, False])
+def test_check_is_at_sizes_for_which_the_reference_has_room(
+    large: bool, written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --bench the time is that of the planned sizes, whatever the reference has room for."""
+    monkeypatch.setattr(standalone, "MOST", 2**14 if large else 2**28)
+    file = Path(written(GEMM, *sized(M=520, N=40, K=48), "--dtype", "f16")["files"][0])
+    text = file.read_text()
+    assert ("checked at smaller sizes" in text) is large
+    for real, stand_in in (
+        ("cuda = torch.cuda.is_available()", "cuda = True"),
+        ('device = "cuda" if cuda else "cpu"', 'device = "cpu"'),
+        ("triton.testing.do_bench(lambda: run(*inputs))", "1.0 * (tuple(results.shape) == (520, 40))"),
+        ('if "--bench" in sys.argv[1:]:', "if True:"),
+    ):
+        assert real in text
+        text = text.replace(real, stand_in)
+    file.write_text(text)
+    done = started(file, tmp_path)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    lines = done.stdout.splitlines()
+    told = ["checked at smaller sizes, for the memory that the reference takes: M=248"] if large else []
+    assert lines[0].startswith("1.0000 ms, ") and lines[1:-1] == told and lines[-1].startswith("C: largest error")
+
+
+def test_sizes_of_a_check_are_no_larger_and_as_aligned(written: Any) -> None:
+    """What is compiled in, and what strides are multiples of, is as it was planned."""
+    text = (EXAMPLES / "attention.cascade").read_text()
+    for sizes, told in (
+        ({"B": 4, "H": 16, "M": 8192, "N": 8192, "E": 128, "F": 128}, "M=2048, N=2048"),
+        ({"B": 4, "H": 16, "M": 8192, "N": 8191, "E": 128, "F": 128}, "M=2048, N=2047"),
+        ({"B": 1, "H": 2, "M": 4096, "N": 4096, "E": 128, "F": 128}, ""),
+    ):
+        (file,) = written(text, *sized(**sizes))["files"]
+        found = re.findall(r"checked at smaller sizes, .*: (.*)\"", Path(file).read_text())
+        assert found == ([told] if told else [])
+
+
 def test_needs_a_gpu_or_the_interpreter(written: Any, tmp_path: Path) -> None:
     file = written(GEMM, *sized(M=16, N=16, K=16))["files"][0]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}

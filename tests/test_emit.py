@@ -35,6 +35,7 @@ from cascade.verify import verify
 from cascade.walk import targets
 from tests import generate
 from tests.kernel_programs import PROGRAMS, Program
+from tests.test_mixed import MIXED
 from tests.tolerance import Draw
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +49,7 @@ cascade loss(Z[T,N], y: i64[T]) -> L[] {
 """
 LAGS = "cascade lags(X[B,T]) -> Y[B,T] { Y[b,t] = 0.5 * Y[b,t-2] + X[b,t]  init Y[b,-1] = 0.0, Y[b,-2] = 0.0 }\n"
 TANH = "cascade t(A[M,K], B[K,N]) -> C[M,N] { C[m,n] = tanh(sum[k] A[m,k] * B[k,n]) }\n"
+WIDE = GEMM.replace("-> C[", "-> C: f32[")  # of bf16 tensors, and no bf16 in the kernel
 DECODE = """
 cascade decode(Q[B,H,E], K[B,G,N,E], V[B,G,N,F], length: i32[B]) -> O[B,H,F] {
     S[b,h,n] = Q[b,h,e] * K[b,h//2,n,e] / sqrt(E) where n < length[b]
@@ -200,11 +202,12 @@ def test_needs_a_gpu_or_the_interpreter(written: Any, tmp_path: Path) -> None:
     assert done.returncode == 1 and "TRITON_INTERPRET=1" in done.stderr and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["attention", "decode", "tanh"])
+@pytest.mark.parametrize("name", ["attention", "decode", "tanh", "wide", "table"])
 def test_bf16_files_check_themselves_in_the_interpreter(name: str, written: Any, tmp_path: Path) -> None:
     """There bf16 is float32, and assembly is spelled out: the same file at smaller sizes of its own."""
-    text = {"attention": (EXAMPLES / "attention.cascade").read_text(), "decode": DECODE, "tanh": TANH}[name]
-    (file,) = written(text, *sized(E=16, F=16) if name != "tanh" else ())["files"]
+    attention = (EXAMPLES / "attention.cascade").read_text()
+    text = {"attention": attention, "decode": DECODE, "tanh": TANH, "wide": WIDE, "table": MIXED["table"]}[name]
+    (file,) = written(text, *sized(E=16, F=16) if name not in ("tanh", "wide") else ())["files"]
     done = started(Path(file), tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     error = re.search(r"error (\S+),", done.stdout)

@@ -301,7 +301,7 @@ class _Writer:
         functions = re.findall(r"^def (\w+)", "\n".join(one.source.text for one in launches), re.M)
         outside = [f"outside_{number}" for number in range(len(self.groups))]
         self.names = python_names(words, {*TAKEN, self.program, *modules, *functions, *outside})
-        self.widened = any("tl.bfloat16" in one.source.text and "dot" in one.source.text for one in launches)
+        self.widened = any(_multiplies_bf16(one) for one in launches)
         self.steps = [
             step if isinstance(step, Unit) else self.outside(f"outside_{number}", self.groups[number], step)
             for number, step in enumerate(planned)
@@ -425,7 +425,9 @@ class _Writer:
         title = "\n\n".join(titles).rstrip()
         top = "\n".join([f'"""{title}', '"""', "", *imports])
         if self.widened:
-            bodies = [BF16.format(torch=TORCH_BF16, tl=TL_BF16), *(b.replace("tl.bfloat16", "BF16") for b in bodies)]
+            named = BF16 if any("tl.bfloat16" in body for body in bodies) else BF16_OF_TORCH
+            said = named.format(torch=TORCH_BF16, tl=TL_BF16)
+            bodies = [said, *(body.replace("tl.bfloat16", "BF16") for body in bodies)]
         return _joined([top, *bodies]).rstrip("\n")
 
     def launcher(self, one: Unit, inputs: Sequence[str]) -> Iterator[str]:
@@ -835,6 +837,13 @@ class _Writer:
         stop, few = (min(self.subject.highest(each).get(name, 3), most) + 1 for each in (sizes, small))
         high = str(stop) if stop == few else f"{stop} if cuda else {few}"
         return f"torch.randint(0, {high}, {shape}, dtype={TORCH[dtype]}, device=device)"
+
+
+def _multiplies_bf16(launch: Launch) -> bool:
+    """Whether a kernel has products, and bf16 among what it loads, computes or stores."""
+    kernel = launch.kernel
+    short = "tl.bfloat16" in launch.source.text or any(tensor.dtype is DType.BF16 for tensor in kernel.tensors)
+    return short and "dot" in launch.source.text
 
 
 def _described(one: Unit) -> bool:

@@ -35,6 +35,7 @@ from cascade.verify import verify
 from cascade.walk import targets
 from tests import generate
 from tests.kernel_programs import PROGRAMS, Program
+from tests.test_mixed import MIXED
 from tests.tolerance import Draw
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +49,7 @@ cascade loss(Z[T,N], y: i64[T]) -> L[] {
 """
 LAGS = "cascade lags(X[B,T]) -> Y[B,T] { Y[b,t] = 0.5 * Y[b,t-2] + X[b,t]  init Y[b,-1] = 0.0, Y[b,-2] = 0.0 }\n"
 TANH = "cascade t(A[M,K], B[K,N]) -> C[M,N] { C[m,n] = tanh(sum[k] A[m,k] * B[k,n]) }\n"
+WIDE = GEMM.replace("-> C[", "-> C: f32[")  # of bf16 tensors, and no bf16 in the kernel
 DECODE = """
 cascade decode(Q[B,H,E], K[B,G,N,E], V[B,G,N,F], length: i32[B]) -> O[B,H,F] {
     S[b,h,n] = Q[b,h,e] * K[b,h//2,n,e] / sqrt(E) where n < length[b]
@@ -155,6 +157,44 @@ def test_self_check_finds_a_wrong_kernel(written: Any, tmp_path: Path) -> None:
     assert started(file, tmp_path).returncode == 1
 
 
+@pytest.mark.parametrize("large", [True, False])
+def test_check_is_at_sizes_for_which_the_reference_has_room(
+    large: bool, written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --bench the time is that of the planned sizes, whatever the reference has room for."""
+    monkeypatch.setattr(standalone, "MOST", 2**14 if large else 2**28)
+    file = Path(written(GEMM, *sized(M=520, N=40, K=48), "--dtype", "f16")["files"][0])
+    text = file.read_text()
+    assert ("checked at smaller sizes" in text) is large
+    for real, stand_in in (
+        ("cuda = torch.cuda.is_available()", "cuda = True"),
+        ('device = "cuda" if cuda else "cpu"', 'device = "cpu"'),
+        ("triton.testing.do_bench(lambda: run(*inputs))", "1.0 * (tuple(results.shape) == (520, 40))"),
+        ('if "--bench" in sys.argv[1:]:', "if True:"),
+    ):
+        assert real in text
+        text = text.replace(real, stand_in)
+    file.write_text(text)
+    done = started(file, tmp_path)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    lines = done.stdout.splitlines()
+    told = ["checked at smaller sizes, for the memory that the reference takes: M=248"] if large else []
+    assert lines[0].startswith("1.0000 ms, ") and lines[1:-1] == told and lines[-1].startswith("C: largest error")
+
+
+def test_sizes_of_a_check_are_no_larger_and_as_aligned(written: Any) -> None:
+    """What is compiled in, and what strides are multiples of, is as it was planned."""
+    text = (EXAMPLES / "attention.cascade").read_text()
+    for sizes, told in (
+        ({"B": 4, "H": 16, "M": 8192, "N": 8192, "E": 128, "F": 128}, "M=2048, N=2048"),
+        ({"B": 4, "H": 16, "M": 8192, "N": 8191, "E": 128, "F": 128}, "M=2048, N=2047"),
+        ({"B": 1, "H": 2, "M": 4096, "N": 4096, "E": 128, "F": 128}, ""),
+    ):
+        (file,) = written(text, *sized(**sizes))["files"]
+        found = re.findall(r"checked at smaller sizes, .*: (.*)\"", Path(file).read_text())
+        assert found == ([told] if told else [])
+
+
 def test_needs_a_gpu_or_the_interpreter(written: Any, tmp_path: Path) -> None:
     file = written(GEMM, *sized(M=16, N=16, K=16))["files"][0]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
@@ -162,11 +202,12 @@ def test_needs_a_gpu_or_the_interpreter(written: Any, tmp_path: Path) -> None:
     assert done.returncode == 1 and "TRITON_INTERPRET=1" in done.stderr and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["attention", "decode", "tanh"])
+@pytest.mark.parametrize("name", ["attention", "decode", "tanh", "wide", "table"])
 def test_bf16_files_check_themselves_in_the_interpreter(name: str, written: Any, tmp_path: Path) -> None:
     """There bf16 is float32, and assembly is spelled out: the same file at smaller sizes of its own."""
-    text = {"attention": (EXAMPLES / "attention.cascade").read_text(), "decode": DECODE, "tanh": TANH}[name]
-    (file,) = written(text, *sized(E=16, F=16) if name != "tanh" else ())["files"]
+    attention = (EXAMPLES / "attention.cascade").read_text()
+    text = {"attention": attention, "decode": DECODE, "tanh": TANH, "wide": WIDE, "table": MIXED["table"]}[name]
+    (file,) = written(text, *sized(E=16, F=16) if name not in ("tanh", "wide") else ())["files"]
     done = started(Path(file), tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     error = re.search(r"error (\S+),", done.stdout)

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
 from cascade.backends.triton import launch, tune
-from cascade.backends.triton.emit import emit
 from cascade.backends.triton.explain import Launch, describe
-from cascade.backends.triton.machine import machine
+from cascade.backends.triton.machine import Machine, machine
 from cascade.backends.triton.offline import Failure, Request, StaticFacts
 from cascade.backends.triton.partition import Group, Rest, power_of_two
 from cascade.backends.triton.plan import Role
 from cascade.backends.triton.planner import Layout, Planner, Tiling, contiguous
 from cascade.backends.triton.tune import Choice, candidates, choose, planned, ranked
 from cascade.compiled import from_text
+from cascade.errors import UnsupportedError
+from cascade.frontend.build import parse_cascade
 from cascade.inference import bind_sizes
 from cascade.ir import DType
 from cascade.passes import memo
@@ -334,31 +337,98 @@ def test_results_may_differ_by_rounding_only() -> None:
     assert not launch.alike(odd, wanted) and not launch.alike(wanted, odd) and launch.alike(odd, odd.clone())
 
 
-@pytest.mark.parametrize(
-    "error", [OutOfResources(300000, 232448, "shared memory"), RuntimeError("PassManager::run failed")]
-)
-def test_kernel_that_cannot_be_launched_gets_the_next_tiles(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    plans, group, groups = planner(KINDS["causal"])
-    launcher = launch.Launcher(plans.cascade)
-    taken: list[Tiling] = []
+ERRORS = [OutOfResources(300000, 232448, "shared memory"), RuntimeError("PassManager::run failed")]
 
-    class Plan:
-        """A plan whose kernel has room only with the third choice."""
 
-        def __init__(self) -> None:
-            refused = launcher.refused.get("c", set())
-            launcher.choices["c"] = choose(plans, "c", group, groups, H100, refused=refused)
-            kernel, sizes = planned(plans, "c", group, groups, launcher.choices["c"].tiling)
-            self.steps = (launch.KernelStep(kernel, emit(kernel, portable=True), sizes, ()),)
-            taken.append(launcher.choices["c"].tiling)
+class Absent(launch.Bench):
+    """A device that is not there, on which every launch takes as long as any other."""
 
-        def __call__(self, inputs: object) -> tuple[()]:
-            if len(taken) < 3:
-                raise error
-            return ()
+    @property
+    def machine(self) -> Machine:
+        return machine("h200")
 
-    monkeypatch.setattr(launch.Launcher, "plan", lambda self, inputs, sizes: Plan())
-    assert launcher({}, {}) == () and len(set(taken)) == 3
+    def measured(self, steps: Sequence[launch.Step], results: Sequence[str]) -> tuple[float, dict[str, torch.Tensor]]:
+        for step in steps:
+            self.advance(step)
+        return 1.0, {name: self.tensors[name].zero_() for name in results}
+
+
+@dataclasses.dataclass
+class Compiler:
+    """Stands for Triton: compiles no kernel but the one that it is asked for as the `room`-th; 0 for none."""
+
+    error: Exception
+    room: int
+    asked: list[tuple[object, ...]] = dataclasses.field(default_factory=list)
+    fits: tuple[object, ...] = ()
+
+    def __getitem__(self, grid: object) -> Callable[..., object]:
+        def compile(*arguments: object, **options: int) -> object:
+            one = (*(each for each in arguments if isinstance(each, int)), *options.items())
+            if one != self.fits:
+                self.asked.append(one)
+                if len(self.asked) != self.room:
+                    raise self.error
+                self.fits = one
+
+        return compile
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception, int], Compiler]:
+    """Has kernels compiled by a `Compiler` for a device that is not there."""
+
+    def replace(error: Exception, room: int) -> Compiler:
+        found = Compiler(error, room)
+        monkeypatch.setattr(launch, "interpreted", lambda: False)
+        monkeypatch.setattr(launch, "Bench", Absent)
+        monkeypatch.setattr(launch, "module", lambda text, kernel: SimpleNamespace(**{kernel: found}))
+        monkeypatch.setattr(launch, "relaunch", lambda *_: lambda tensors, stream: None)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, raising=False)
+        return found
+
+    return replace
+
+
+@pytest.mark.parametrize("effort", ["none", "quick"])
+@pytest.mark.parametrize("error", ERRORS)
+def test_kernel_that_cannot_be_launched_gets_the_next_tiles(
+    error: Exception, effort: str, compiler: Callable[[Exception, int], Compiler]
+) -> None:
+    """Also where it is to be launched for what is planned next, and with nothing compiled again that has failed."""
+    launcher = launch.Launcher(run_pipeline(parse_cascade(PRODUCT), check=0).final, effort)
+    room = tune.QUICK + 3
+    asked = compiler(error, room).asked
+    found = launcher({"X": torch.zeros(256, 128), "W": torch.zeros(192, 128)}, {})
+    assert found is not None and found[0].shape == (256, 192)
+    assert len(set(asked)) == len(asked) >= room
+
+
+@pytest.mark.parametrize("effort", ["none", "quick"])
+@pytest.mark.parametrize("error", ERRORS)
+def test_kernel_that_no_tiles_can_be_launched_of_is_one_error(
+    error: Exception, effort: str, compiler: Callable[[Exception, int], Compiler]
+) -> None:
+    launcher = launch.Launcher(run_pipeline(parse_cascade(PRODUCT), check=0).final, effort)
+    asked = compiler(error, 0).asked
+    with pytest.raises(UnsupportedError) as caught:
+        launcher({"X": torch.zeros(256, 128), "W": torch.zeros(192, 128)}, {})
+    (told,) = caught.value.diagnostics
+    assert told.code == "C532" and told.message.startswith("kernel c cannot be launched with any of ")
+    assert str(error) in told.message and told.help is not None
+    assert 'backend="interp"' in told.help and "-> O: bf16[...]" in told.help
+    assert caught.value.__suppress_context__ and len(set(asked)) > tune.QUICK and len(asked) <= len(set(asked)) + 1
+
+
+def test_error_of_another_kind_is_as_it_was(compiler: Callable[[Exception, int], Compiler]) -> None:
+    asked = compiler(RuntimeError("an illegal memory access was encountered"), 0).asked
+    launcher = launch.Launcher(run_pipeline(parse_cascade(PRODUCT), check=0).final)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        launcher({"X": torch.zeros(256, 128), "W": torch.zeros(192, 128)}, {})
+    assert len(asked) == 1
 
 
 # --- in words --------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import assert_never
 
 from cascade.backends.triton import spell
 from cascade.backends.triton.grid import Ending, ending
-from cascade.backends.triton.lower import RESERVED
+from cascade.backends.triton.lower import RESERVED, uses
 from cascade.backends.triton.plan import (
     Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Redo, Role, Scan, Seen, Start, Store, Tensor,
     TopKept, every_op, extent_expr, few_quotients, in_eights,
@@ -30,6 +30,7 @@ ADD = SPELLINGS["add"]
 WARP = 32  # threads that exchange without shared memory
 VECTOR = 4  # elements of 32 bits that a thread loads at once, at most
 CHAIN = 8  # additions one after the other
+WHOLE_WORDS = (DType.F32, DType.F64, DType.I32, DType.I64)  # what takes a register or more of each element
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ class _Emitter:
     prefix: str = "BLOCK"  # of the constants that are tile extents
     one_by_one: bool = False  # a fallback: one loop that tests all tiles, compiled in half the time, will do
     always_edge: bool = False  # inside a loop all tiles of which are tested
-    within_loop: bool = False  # inside a loop over a stream
+    around: Loop | None = None  # the innermost one around what is written
     edge_end: tuple[int, int] = (0, 0)  # where the last block of lines for edges ends
     assumed: list[str] = field(default_factory=list)  # lines that stand before all loops
     wide: bool = False  # what is written goes to a variable in f64, or is rounded as a whole
@@ -628,8 +629,21 @@ class _Emitter:
         known = self.variable(name)
         assert known is not None
         text = f"{name}.to(tl.float32)" if self.portable and known[1] is DType.BF16 else name
-        text = self.converted(name, DType.F64) if op.exact else text
+        if op.exact:
+            text = self.settled(name) if name in short_sources(self.kernel) else self.converted(name, DType.F64)
         return text if known[0] == axes else f"{text}.T"
+
+    def settled(self, name: str) -> str:
+        """An operand in f64 from which a compiler does not see in how many bits its elements were loaded.
+
+        One from before the loop is made to depend on its round: else it is converted before, and takes as many
+        registers as all sums.
+        """
+        self.helpers.setdefault("settled")
+        before = self.around is not None and name not in {getattr(op, "name", "") for op in every_op(self.around.body)}
+        if self.around is not None and before:
+            name = f"tl.where({self.rank(self.around.rank)}_first >= 0, {name}, 0.0)"
+        return f"settled({self.converted(name, DType.F64)})"
 
     def fold(self, op: Fold) -> str:
         """A reduction along some dimensions, the last first."""
@@ -665,7 +679,7 @@ class _Emitter:
         """
         place, block, tile = axes.index(rank), self.block(rank), self.kernel.axis(rank).tile
         plain = f"tl.sum({text}, {place})"
-        if tile <= WARP * VECTOR and self.within_loop:
+        if tile <= WARP * VECTOR and self.around is not None:
             return plain
         if tile <= WARP * VECTOR:
             return f"tl.sum({text if text.isidentifier() else f'({text})'}.to(tl.float64), {place}).to(tl.float32)"
@@ -867,7 +881,7 @@ class _Emitter:
 
     def assume(self, fact: str) -> None:
         """A fact that the compiler may use: where it is wanted, but outside of loops."""
-        if not self.kernel.options.resident and not self.within_loop:
+        if not self.kernel.options.resident and self.around is None:
             self.line(f"tl.assume({fact})")
         elif (line := f"    tl.assume({fact})") not in self.assumed:
             self.assumed.append(line)
@@ -985,10 +999,10 @@ class _Emitter:
     def captured(self, op: Loop) -> list[str]:
         """The lines of a loop's body."""
         outside, self.lines = self.lines, []
-        within, self.within_loop = self.within_loop, True
+        outer, self.around = self.around, op
         for inner in op.body:
             self.op(inner)
-        found, self.lines, self.within_loop = self.lines, outside, within
+        found, self.lines, self.around = self.lines, outside, outer
         return found
 
     def body_function(self, op: Loop) -> tuple[str, list[str]]:
@@ -1273,6 +1287,21 @@ def never_negative(expr: Expr) -> bool:
             )  # nothing is launched for an extent of 0
         case _:
             return False
+
+
+def short_sources(kernel: Kernel) -> frozenset[str]:
+    """The variables that are computed, element by element, from tiles of which an element is loaded in under 32 bits.
+
+    A product or a reduction ends that, and so does the end of a round of a loop.
+    """
+    ops = tuple(every_op(kernel.ops))
+    dtypes = {tensor.name: tensor.dtype for tensor in kernel.tensors}
+    tiles = (op for op in ops if isinstance(op, Load) and op.axes)
+    found = {op.name for op in tiles if op.grouped is not None or dtypes[op.tensor] not in WHOLE_WORDS}
+    made = [op for op in ops if isinstance(op, (Load, Let, Mask, Keep))]
+    while more := {op.name for op in made if op.name not in found and not found.isdisjoint(uses(op))}:
+        found |= more
+    return frozenset(found)
 
 
 def _argument_order(argument: Argument) -> tuple[int, str, int]:

@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources, TritonError
+from triton.runtime.errors import OutOfResources, PTXASError, TritonError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cascade import __version__, interp
@@ -33,7 +33,7 @@ from cascade.backends.triton.joined import Joined
 from cascade.backends.triton.machine import Machine, machine_for
 from cascade.backends.triton.explain import Launch, describe
 from cascade.backends.triton.partition import Group, Rest, power_of_two, reduced_ranks
-from cascade.backends.triton.plan import Blocks, Kernel
+from cascade.backends.triton.plan import Blocks, Dot, Kernel, every_op
 from cascade.backends.triton.plan import Tensor as PlannedTensor
 from cascade.backends.triton.planner import Layout, Planner, Tiling, gaps
 from cascade.backends.triton.relaunch import Relaunch, relaunch
@@ -41,7 +41,7 @@ from cascade.backends.triton.restate import restated
 from cascade.backends.triton.rows import BLOCKS, SORTED
 from cascade.backends.triton.updates import Update, update_of
 from cascade.backends.triton.tune import Choice, Timer, choose
-from cascade.errors import UnsupportedError
+from cascade.errors import Diagnostic, UnsupportedError
 from cascade.inference import bind_sizes, infer_dtypes, infer_shapes
 from cascade.ir import Cascade, DType
 from cascade.settings import settings
@@ -56,6 +56,8 @@ ROOM = 32  # times an extent that changes, to a power of two: up to there the ke
 ROOM_ALONG = 8  # the same where something is reduced along it: tiles that are too wide cost more there
 ALIGNED = 16  # elements: what Triton asks strides for
 LONG = 4096  # extent that one is supposed to reach along which something is reduced: a stream loses little by that
+MANY = 4  # tilings that cannot be launched, from which on a line says what takes so long
+TOLD = 200  # characters of the compiler's words in an error
 
 
 @functools.cache
@@ -92,6 +94,7 @@ class Launcher:
     plans: dict[Any, CallPlan | None] = field(default_factory=dict)
     choices: dict[str, Choice] = field(default_factory=dict)  # by kernel, of the last plan
     refused: dict[str, set[Tiling]] = field(default_factory=dict)  # by kernel: what cannot be launched
+    failed: dict[str, set[Tiling]] = field(default_factory=dict)  # by kernel: what could not be when it was timed
     extents: dict[str, set[int]] = field(default_factory=dict)  # that calls had, by shape symbol
     tilings: dict[Any, Tiling] = field(default_factory=dict)  # by what a choice depends on
     assumed: dict[str, list[int]] = field(default_factory=dict)  # by shape symbol: extents that kernels were made for
@@ -110,18 +113,15 @@ class Launcher:
         None where a rank has no coordinates: nothing is launched then.
         """
         key = kind(inputs, sizes)
-        if key not in self.plans:
-            self.plans[key] = self.plan(inputs, sizes)
-        plan = self.plans[key]
-        while plan is not None:
+        while True:
             try:
-                return plan(inputs)
-            except (OutOfResources, RuntimeError) as error:
-                if not refused(error):
-                    raise
-                self.refuse(plan)
-                plan = self.plans[key] = self.plan(inputs, sizes)
-        return None
+                if key not in self.plans:
+                    self.plans[key] = self.plan(inputs, sizes)
+                plan = self.plans[key]
+                return None if plan is None else plan(inputs)
+            except Unlaunched as error:
+                self.refuse(error)
+                self.plans.pop(key, None)
 
     def explain(self) -> str:
         """What the kind of call that was planned last runs: kernels with their tiles, and why these."""
@@ -165,13 +165,16 @@ class Launcher:
             return None
         return lambda tensors: plan(dict(zip(names, tensors, strict=True)))
 
-    def refuse(self, plan: CallPlan) -> None:
-        """Remembers that a kernel that could not be launched needs other tiles; raises where there are none."""
-        step = next(step for step in plan.steps if isinstance(step, KernelStep) and step.again is None)
-        choice = self.choices.get(step.kernel.name)
-        if choice is None or not choice.others:
-            raise
-        self.refused.setdefault(step.kernel.name, set()).add(choice.tiling)
+    def refuse(self, error: Unlaunched) -> None:
+        """Remembers that a kernel needs other tiles; UnsupportedError where there are none that were not tried."""
+        name = error.kernel.name
+        choice, known = self.choices.get(name), self.refused.setdefault(name, set())
+        tried = known | self.failed.get(name, set())
+        if choice is None or choice.tiling in tried:
+            raise UnsupportedError(unlaunchable(error, max(len(tried), 1))) from None
+        known.add(choice.tiling)
+        if len(known) >= MANY:
+            sys.stderr.write(f"cascade: {name} could not be launched with {len(known)} tilings; trying others\n")
 
     def plan(self, inputs: Mapping[str, Tensor], sizes: Mapping[str, int]) -> CallPlan | None:
         """What a call with such tensors runs; None where some extent is 0."""
@@ -314,14 +317,14 @@ class Launcher:
 
     def chosen(self, planner: Planner, label: str, group: Group, groups: Groups, bench: Bench) -> Tiling:
         """The tiles by the model or by timing: once for all extents of about the same size."""
-        results = planner.stored(group, groups)
+        results, failed = planner.stored(group, groups), self.failed.setdefault(label, set())
 
         def steps(tiling: Tiling) -> Sequence[Step]:
             return tuple(self.built(planner, label, group, groups, tiling, bench))
 
         self.choices[label] = choose(
-            planner, label, group, groups, bench.machine, bench.effort, bench.timer(label, steps, results),
-            settings().cache_dir / "tuned", (triton.__version__, __version__), refused=self.refused.get(label, ()),
+            planner, label, group, groups, bench.machine, bench.effort, bench.timer(label, steps, results, failed),
+            settings().cache_dir / "tuned", (triton.__version__, __version__), refused=self.refused_of(label) | failed,
         )  # fmt: skip
         return self.choices[label].tiling
 
@@ -483,7 +486,12 @@ class KernelStep:
         """The first launch compiles, and finds what will be the same in every later one: all but addresses."""
         arguments, options = self.arguments(tensors)
         driver().join()
-        compiled = self.function[self.grid](*arguments, **options)
+        try:
+            compiled = self.function[self.grid](*arguments, **options)
+        except (OutOfResources, PTXASError, RuntimeError) as error:
+            if not refused(error):
+                raise
+            raise Unlaunched(self.kernel, error) from error
         if not interpreted():
             kinds = enumerate(self.source.arguments)
             names = {position: one.tensor for position, one in kinds if one.kind in ("pointer", "descriptor")}
@@ -552,12 +560,33 @@ class TableStep:
 Step: TypeAlias = "KernelStep | RestStep | ViewStep | SortStep | TableStep"
 
 
+class Unlaunched(RuntimeError):
+    """A kernel could not be launched with the tiles that it has."""
+
+    def __init__(self, kernel: Kernel, error: Exception) -> None:
+        self.kernel = kernel
+        super().__init__(f"{kernel.name} cannot be launched: {error}")
+
+
 def refused(error: Exception) -> bool:
     """Whether a kernel could not be launched with its tiles: no room for them, or a pass of the compiler fails.
 
     Triton 3.6 gives two layouts to the operands of a comparison in some kernels, and says so as below.
     """
-    return isinstance(error, OutOfResources) or "PassManager::run failed" in str(error)
+    return isinstance(error, (OutOfResources, PTXASError)) or "PassManager::run failed" in str(error)
+
+
+def unlaunchable(error: Unlaunched, tried: int) -> Diagnostic:
+    """What is told of a kernel that no tiles can be launched of, and what would work."""
+    words = next(iter(str(error.__cause__).splitlines()), "")
+    message = f"kernel {error.kernel.name} cannot be launched with any of {tried} tilings: {words[:TOLD]}"
+    help = (
+        'backend="interp" computes it without kernels, slowly; '
+        f"another version of Triton may compile it, here it is {triton.__version__}"
+    )
+    if any(isinstance(op, Dot) and op.exact for op in every_op(error.kernel.ops)):
+        help += "; results declared with 16 bits, as `-> O: bf16[...]`, keep products of 16-bit tensors out of f64"
+    return Diagnostic("C532", message, help=help)
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -613,8 +642,13 @@ class Bench:
                 self.tensors |= {item[0]: self.unset(*item) for item in step.made}
                 step(self.tensors)
 
-    def timer(self, label: str, build: Callable[[Tiling], Sequence[Step]], results: Sequence[str]) -> Timer | None:
-        """Times the kernels of a tiling; None of one that cannot run or gives other results than the first did."""
+    def timer(
+        self, label: str, build: Callable[[Tiling], Sequence[Step]], results: Sequence[str], failed: set[Tiling]
+    ) -> Timer | None:
+        """Times the kernels of a tiling; None of one that cannot run or gives other results than the first did.
+
+        What cannot be launched is added to those that `failed`: nobody compiles it again.
+        """
         if self.effort == "none":
             return None
         first: dict[str, Tensor] = {}
@@ -630,6 +664,9 @@ class Bench:
                     found, made = self.measured(build(tiling), results)
             except torch.AcceleratorError:
                 raise  # the device is lost, for whatever comes as well
+            except Unlaunched:
+                failed.add(tiling)
+                return None
             except (TritonError, triton.CompilationError, UnsupportedError, RuntimeError):
                 return None
             if not first:

@@ -216,6 +216,12 @@ def dot_present(a, b, live, c):
             c += tl.where(here[:, None] & (row != 0)[None, :], column[:, None] * row[None, :], 0.0)
     return c
 """,
+    "settled": """@triton.jit
+def settled(x):
+    # x itself. Triton 3.6 lays out what a product reads for the narrowest load that it is computed from, and has no
+    # such layout for f64; behind a sum, be it of one element, it does not look
+    return tl.sum(x[None], 0)
+""",
     "halves": """@triton.jit
 def halves(x):
     # the columns left and right of the middle

@@ -41,6 +41,7 @@ GUESS = 256  # the extent of every rank when it is asked how the ranks lie
 MOST = 2**28  # elements of a tensor that default sizes lead to: the check is to run at once
 TOLERANCE = {DType.F8E4M3: 2.0**-1, DType.F8E5M2: 1.0, DType.BF16: 2.0**-5, DType.F16: 2.0**-8}  # eight roundings
 FINEST = 1e-4  # the tolerance from float32 on
+ALIGNED = 16  # elements: strides of tiles that come by descriptor are multiples of it, or of fewer
 
 POINTS, RAGGED = 3, 144  # extents for the interpreter: of ranks with one coordinate a program, of others
 
@@ -300,7 +301,7 @@ class _Writer:
         functions = re.findall(r"^def (\w+)", "\n".join(one.source.text for one in launches), re.M)
         outside = [f"outside_{number}" for number in range(len(self.groups))]
         self.names = python_names(words, {*TAKEN, self.program, *modules, *functions, *outside})
-        self.widened = any("tl.bfloat16" in one.source.text and "dot" in one.source.text for one in launches)
+        self.widened = any(_multiplies_bf16(one) for one in launches)
         self.steps = [
             step if isinstance(step, Unit) else self.outside(f"outside_{number}", self.groups[number], step)
             for number, step in enumerate(planned)
@@ -424,7 +425,9 @@ class _Writer:
         title = "\n\n".join(titles).rstrip()
         top = "\n".join([f'"""{title}', '"""', "", *imports])
         if self.widened:
-            bodies = [BF16.format(torch=TORCH_BF16, tl=TL_BF16), *(b.replace("tl.bfloat16", "BF16") for b in bodies)]
+            named = BF16 if any("tl.bfloat16" in body for body in bodies) else BF16_OF_TORCH
+            said = named.format(torch=TORCH_BF16, tl=TL_BF16)
+            bodies = [said, *(body.replace("tl.bfloat16", "BF16") for body in bodies)]
         return _joined([top, *bodies]).rstrip("\n")
 
     def launcher(self, one: Unit, inputs: Sequence[str]) -> Iterator[str]:
@@ -728,6 +731,7 @@ class _Writer:
                 '    device = "cuda" if cuda else "cpu"',
                 *self.inputs_made(),
                 *self.benched(calls[0]),
+                *self.fewer(),
                 "    wrong = False",
                 f"    for name, ours, wanted in zip({self.result_names()}, "
                 f"{', '.join(calls if several else [f'({call},)' for call in calls])}):",
@@ -751,17 +755,43 @@ class _Writer:
             yield "    if not cuda:  # the interpreter is slow"
             yield f"        {', '.join(map(self.name, fewer))} = {', '.join(map(str, fewer.values()))}"
         yield "    torch.manual_seed(0)"
-        yield "    inputs = ["
-        yield from (f"        {self.random(param.name, small)},  # {param.name}" for param in self.subject.final.params)
-        yield "    ]"
+        yield from (f"    {line}" for line in self.drawn(sizes, small))
         floats = [dtype for dtype in self.dtypes() if dtype in FLOATS]
         tolerance = max((TOLERANCE.get(dtype, FINEST) for dtype in floats), default=FINEST)
         finer = self.widened and tolerance == TOLERANCE[DType.BF16]
         yield f"    allowed = {f'{tolerance} if cuda else {TOLERANCE[DType.F16]}' if finer else tolerance}"
 
+    def drawn(self, sizes: Mapping[str, int], small: Mapping[str, int]) -> Iterator[str]:
+        """Random inputs, of these sizes or, in the interpreter, small ones."""
+        yield "inputs = ["
+        yield from (f"    {self.random(p.name, sizes, small)},  # {p.name}" for p in self.subject.final.params)
+        yield "]"
+
+    def fewer(self) -> Iterator[str]:
+        """Inputs that the reference has room for: unlike the kernels it stores whatever a statement defines."""
+        sizes, checked = self.subject.sizes, self.checked()
+        changed = {symbol: size for symbol, size in checked.items() if size != sizes[symbol]}
+        if not changed:
+            return
+        told = ", ".join(f"{symbol}={size}" for symbol, size in changed.items())
+        yield "    if cuda:  # the reference stores what the kernels do not, and that would be too large"
+        yield f"        {', '.join(map(self.name, changed))} = {', '.join(map(str, changed.values()))}"
+        yield from (f"        {line}" for line in self.drawn(checked, checked))
+        yield f'        print("checked at smaller sizes, for the memory that the reference takes: {told}")'
+
+    def fixed(self) -> dict[str, int]:
+        """The sizes that are numbers in kernels."""
+        return {symbol: size for one in self.units for symbol, size in one.static.items()}
+
+    def checked(self) -> dict[str, int]:
+        """Sizes at which all that the reference stores has room; what of them kernels rely on is as it was."""
+        sizes, fixed = self.subject.sizes, self.fixed()
+        fewer = _limited(self.subject.canonical, dict(sizes), [symbol for symbol in sizes if symbol not in fixed])
+        return {symbol: size - (size - sizes[symbol]) % ALIGNED for symbol, size in fewer.items()}
+
     def small(self) -> dict[str, int]:
         """Sizes for the interpreter: a ragged tile or two of each rank, few of one with one coordinate a program."""
-        fixed = {symbol: size for one in self.units for symbol, size in one.static.items()}
+        fixed = self.fixed()
         points: set[Size] = set()
         wide: set[Size] = set()
         for axis in (axis for one in self.units for launch in one.launches for axis in launch.kernel.axes):
@@ -793,7 +823,7 @@ class _Writer:
         for result in self.subject.final.results:
             yield self.planner.dtypes[result.name]
 
-    def random(self, name: str, small: Mapping[str, int]) -> str:
+    def random(self, name: str, sizes: Mapping[str, int], small: Mapping[str, int]) -> str:
         """Random values for a parameter."""
         dtype = self.subject.types[name]
         shape = f"[{', '.join(map(self.name, self.planner.shapes[name]))}]"
@@ -804,9 +834,16 @@ class _Writer:
             made = f"torch.randn({shape}, device=device{'' if short else f', dtype={self.torch(dtype)}'})"
             return f"{made}.to({TORCH[dtype]})" if short else made
         most = 127 if dtype is DType.I8 else 2**31 - 1
-        stop, few = (min(self.subject.highest(sizes).get(name, 3), most) + 1 for sizes in (self.subject.sizes, small))
+        stop, few = (min(self.subject.highest(each).get(name, 3), most) + 1 for each in (sizes, small))
         high = str(stop) if stop == few else f"{stop} if cuda else {few}"
         return f"torch.randint(0, {high}, {shape}, dtype={TORCH[dtype]}, device=device)"
+
+
+def _multiplies_bf16(launch: Launch) -> bool:
+    """Whether a kernel has products, and bf16 among what it loads, computes or stores."""
+    kernel = launch.kernel
+    short = "tl.bfloat16" in launch.source.text or any(tensor.dtype is DType.BF16 for tensor in kernel.tensors)
+    return short and "dot" in launch.source.text
 
 
 def _described(one: Unit) -> bool:

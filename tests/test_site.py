@@ -204,7 +204,7 @@ def test_rows_are_read_as_they_stand_in_the_files() -> None:
         for row in rows.values():
             assert all(ms == pytest.approx(naive(row.source, row.name, who)) for who, ms in row.ms.items())
     h200 = found["nvidia-h200"]
-    assert len(h200) > 100 and sum(row.source.endswith(".txt") for row in h200.values()) > 10
+    assert len(h200) > 100
     for table in RESULTS.glob("*-nvidia-h200.json"):  # no later row of ours was passed over
         data = json.loads(table.read_text())
         for row in data["rows"]:

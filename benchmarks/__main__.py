@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from benchmarks import (
-    attention, compiling, costing, devices, emulated, experts, launching, layers, products, reductions, splitting,
+    attention, compiling, costing, devices, emulated, experts, launching, layers, overlap, products, reductions,
+    splitting,
 )  # fmt: skip
 from benchmarks.row import OURS, Result, measure_row, synchronise
 from benchmarks.table import Table, default_path, environment, header, table_of, write
@@ -50,13 +51,14 @@ OTHERS: dict[str, Callable[[torch.device, Any], Iterator[Table]]] = {
     "devices": devices.table,
     "emulated": emulated.table,
     "split": splitting.table,
+    "overlap": overlap.table,
 }
 NO_ROW = 3
 ALONE_SECONDS = 150.0
 SECONDS = {  # of each where all are run
     "attention": 70.0, "flex-grid": 100.0, "decode": 40.0, "rows": 100.0, "gemm": 50.0, "layers": 120.0,
     "experts": 60.0, "launch": 30.0, "compile": 80.0, "model": 150.0,
-    "cost": 40.0, "devices": 150.0, "emulated": 60.0, "split": 60.0,
+    "cost": 40.0, "devices": 150.0, "emulated": 60.0, "split": 60.0, "overlap": 90.0,
 }  # fmt: skip
 GRACE_SECONDS = 90  # for what a row takes beyond the time of its table
 

@@ -594,16 +594,17 @@ FIGURES = ("utilisation", "time", "speedup", "energy", "roofline", "pareto")
     "--machine",
     "name",
     metavar="NAME",
-    type=MachineType("several"),
+    type=MachineType("several", "gpu"),
     required=True,
-    help="A machine of several devices.",
+    help="A machine of several devices, or one GPU.",
 )
 @click.option("--trace", "trace", metavar="FILE", help="Write the timetable as a Chrome trace, which Perfetto opens.")
 @click.option("--exact", is_flag=True, help="Prove the schedule: by search, and by OR-tools where that ends too early.")
 def plan_command(options: Options, name: str, trace: str | None, exact: bool) -> None:
     """Plan a cascade for several devices: what is sharded, where its tokens are split, what runs beside what.
 
-    The mesh is that of the schedule; what it does not say is chosen. Times are modelled, not measured.
+    The mesh is that of the schedule; what it does not say is chosen. On one GPU there is no mesh: slices of a rank and
+    statements that do not need each other run beside each other on shares of its SMs. Times are modelled.
 
     \b
     Examples:

@@ -27,7 +27,8 @@ def load(
     backend: str = "auto",
     effort: str = "none",
 ) -> Loaded:
-    """The program of a plan, given as its JSON, or as text of it, on the ranks of the default process group.
+    """The program of a plan, given as its JSON, or as text of it, on the ranks of the default process group; a plan for
+    one device needs no group.
 
     No collective waits longer than `timeout_s` seconds. With `kernels`, what a rank computes of a task is a compiled
     cascade of this `backend` and `effort`, as `cascade.compile` has them, and tensors may be on GPUs; else the

@@ -63,6 +63,7 @@ TORCH_HOMES = {
     "backends.distributed.runtime",
     "backends.distributed.execute",
     "backends.distributed.streams",
+    "backends.distributed.confined",
 }
 HOMES = {
     "lark": {"frontend"},

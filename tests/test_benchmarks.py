@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import attention, launching, row, timing
+from benchmarks import attention, launching, overlap, row, timing
 from benchmarks.__main__ import OTHERS, SECONDS, WORKLOADS, main
 from benchmarks.row import OURS, Result, apart, errors, judged, measure_row
 from benchmarks.timing import Budget, measure
@@ -81,6 +81,16 @@ def test_the_cost_table(tmp_path: Path) -> None:
     code, data, text = run("cost", tmp_path)
     assert code == 0 and len(data["rows"]) == 2 + 5, text
     assert all(line["seconds"] > 0 and line["verdict"] == "-" for line in data["rows"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_overlap_table(tmp_path: Path) -> None:
+    code, data, text = run("overlap", tmp_path)
+    assert code == 0, text
+    assert "8 SMs: copy" in text and "The model supposes 65.2 GB/s an SM" in text
+    for line in (line for line in data["rows"] if "error" in line):
+        assert line["error"] < 1e-2 and line["modelled_us"]["planned"] <= line["modelled_us"]["whole"] * (1 + 1e-9)
+    assert [overlap.judged(ratio, 1.15) for ratio in (1.2, 1.0, 0.97)] == ["pass", "short", "failed"]
 
 
 @SLOW

@@ -500,7 +500,7 @@ def test_completion_of_commands_and_options() -> None:
 
 
 def test_completion_of_machines_and_passes() -> None:
-    assert completed("plan", "x", "--machine", "h") == ["h100x8", "h200x8"]
+    assert completed("plan", "x", "--machine", "h") == ["h100x8", "h200x8", "h200", "h100"]
     assert completed("explain", "x", "--machine", "h200") == ["h200", "h200x8"]
     assert "fusemax" in completed("cost", "x", "--machine", "") and "h100x8" not in completed(
         "cost", "x", "--machine", ""

@@ -122,17 +122,20 @@ def conflicts(problem: Problem) -> list[frozenset[Demands]]:
         return any(first.get(r, 0.0) + second.get(r, 0.0) > capacity + EPSILON for r, capacity in capacities)
 
     every = dict.fromkeys(tuple(sorted(mode.demands)) for task in problem.tasks for mode in task.modes)
+    against = {one: {other for other in every if clash(one, other)} for one in every}
     found: list[frozenset[Demands]] = []
 
     def grow(chosen: list[Demands], may: list[Demands], seen: list[Demands]) -> None:
-        if not may and not seen and chosen:
+        if any(against[one].issuperset(may) for one in seen):
+            return  # whatever is chosen from here on, that one belongs to it too, and was gone through before
+        if not may and chosen:
             found.append(frozenset(chosen))
         for number, one in enumerate(may):
             if len(found) < MOST_SETS:
-                later, earlier = may[number + 1 :], [*seen, *may[:number]]
-                grow([*chosen, one], [o for o in later if clash(one, o)], [o for o in earlier if clash(one, o)])
+                own, earlier = against[one], [*seen, *may[:number]]
+                grow([*chosen, one], [o for o in may[number + 1 :] if o in own], [o for o in earlier if o in own])
 
-    grow([], [one for one in every if clash(one, one)], [])
+    grow([], [one for one in every if one in against[one]], [])
     return found
 
 

@@ -98,6 +98,13 @@ def list_schedule(problem: Problem, width: int = WIDTH, seed: int = 0) -> Timeta
     return dataclasses.replace(best, optimal=found.proved or best.makespan_us <= bound)
 
 
+def searched(problem: Problem, width: int = WIDTH) -> Timetable:
+    """The timetable by critical path, made shorter by a search of that width and nothing else: where many problems are
+    tried in which a task has modes that leave others room, which critical paths alone do not weigh."""
+    start = _by_paths(problem)
+    return Search(problem).run(start, width, FEW).timetable or start
+
+
 def _by_paths(problem: Problem) -> Timetable:
     """The shortest timetable by critical path, of the tasks or of them in reverse."""
     ahead, back = _climbed(problem), _climbed(_reversed(problem))

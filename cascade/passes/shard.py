@@ -113,6 +113,12 @@ def cheapest(cascade: Cascade, sizes: Mapping[str, int], costs: Costs, dtype: DT
     return sharding.finished(sharding.search(), leave=True)
 
 
+def undivided(cascade: Cascade, sizes: Mapping[str, int]) -> Program:
+    """The program of one device: every statement whole, nothing sharded. The cascade is canonical."""
+    reach = Reach.of(cascade, dict(sizes))
+    return Program(cascade, (), tuple(sorted(sizes.items())), (), tuple(Compute(name) for name in reach.units))
+
+
 @dataclass(eq=False)
 class Sharding:
     """A cascade on a mesh, and what follows from running its statements along given ranks."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cascade.backends.distributed.machine import Node
@@ -324,7 +324,7 @@ class Clock:
         gpu = self.node.gpu
         lanes = 2 * gpu.lanes * slots * gpu.clock_ghz * 1e3  # operations a microsecond
         floor = self.node.floor_us + (self.node.product_us if work.products else 0.0)
-        return floor + max(matrix_us, work.vector / lanes, work.moved / (gpu.bandwidth_tbs * 1e6))
+        return floor + max(matrix_us, work.vector / lanes, work.moved / (self.node.bandwidth_tbs(slots) * 1e6))
 
     def work(self, steps: tuple[Compute, ...]) -> Work:
         """What a kernel of these statements does on one device."""
@@ -484,13 +484,21 @@ def layer_of(found: Sequence[Group], per_step: Sequence[Sequence[int]], needs: S
 
 def problem_of(program: Program, layer: Layer, clock: Clock, blocks: int | None = None) -> Problem:
     """The tasks of a layer with their modes; `blocks` are the thread blocks of its fused exchanges."""
+    tasks = tasks_of(program, layer, clock.reach, lambda own: _modes(program, own, clock, blocks))
+    return Problem(tasks, ((SMS, float(clock.node.gpu.sms)), (OUT, 1.0), (IN, 1.0)))
+
+
+def tasks_of(
+    program: Program, layer: Layer, reach: Reach, modes: Callable[[Sequence[int]], tuple[Mode, ...]]
+) -> tuple[Task, ...]:
+    """The tasks of a layer, with the modes of the steps of each."""
     names: Counter[str] = Counter()
     tasks = []
     for own, needed in zip(layer.steps, layer.needs, strict=True):
-        name = _named(program, own, clock.reach)
-        tasks.append(Task(f"{name}.{names[name]}", _modes(program, own, clock, blocks), needed))
+        name = _named(program, own, reach)
+        tasks.append(Task(f"{name}.{names[name]}", modes(own), needed))
         names[name] += 1
-    return Problem(tuple(tasks), ((SMS, float(clock.node.gpu.sms)), (OUT, 1.0), (IN, 1.0)))
+    return tuple(tasks)
 
 
 def launches(program: Program, layer: Layer, reach: Reach) -> int:

@@ -1,6 +1,7 @@
-"""Machines of several GPUs: how long a collective takes on their links.
+"""Machines of several GPUs, and of one: how long a collective takes on their links, what a part of a GPU draws.
 
     node("h100x8").collective_us(Kind.ALL_REDUCE, 134e6, 8)        about 500
+    node("h200").bandwidth_tbs(33)                                 2.15, half of what all SMs draw together
 
 Time is a latency and what a device moves over its rate, as in the model of Hockney. Of a tensor of S bytes, all devices
 together, each of P devices moves S (P-1)/P in a gather, a scatter or an all-to-all, S/P in a shift, and 2 S (P-1)/P in
@@ -13,8 +14,9 @@ says what was fitted to them.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import PurePath
 from typing import Any
@@ -28,6 +30,13 @@ from cascade.wording import suggest
 
 US_PER_BYTE_AT_1_GBS = 1e-3
 LONGEST_US = 1e6
+
+DRAWING = 0.5
+"""Which share of the SMs of a GPU draws the whole bandwidth of its memory, with many loads under way on each.
+
+Supposed, not measured: an SM of an H200 is said to draw about a 66th of it. `python -m benchmarks overlap` prints what
+confined copies reach; this is the one place to put that.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +58,8 @@ class Node:
     is busy with one launch; nothing is said of it where it is 0. `floor_us` is what a kernel takes beside its work:
     a launch, the first loads, the last stores; `product_us`, what products take beyond that: filling and draining
     their pipelines, operands that nothing has touched yet. `sustained` is which share of the matrix rate of the GPU
-    remains when it multiplies without a pause.
+    remains when it multiplies without a pause. `sm_tbs` is what one SM draws of the memory at most, where kernels are
+    confined to some; else it is left open, infinite.
     """
 
     name: str
@@ -66,6 +76,11 @@ class Node:
     awaits: bool = True
     floor_us: float = 8.0
     product_us: float = 8.0
+    sm_tbs: float = math.inf
+
+    def bandwidth_tbs(self, sms: int) -> float:
+        """What so many SMs draw of the memory."""
+        return min(self.gpu.bandwidth_tbs, sms * self.sm_tbs)
 
     def collective_us(self, kind: Kind, size: float, devices: int) -> float:
         """How long a collective takes on a tensor of so many bytes, those of all devices together."""
@@ -111,7 +126,17 @@ def shipped() -> tuple[str, ...]:
 @functools.cache
 def node(name: str) -> Node:
     """The machine of that name; CommandError (C605) with the closest name where there is none."""
+    if (gpu := GPUS.get(name.lower())) is not None:
+        return alone(gpu)
     return _node(Table(f"machine {name}", "", _fields(name.lower())))
+
+
+def alone(gpu: Machine) -> Node:
+    """One GPU: no links; kernels may be confined to some of its SMs. Floors are those of several of them, if known."""
+    sm_tbs = gpu.bandwidth_tbs / (DRAWING * gpu.sms)
+    found = Node(gpu.name, gpu, 1, 1.0, False, 0, {}, {}, None, 0.0, 1.0, awaits=False, sm_tbs=sm_tbs)
+    alike = next((several for several in map(node, shipped()) if several.gpu == gpu), found)
+    return replace(found, floor_us=alike.floor_us, product_us=alike.product_us)
 
 
 def _fields(name: str) -> dict[str, Any]:

@@ -9,6 +9,10 @@ them, whichever the model says is faster; or part by part (`decompose.py`), wher
 it is proved that no device lacks anything; the timetable and its queues go through the checker, which shares nothing
 with the scheduler.
 
+On a node of one device nothing is exchanged and no mesh is needed: tasks that do not need each other, those of two
+slices above all, run beside each other on shares of its SMs (`beside.py`), or one after the other where that gains
+little.
+
 All times are modelled. A plan is data: it is made anywhere, and carries its version and a hash of the cascade, the
 machine and the sizes, by which whoever runs it refuses another one.
 """
@@ -18,10 +22,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cascade.backends.distributed.beside import LEAST_GAIN, SIDE_QUEUES, partitions, shared_problem, sides
 from cascade.backends.distributed.decompose import Decomposed, decompositions
 from cascade.backends.distributed.fused import awaited, fused, stored
 from cascade.backends.distributed.kernels import (
@@ -40,13 +46,13 @@ from cascade.backends.distributed.kernels import (
 from cascade.backends.distributed.machine import Node
 from cascade.errors import Diagnostic, InternalError, UnsupportedError
 from cascade.inference import bind_sizes
-from cascade.ir import Cascade, DType, Split
+from cascade.ir import Cascade, DType, Mesh, Split
 from cascade.passes.reach import Box, Reach, left_over, meet
 from cascade.passes.schedule_bound import lower_bound
 from cascade.passes.schedule_overlap import (
-    cycle_us, exact_schedule, exposed_us, list_schedule, queues_of, repeated, serial_us,
+    cycle_us, exact_schedule, exposed_us, list_schedule, queues_of, repeated, searched, serial_us,
 )  # fmt: skip
-from cascade.passes.shard import cheapest
+from cascade.passes.shard import cheapest, undivided
 from cascade.passes.split_tokens import Cut, Touches, best_cut, dependencies, lacks, sliced, split, split_ranks
 from cascade.placed import Collective, Compute, Program, render_program
 from cascade.text import render
@@ -67,13 +73,19 @@ COPIES = 3
 @dataclass(frozen=True, slots=True)
 class Way:
     """How exchanges run: `apart`, `fused` with what is local to their rows, by so many thread blocks, or tile by tile:
-    `stored` by the product before them, `awaited` by the one behind them."""
+    `stored` by the product before them, `awaited` by the one behind them.
+
+    On one device, how tasks run: `apart`, or `beside` each other, `first` being the SMs of side a.
+    """
 
     name: str
     blocks: int | None = None
+    first: int | None = None
 
 
 APART = Way("apart")
+QUEUES = (OUT, IN, *SIDE_QUEUES, SMS)
+"""Resources by which tasks are queued: of those that one holds, the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,14 +153,24 @@ def plan(
 ) -> Plan:
     """The plan of a canonical cascade; `exact` asks the solver for the schedule of what the search took.
 
-    Raises C551 without a mesh, C554 where the machine has fewer devices, C553 where cuts of the schedule cannot be.
+    Raises C551 without a mesh where there are several devices, C554 where the machine has fewer of them than the mesh,
+    C553 where cuts of the schedule cannot be.
     """
-    return _planned(cheapest(cascade, bind_sizes(cascade, {}, sizes), node, dtype), node, exact, True)
+    return _planned(_laid_out(cascade, sizes, node, dtype), node, exact, True)
 
 
 def whole(cascade: Cascade, sizes: Mapping[str, int], node: Node, dtype: DType = DType.BF16) -> Plan:
     """The same without slices and with every exchange in one piece: what a plan is compared with. Raises as `plan`."""
-    return _planned(cheapest(cascade, bind_sizes(cascade, {}, sizes), node, dtype), node, False, False, False)
+    return _planned(_laid_out(cascade, sizes, node, dtype), node, False, False, False)
+
+
+def _laid_out(cascade: Cascade, sizes: Mapping[str, int], node: Node, dtype: DType) -> Program:
+    """The cascade over the mesh of its schedule; on one device, whole."""
+    bound = bind_sizes(cascade, {}, sizes)
+    if node.devices > 1:
+        return cheapest(cascade, bound, node, dtype)
+    _enough(stated_devices(cascade, bound), node)
+    return undivided(cascade, bound)
 
 
 def plan_of(program: Program, node: Node, exact: bool = False) -> Plan:
@@ -161,11 +183,9 @@ def plan_of(program: Program, node: Node, exact: bool = False) -> Plan:
 
 
 def _planned(program: Program, node: Node, exact: bool, decompose: bool, slices: bool = True) -> Plan:
-    """The plan of a program; `decompose`, whether its exchanges may go part by part, `slices`, whether it is split."""
-    devices = program.devices(tuple(axis.name for axis in program.axes))
-    if devices > node.devices:
-        message = f"the mesh has {devices} devices and {node.name} has {node.devices}"
-        raise UnsupportedError(Diagnostic("C554", message, help="a smaller mesh, or another --machine"))
+    """The plan of a program; `decompose`, whether its exchanges may go part by part, `slices`, whether it is split, and
+    on one device whether anything runs beside anything."""
+    _enough(program.devices(tuple(axis.name for axis in program.axes)), node)
     first = _Maker(program, node)
     rank, cut = first.search() if slices else (None, Cut((), "none is looked for", first.serial_us, None))
     maker, cut, parts = _in_parts(first, cut) if decompose else (first, cut, Parts((), "none is looked for"))
@@ -174,17 +194,48 @@ def _planned(program: Program, node: Node, exact: bool, decompose: bool, slices:
     best_us, way = maker.best(made, chosen)
     problem, layer = made.problem(chosen, maker.clock, way)
     timetable = exact_schedule(problem) if exact else list_schedule(problem)
-    queues = queues_of(problem, timetable, (OUT, IN, SMS))
+    if node.devices == 1 and (why := _why_apart(timetable.makespan_us, first.serial_us, layer, cut, slices)):
+        cut, way, chosen, made = dataclasses.replace(cut, cuts=(), declined=why), APART, program, first.whole
+        problem, layer = made.problem(chosen, first.clock, way)
+        timetable = list_schedule(problem)
+    queues = queues_of(problem, timetable, QUEUES)
     wrong = [
         *check_timetable(problem, timetable), *check_queues(problem, queues), *over_synchronised(problem, queues),
     ]  # fmt: skip
     if wrong:
         raise InternalError(f"the schedule of a plan is not valid: {wrong[0]}")
     return Plan(
-        chosen, node, rank, cut, way, parts, problem, layer.steps, made.layers[way.name][1], timetable, queues,
+        chosen, node, rank, cut, way, parts, problem, layer.steps, made.of(way)[1], timetable, queues,
         lower_bound(problem), first.serial_us, best_us if made.repeats else None,
         made.launches(chosen, maker.clock, way),
     )  # fmt: skip
+
+
+def stated_devices(cascade: Cascade, sizes: Mapping[str, int]) -> int:
+    """How many devices the mesh of the schedule has, one without a mesh."""
+    meshes = (item for item in cascade.schedule if isinstance(item, Mesh))
+    return math.prod(item.size if isinstance(item.size, int) else sizes[item.size] for item in meshes)
+
+
+def _enough(devices: int, node: Node) -> None:
+    if devices > node.devices:
+        message = f"the mesh has {devices} devices and {node.name} has {node.devices}"
+        raise UnsupportedError(Diagnostic("C554", message, help="a smaller mesh, or another --machine"))
+
+
+def _why_apart(us: float, serial: float, layer: Layer, cut: Cut, slices: bool) -> str | None:
+    """Why tasks of one device run one after the other, all on all SMs; None where overlap is worth it."""
+    if not slices:
+        return cut.declined
+    if us <= (1 - LEAST_GAIN) * serial:
+        return None
+    if len(layer.steps) < 2:
+        return f"there is one task; {cut.declined}"
+    gain = 100 * (1 - us / serial)
+    said = "no less than" if gain < 0.05 else f"{gain:.1f} % less than"
+    where = f", cut at {', '.join(map(str, cut.cuts))}," if cut.cuts else ""
+    why = f"beside each other tasks{where} take {us:.1f} us, {said} {serial:.1f} us one after the other"
+    return why if cut.declined is None else f"{why}; {cut.declined}"
 
 
 def _in_parts(whole: _Maker, cut: Cut) -> tuple[_Maker, Cut, Parts]:
@@ -217,6 +268,8 @@ def _why_whole(tried: Sequence[Tried], us: float, whole_us: float, best_us: floa
 
 def in_a_row(found: Plan, copies: int) -> Problem:
     """So many copies of a layer as one problem; one where it does not follow itself."""
+    if found.node.devices == 1:
+        return found.problem
     one = problem_of(found.program, found.row, Clock.of(found.program, found.node), found.way.blocks)
     return repeated(one, found.row.carried, copies) if found.row.carried else one
 
@@ -269,14 +322,22 @@ class _Made:
 
     def problem(self, program: Program, clock: Clock, way: Way) -> tuple[Problem, Layer]:
         """The tasks of one copy with their times."""
-        layer = self.layers[way.name][0]
+        layer = self.of(way)[0]
+        if clock.node.devices == 1:
+            return shared_problem(program, layer, clock, way.first), layer
         return problem_of(program, layer, clock, way.blocks), layer
+
+    def of(self, way: Way) -> tuple[Layer, Layer]:
+        """The tasks of one copy alone and of one in a row; on one device the same ones for every way."""
+        return self.layers.get(way.name, self.layers[APART.name])
 
     def time_us(self, program: Program, clock: Clock, way: Way) -> float:
         """From one copy to the next where they follow each other, else the makespan.
 
         The host launches a copy while another one runs: where that takes longer, it is what counts.
         """
+        if way.first is not None:
+            return searched(self.problem(program, clock, way)[0]).makespan_us
         if not self.repeats:
             return list_schedule(self.problem(program, clock, way)[0], ROUGH).makespan_us
         layer = self.layers[way.name][1]
@@ -285,7 +346,7 @@ class _Made:
 
     def launches(self, program: Program, clock: Clock, way: Way) -> int:
         """How often the host launches something for one copy of a row."""
-        return launches(program, self.layers[way.name][1], clock.reach)
+        return launches(program, self.of(way)[1], clock.reach)
 
 
 class _Maker:
@@ -311,7 +372,8 @@ class _Maker:
             per_step.append(own)
             at += 1
         alone = layer_of(self.found, per_step, self.needs if program is self.program else dependencies(program))
-        cycle = dataclasses.replace(alone, carried=tuple(carried_on(program, alone.steps)))
+        follows = self.clock.node.devices > 1  # on one device a copy is judged, and run, by itself
+        cycle = dataclasses.replace(alone, carried=tuple(carried_on(program, alone.steps)) if follows else ())
         layers = {APART.name: (alone, cycle)}
         for name, may, joined in (
             ("fused", bool(self.clock.node.fused), fused), ("stored", self.clock.node.stores is not None, stored),
@@ -326,9 +388,12 @@ class _Maker:
         """How long the program takes that is not split, one task after the other."""
         return serial_us(self.whole.problem(self.program, self.clock, APART)[0])
 
-    def best(self, made: _Made, program: Program, tried: int = 0) -> tuple[float, Way]:
-        """The least time, and the way of exchanges that reaches it; of `tried` thread blocks only, if given."""
-        ways = [APART]
+    def best(self, made: _Made, program: Program, rough: bool = False) -> tuple[float, Way]:
+        """The least time, and the way that reaches it; a rough one tries one number of thread blocks, half of the
+        partitions."""
+        ways, tried = [APART], self.clock.node.slots if rough else 0
+        if self.clock.node.devices == 1:
+            ways += [Way("beside", first=first) for first in list(partitions(self.clock.node))[:: 2 if rough else 1]]
         if "fused" in made.layers:
             ways += [Way("fused", blocks) for blocks in ((tried,) if tried else self.clock.node.fused)]
         if not tried:
@@ -351,7 +416,7 @@ class _Maker:
             program = sliced(self.program, rank, cuts)
             if not known:  # where a single cut lies does not change which slices meet
                 known.append(self.made(program))
-            return self.best(known[0], program, self.clock.node.slots if rough else 0)[0]
+            return self.best(known[0], program, rough)[0]
 
         return rank, best_cut(self.reach.full[rank][1], TILES[0][0], time_us, [fixed] if fixed else [])
 
@@ -456,6 +521,7 @@ def plan_json(found: Plan) -> dict[str, Any]:
             "kept": [{"exchange": one.name, "in": one.parts} for one in found.parts.kept],
             "declined": found.parts.declined,
         },
+        **({"partition": _partition(found)} if found.node.devices == 1 else {}),
         "exposed_comm_us": exposed_us(found.problem, found.timetable, (OUT, IN), SMS),
         "tasks": [
             {
@@ -475,6 +541,11 @@ def plan_json(found: Plan) -> dict[str, Any]:
     }
 
 
+def _partition(found: Plan) -> list[int] | None:
+    """The SMs of both sides of the device; None where no task is confined."""
+    return None if found.way.first is None else list(sides(found.node, found.way.first).values())
+
+
 def trace_json(found: Plan) -> dict[str, Any]:
     """The timetable as Chrome trace events, a row for each queue, which Perfetto opens."""
     events: list[dict[str, Any]] = []
@@ -489,17 +560,29 @@ def trace_json(found: Plan) -> dict[str, Any]:
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
+def _sms_text(found: Plan) -> str:
+    """How the SMs of one device are shared."""
+    parts = _partition(found)
+    return f"all {found.node.gpu.sms} for every task" if parts is None else f"{parts[0]} beside {parts[1]}, or all"
+
+
+def _exchanges_text(found: Plan) -> list[str]:
+    """How exchanges run, and what they leave exposed."""
+    blocks = f", {found.way.blocks} thread blocks each" if found.way.blocks else ""
+    lines = [f"exchanges: {found.way.name}{blocks}"]
+    kept = ", ".join(f"{one.name} in {one.parts}" for one in found.parts.kept)
+    lines += [f"exchanges in parts: {kept or 'none'}" + (f"; {found.parts.declined}" if not kept else "")]
+    exposed = exposed_us(found.problem, found.timetable, (OUT, IN), SMS)
+    return [*lines, f"exposed communication: {exposed:.1f} us"]
+
+
 def plan_text(found: Plan, width: int = 72) -> str:
     """The plan for a person: what was decided, a line of time for every queue, when each task runs."""
     end = found.timetable.makespan_us
     split_text = f"{found.rank} at {', '.join(map(str, found.cut.cuts))}" if found.cut.cuts else "none"
     lines = [f"{found.node.name}, modelled: {end:.1f} us, bound {found.bound_us:.1f}, serial {found.serial_us:.1f}"]
     lines += [f"split: {split_text}" + (f"; {found.cut.declined}" if found.cut.declined else "")]
-    blocks = f", {found.way.blocks} thread blocks each" if found.way.blocks else ""
-    lines += [f"exchanges: {found.way.name}{blocks}"]
-    kept = ", ".join(f"{one.name} in {one.parts}" for one in found.parts.kept)
-    lines += [f"exchanges in parts: {kept or 'none'}" + (f"; {found.parts.declined}" if not kept else "")]
-    lines += [f"exposed communication: {exposed_us(found.problem, found.timetable, (OUT, IN), SMS):.1f} us", ""]
+    lines += [*(_exchanges_text(found) if found.node.devices > 1 else [f"SMs: {_sms_text(found)}"]), ""]
     for name, tasks in found.queues.queues:
         row = [" "] * width
         for number, task in enumerate(tasks):

@@ -45,7 +45,8 @@ TIMEOUT_S = 300.0
 
 
 def load(plan: str | Mapping[str, Any], timeout_s: float = TIMEOUT_S, make: Make | None = None) -> Loaded:
-    """The program of a plan, given as its JSON, or as text of it, on the ranks of the default process group.
+    """The program of a plan, given as its JSON, or as text of it, on the ranks of the default process group; a plan for
+    one device needs no group.
 
     No collective waits longer than `timeout_s` seconds. `make` compiles what a rank computes of a task; without it the
     interpreter runs the statements. Raises CallError: C347 for what is no plan, or one of another version, or whose
@@ -91,21 +92,27 @@ class Loaded:
         make: Make | None = None,
     ) -> None:
         self.program, self.order = program, order
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        together = dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
         places = coordinates(program.axes)
         if self.world != len(places):
             message = f"the plan is for {len(places)} ranks, and the group has {self.world}"
             raise _refusal("C348", message, "start as many processes as the mesh has devices")
         issued = [render_step(step) for step in (program.steps[n] for n in order) if isinstance(step, Collective)]
-        plans: list[Any] = [None] * self.world
-        dist.all_gather_object(plans, (said, issued))
+        if issued and not together:
+            raise _refusal(
+                "C348", "the plan has collectives, and there is no process group", "init_process_group first"
+            )
+        plans: list[Any] = [(said, issued)] * self.world
+        if together:
+            dist.all_gather_object(plans, (said, issued))
         if other := next((rank for rank, one in enumerate(plans) if one[0] != plans[0][0]), None):
             raise _refusal("C348", f"rank {other} has another plan than rank 0", "load one plan everywhere")
         if wrong := next(check_ranks({rank: one[1] for rank, one in enumerate(plans)}), None):
             raise _refusal("C348", f"ranks would wait for each other: {wrong}", "load one plan everywhere")
         self.groups: dict[Axes, tuple[list[int], Any]] = {}
         self.name, self.calls = f"cascade {next(Loaded.made)}", 0
-        self.store: Any = distributed_c10d._get_default_store()  # there is no public name for it
+        self.store: Any = distributed_c10d._get_default_store() if together else None  # it has no public name
         self.issued = 0
         self.executor: Executor | None = None
         if make is not None:
@@ -246,8 +253,9 @@ class Worker(Ranks):
         data = self.device.machine.result(result)
         mask = self.device.held[name]
         mask = mask[tuple(slice(mask.shape[d] - extent, None) for d, extent in enumerate(data.shape))]
-        pieces: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(pieces, (mask, data))
+        pieces: list[Any] = [(mask, data)] * self.loaded.world
+        if self.loaded.world > 1:
+            dist.all_gather_object(pieces, (mask, data))
         whole = torch.zeros_like(data)
         for there, piece in pieces:
             whole = torch.where(there, piece, whole)

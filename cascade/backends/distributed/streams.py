@@ -1,9 +1,10 @@
 """The queues of a plan on one device: on CUDA a stream each, with events where a task of one waits for one of another.
 
-A queue with exchanges has the higher priority: what others wait for starts as soon as it can. Every queue begins behind
-what the caller's stream had before the call, and the caller's stream goes on behind all of them, so that a call is as
-any other operation, also where it is captured into a CUDA graph. Tensors that a task makes may be read by other queues:
-they are kept until the call is over, as memory is given back to the queue that it was taken from.
+A queue with exchanges has the higher priority: what others wait for starts as soon as it can. Queues of a side of the
+device are streams whose kernels run on its SMs only (`confined.py`). Every queue begins behind what the caller's stream
+had before the call, and the caller's stream goes on behind all of them, so that a call is as any other operation, also
+where it is captured into a CUDA graph. Tensors that a task makes may be read by other queues: they are kept until the
+call is over, as memory is given back to the queue that it was taken from.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from cascade.backends.distributed.beside import SIDE_QUEUES
+from cascade.backends.distributed.confined import confined, sides
 from cascade.backends.share import within
 
 FIRST, LATER = -1, 0
@@ -57,8 +60,7 @@ class Queues:
             return
         for queue in dict.fromkeys(task.queue for task in self.tasks):
             if queue not in self.streams:
-                priority = FIRST if queue in self.urgent else LATER
-                self.streams[queue] = torch.cuda.Stream(device, priority)  # type: ignore[no-untyped-call]
+                self.streams[queue] = self._stream(queue, device)
         self.done.clear()
         here = torch.cuda.current_stream(device)
         self.start = here.record_event(self._event())
@@ -100,6 +102,16 @@ class Queues:
             (1000 * first.elapsed_time(self.begun[n]), 1000 * first.elapsed_time(self.done[n]))
             for n in range(len(self.tasks))
         ]
+
+    def _stream(self, queue: str, device: torch.device) -> torch.cuda.Stream:
+        """The stream of a queue; of both sides of a device by one partition."""
+        own = {task.queue: task.sms for task in self.tasks if task.queue in SIDE_QUEUES and task.sms}
+        if queue not in own:
+            priority = FIRST if queue in self.urgent else LATER
+            return torch.cuda.Stream(device, priority)  # type: ignore[no-untyped-call]
+        first = own.get(SIDE_QUEUES[0])
+        number = SIDE_QUEUES.index(queue)
+        return confined(own[queue], device, rest=True) if first is None else sides(first, device)[number]
 
     def _event(self) -> torch.cuda.Event:
         return torch.cuda.Event(enable_timing=self.timed)  # type: ignore[no-untyped-call]

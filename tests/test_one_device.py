@@ -1,0 +1,310 @@
+"""Plans for one device: modes by shares of its SMs, what runs beside what, what is declined, and that it means the same.
+
+The machine that runs anything here is no GPU: plans run by the interpreter, and streams by a driver that is made up.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import cascade.distributed
+from cascade import interp, pipeline
+from cascade.backends.distributed import confined, kernels
+from cascade.backends.distributed.beside import BANDWIDTH, LEAST_GAIN, SIDE_QUEUES, partitions, shared_problem, sides
+from cascade.backends.distributed.kernels import LAST_WAVE, SMS, Clock, layer_of
+from cascade.backends.distributed.machine import DRAWING, Node, alone, node
+from cascade.backends.distributed.plan import Plan, in_a_row, plan, plan_json, plan_text, whole
+from cascade.backends.triton.machine import MACHINES
+from cascade.cli import commands
+from cascade.errors import CallError, UnsupportedError
+from cascade.frontend.build import parse_cascade
+from cascade.ir import Cascade, DType
+from cascade.passes.shard import undivided
+from cascade.passes.split_tokens import dependencies
+from cascade.timetable import Problem, Queues, Slot, Timetable
+from cascade.trial import param_types, random_inputs
+from cascade.values import Precision
+from cascade.verify.timetable import check_queues, check_timetable, over_synchronised
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PAIR = (EXAMPLES / "product_beside_decode.cascade").read_text(encoding="utf-8")
+LAYER = (EXAMPLES / "decode_layer.cascade").read_text(encoding="utf-8")
+LARGE_PAIR = {"T": 4096, "D": 4096, "F": 8192, "B": 64, "H": 16, "N": 4096, "E": 128}
+LARGE_LAYER = {"B": 2048, "N": 1024, "D": 4096, "H": 32, "HK": 8, "E": 128, "F": 14336}
+SMALL_LAYER = {"B": 16, "N": 64, "D": 16, "H": 4, "HK": 2, "E": 4, "F": 24}
+SMALL_PAIR = {"T": 5, "D": 8, "F": 6, "B": 3, "H": 2, "N": 7, "E": 4}
+H200 = node("h200")
+
+
+def canonical(text: str) -> Cascade:
+    return pipeline.run_pipeline(parse_cascade(text, "<one device>"), "canonicalize").final
+
+
+def slow(memory: float, matrix: float) -> Node:
+    """An H200 that takes for a handful of numbers as long as the real one for many."""
+    gpu = H200.gpu
+    rates = {dtype: rate * matrix for dtype, rate in gpu.matrix_tflops.items()}
+    made = dataclasses.replace(gpu, matrix_tflops=rates, bandwidth_tbs=gpu.bandwidth_tbs * memory, clock_ghz=1e3)
+    return alone(made)
+
+
+@functools.cache
+def small_plan(split: bool) -> Plan:
+    """A plan that overlaps: of a layer in two slices, or of a pair; products have as many tiles as large ones have."""
+    text, sizes = (LAYER + " schedule { split b into 2 }", SMALL_LAYER) if split else (PAIR, SMALL_PAIR)
+    with mock.patch.object(kernels, "TILES", ((1, 1, 1.0),)):
+        found = plan(canonical(text), sizes, slow(1e-7, 3e-10))
+    assert found.way.first is not None and bool(found.cut.cuts) == split, plan_text(found)
+    return found
+
+
+def problem(text: str, sizes: dict[str, int], first: int | None) -> Problem:
+    program = undivided(canonical(text), sizes)
+    needs = dependencies(program)
+    layer = layer_of((), [], needs)
+    steps = tuple((number,) for number in range(len(program.steps)))
+    return shared_problem(program, dataclasses.replace(layer, steps=steps, needs=needs), Clock.of(program, H200), first)
+
+
+# --- modes -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_moves_bytes_takes_its_time_by_what_so_many_sms_draw() -> None:
+    sizes = {"M": 1 << 26}
+    text = "cascade c(X[M]) -> Y[M] { Y[m] = 2 * X[m] }"
+    moved_us = 2 * 2 * (1 << 26) / 4.3e6
+    (task,) = problem(text, sizes, 40).tasks
+    modes = {mode.name: mode for mode in task.modes}
+    assert modes["a"].us == pytest.approx(H200.floor_us + moved_us * DRAWING * 132 / 40)
+    assert modes["b"].us == pytest.approx(H200.floor_us + moved_us)  # 92 SMs draw all there is
+    assert "all" not in modes, "all SMs are no faster, and would keep others out"
+    for name, sms in (("a", 40), ("b", 92)):
+        assert dict(modes[name].demands) == {
+            f"sms {name}": 1.0, SMS: sms, BANDWIDTH: pytest.approx(moved_us / modes[name].us)
+        }  # fmt: skip
+    (task,) = problem(text, sizes, None).tasks
+    assert [(mode.name, mode.demand(SMS)) for mode in task.modes] == [("all", 132.0)]
+
+
+def test_what_multiplies_takes_its_time_by_its_sms() -> None:
+    text = "cascade c(X[M,K], W[K,N]) -> Y[M,N] { Y[m,n] = X[m,k] * W[k,n] }"
+    (task,) = problem(text, {"M": 4096, "K": 4096, "N": 4096}, 64).tasks
+    for mode in task.modes:
+        waves = 32 * 16 / mode.demand(SMS)  # tiles of 128 x 256
+        waves += LAST_WAVE * (-waves % 1)
+        tile_us = 2 * 128 * 256 * 4096 / (790e6 / 132 * 0.91)
+        assert mode.us <= H200.floor_us + H200.product_us + waves * tile_us + 1e-6
+        assert mode.us >= H200.floor_us + H200.product_us + 0.98 * 2 * 4096**3 / 790e6 * 132 / mode.demand(SMS)
+        assert mode.demand(BANDWIDTH) == pytest.approx(3 * 2 * 4096**2 / 4.3e6 / mode.us)
+    assert [(mode.name, mode.demand(SMS)) for mode in task.modes] == [("all", 132.0), ("b", 68.0), ("a", 64.0)]
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_sides_are_what_a_driver_gives(name: str) -> None:
+    machine = node(name)
+    for first in partitions(machine):
+        one, other = sides(machine, first).values()
+        assert one % 8 == 0 and one >= 8 and other >= 8 and one + other == machine.gpu.sms
+    assert machine.devices == 1 and machine.bandwidth_tbs(machine.gpu.sms) == machine.gpu.bandwidth_tbs
+    assert machine.bandwidth_tbs(8) == pytest.approx(8 * machine.gpu.bandwidth_tbs / (DRAWING * machine.gpu.sms))
+
+
+# --- plans -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_product_runs_beside_an_attention_that_does_not_need_it() -> None:
+    found = plan(canonical(PAIR), LARGE_PAIR, H200)
+    assert found.timetable.makespan_us < found.serial_us / 1.3 and found.cycle_us is None and not found.cut.cuts
+    assert {name for name, _ in found.queues.queues} == set(SIDE_QUEUES) and not found.queues.waits
+    assert in_a_row(found, 3) is found.problem
+    assert "beside" in plan_text(found) and "exchanges" not in plan_text(found)
+
+
+def test_a_layer_is_cut_and_one_half_reads_its_cache_beside_products_of_the_other() -> None:
+    found = plan(canonical(LAYER), LARGE_LAYER, H200)
+    assert found.rank == "b" and len(found.cut.cuts) == 1 and found.cut.declined is None
+    assert found.bound_us <= found.timetable.makespan_us < found.serial_us / 1.05
+    slots, names = found.timetable.slots, [task.name for task in found.problem.tasks]
+    attention = [slots[number] for number, name in enumerate(names) if name.startswith("U.")]
+    products = [slots[number] for number, name in enumerate(names) if name.startswith(("Q.", "J.", "Y."))]
+    assert any(a.start_us < p.end_us and p.start_us < a.end_us for a in attention for p in products)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_what_runs_together_never_uses_more_bandwidth_than_there_is(split: bool) -> None:
+    found = small_plan(split)
+    assert not list(check_timetable(found.problem, found.timetable))
+    slots = found.timetable.slots
+    for at in {slot.start_us + 1e-6 for slot in slots}:
+        pairs = zip(found.problem.tasks, slots, strict=True)
+        held = [task.modes[slot.mode] for task, slot in pairs if slot.start_us <= at < slot.end_us]
+        assert sum(mode.demand(BANDWIDTH) for mode in held) <= 1 + 1e-6
+        assert sum(mode.demand(SMS) for mode in held) <= 132
+
+
+def test_a_timetable_that_uses_more_bandwidth_is_found() -> None:
+    reading = problem("cascade c(X[M], V[M]) -> Y[M], Z[M] { Y[m] = 2 * X[m]\n Z[m] = 3 * V[m] }", {"M": 1 << 26}, 64)
+    modes = {name: number for number, name in enumerate(mode.name for mode in reading.tasks[0].modes)}
+    table = Timetable(tuple(
+        dataclasses.replace(slot, mode=modes[side], end_us=task.modes[modes[side]].us)
+        for side, task, slot in zip("ab", reading.tasks, [Slot(0, 0.0, 0.0)] * 2, strict=True)
+    ))  # fmt: skip
+    assert any(BANDWIDTH in finding for finding in check_timetable(reading, table))
+
+
+def test_two_tasks_on_one_side_are_found() -> None:
+    found = small_plan(False)
+    (one, other), tasks = found.timetable.slots, found.problem.tasks
+    mode = [mode.name for mode in tasks[1].modes].index(tasks[0].modes[one.mode].name)
+    moved = Slot(mode, other.start_us, other.start_us + tasks[1].modes[mode].us)
+    assert any("of 1 sms " in finding for finding in check_timetable(found.problem, Timetable((one, moved))))
+
+
+def test_plans_never_take_longer_than_one_task_after_the_other_and_say_why() -> None:
+    few = plan(canonical(LAYER), {**LARGE_LAYER, "B": 64}, H200)
+    assert few.timetable.makespan_us == pytest.approx(few.serial_us) and not few.cut.cuts and few.way.first is None
+    assert [name for name, _ in few.queues.queues] == [SMS] and not few.queues.waits
+    assert few.cut.declined is not None and "64 coordinates are less than two tiles" in few.cut.declined
+    assert f"{few.serial_us:.1f} us one after the other" in few.cut.declined
+    assert {task["mode"] for task in plan_json(few)["tasks"]} == {"all"}
+    stated = plan(canonical(LAYER + " schedule { split b into 8 }"), {**LARGE_LAYER, "B": 256}, H200)
+    assert not stated.cut.cuts and stated.cut.declined is not None and "cut at 32, 64" in stated.cut.declined
+    single = plan(canonical("cascade c(X[M]) -> Y[M] { Y[m] = 2 * X[m] }"), {"M": 128}, H200)
+    assert single.cut.declined is not None and single.cut.declined.startswith("there is one task")
+    for found in (few, stated, single):
+        assert found.timetable.makespan_us <= found.serial_us * (1 + 1e-9)
+    for found in (small_plan(False), small_plan(True)):
+        assert found.timetable.makespan_us <= (1 - LEAST_GAIN) * found.serial_us
+
+
+def test_what_a_plan_is_compared_with_has_one_queue() -> None:
+    found = whole(canonical(PAIR), LARGE_PAIR, H200)
+    assert found.timetable.makespan_us == pytest.approx(found.serial_us)
+    assert [name for name, _ in found.queues.queues] == [SMS]
+
+
+def test_a_mesh_of_more_devices_is_refused() -> None:
+    text = LAYER + " schedule { mesh tp = 2\n shard h over tp }"
+    with pytest.raises(UnsupportedError, match="C554"):
+        plan(canonical(text), LARGE_LAYER, H200)
+
+
+def test_a_wait_that_is_missing_is_found() -> None:
+    found = small_plan(True)
+    assert found.queues.waits and not list(over_synchronised(found.problem, found.queues))
+    for number in range(len(found.queues.waits)):
+        waits = found.queues.waits[:number] + found.queues.waits[number + 1 :]
+        assert list(check_queues(found.problem, Queues(found.queues.queues, waits))), found.queues.waits[number]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_command_plans_for_one_gpu(machine: str, tmp_path: Path) -> None:
+    path = tmp_path / "pair.cascade"
+    path.write_text(PAIR, encoding="utf-8")
+    sizes = [word for name, size in LARGE_PAIR.items() for word in ("-s", f"{name}={size}")]
+    result = CliRunner().invoke(commands, ["plan", str(path), "--machine", machine, *sizes, "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    assert found["machine"] == machine and sum(found["partition"]) == MACHINES[machine].sms
+    assert {task["resource"]: task["sms"] for task in found["tasks"]} == dict(
+        zip(SIDE_QUEUES, found["partition"], strict=True)
+    )
+
+
+# --- what is run -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_kernels", [False, True])
+@pytest.mark.parametrize("split", [False, True])
+def test_a_plan_means_what_its_cascade_means_without_a_process_group(split: bool, by_kernels: bool) -> None:
+    assert not torch.distributed.is_initialized()
+    found = small_plan(split)
+    text, sizes = (LAYER, SMALL_LAYER) if split else (PAIR, SMALL_PAIR)
+    source = canonical(text)
+    inputs = random_inputs(source, sizes, param_types(source, DType.F64), 0)
+    wanted = interp.run(source, inputs, sizes, Precision.REFERENCE)
+    loaded = cascade.distributed.load(json.dumps(plan_json(found)), kernels=by_kernels)
+    results = loaded(Precision.REFERENCE, **inputs)
+    for name, data in results.items():
+        torch.testing.assert_close(data.double(), wanted[name].double(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_plan_for_several_devices_needs_a_process_group() -> None:
+    text = "cascade c(X[M,K], W[K,N]) -> Y[M,N] { Y[m,n] = X[m,k] * W[k,n] } schedule { mesh p = 2\n shard k over p }"
+    found = plan_json(plan(canonical(text), {"M": 256, "K": 256, "N": 256}, node("h100x8")))
+    with pytest.raises(CallError, match="C348"):
+        cascade.distributed.load(found)
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+
+class Driver:
+    """A driver of 132 SMs that gives them in eights; what it is asked is kept."""
+
+    def __init__(self, rounds_to: int = 8) -> None:
+        self.rounds_to = rounds_to
+        self.asked: list[str] = []
+        self.contexts: list[int] = []
+
+    def __call__(self, name: str, *arguments: Any) -> None:
+        self.asked.append(name)
+        getattr(self, name, lambda *_: None)(*arguments)
+
+    def cuDeviceGetDevResource(self, device: Any, resource: Any, kind: int) -> None:
+        assert kind == confined.SM_RESOURCE
+        self.put(resource, 132)
+
+    def cuDevSmResourceSplitByCount(self, group: Any, _: Any, whole: Any, rest: Any, flags: int, least: Any) -> None:
+        count = -(-least.value // self.rounds_to) * self.rounds_to
+        self.put(group, count)
+        self.put(rest, 132 - count)
+
+    def cuDevResourceGenerateDesc(self, described: Any, resource: Any, count: Any) -> None:
+        self.contexts.append(confined._count(resource))
+
+    def cuGreenCtxStreamCreate(self, stream: Any, context: Any, flags: Any, priority: Any) -> None:
+        stream._obj.value = 7 + len(self.contexts)
+
+    def put(self, resource: Any, count: int) -> None:
+        ctypes.c_uint.from_buffer(resource, confined.COUNT_AT).value = count
+
+
+def test_sides_share_no_multiprocessor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(confined, "_stream", lambda handle, number, sms, why: (handle, sms))
+    driver: Any = Driver()
+    found: Any = confined._split(driver, 56, 0)
+    assert found == ((8, 56), (9, 76)) and driver.contexts == [56, 76]
+    assert driver.asked.count("cuGreenCtxCreate") == 2 and driver.asked.count("cuDevSmResourceSplitByCount") == 1
+
+
+def test_what_does_not_split_is_refused_with_a_reason() -> None:
+    driver: Any = Driver()
+    with pytest.raises(confined._RefusedError, match="132 SMs and a rest"):
+        confined._split(driver, 132, 0)
+    missing: Any = confined._Driver.__new__(confined._Driver)
+    missing.library = object()
+    with pytest.raises(confined._RefusedError, match="the driver has no cuDeviceGet"):
+        missing("cuDeviceGet")
+
+
+def test_without_such_a_driver_streams_are_ordinary_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> Any:
+        raise OSError(f"{name}: not found")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(ctypes, "CDLL", absent)
+    monkeypatch.setattr(confined, "_ordinary", lambda number, why: (number, why))
+    found: Any = confined.sides(24, 3)
+    assert found == ((3, "libcuda.so.1: not found"),) * 2
+    confined._sides.cache_clear()

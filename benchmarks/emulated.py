@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.devices import inputs, told
 from benchmarks.links import LLAMA
+from benchmarks.row import release
 from benchmarks.table import Table
 from benchmarks.timing import Budget, events_around, measure
 from cascade.backends.distributed.execute import Executor, Part
@@ -122,23 +124,18 @@ def measured(found: Plan, machine: Node, sizes: Mapping[str, int], link: Link, o
     """Milliseconds: as planned, one after the other, replayed with the times of the tasks here, and as modelled."""
     made = plan_json(found)
     tasks = ordered(made["tasks"])
-    device = link.source.device
-    tensors = inputs(found.program.cascade, sizes, device)
+    tensors = inputs(found.program.cascade, sizes, link.source.device)
     alone = [dataclasses.replace(task, queue="", waits=(), sms=None) for task in tasks]
-    calls = {"planned": caller(Emulated(found.program, tasks, machine, link), tensors)}
     first = Emulated(found.program, alone, machine, link)
-    calls["0"] = lambda: link.move(1)
+    ends = [0.0]
     for count in range(1, len(tasks) + 1):  # a task takes what one more of them takes longer
         some = Emulated(found.program, alone[:count], machine, link)
         some.compiled = first.compiled
-        calls[str(count)] = caller(some, tensors)
-    budget = Budget(options.rounds, options.seconds)
-    ready = {name: [graph_of(call, device)] for name, call in calls.items()}
-    ms, failed = measure(ready, device, budget)
-    assert not failed, failed
-    took = [max(0.0, ms[str(n + 1)] - ms[str(n)]) for n in range(len(tasks))]
+        ends.append(median_ms(some, tensors, options))
+    took = [max(0.0, end - start) for start, end in pairwise(ends)]
     return {
-        "planned": ms["planned"], "serial": ms[str(len(tasks))], "replayed": replayed(tasks, took),
+        "planned": median_ms(Emulated(found.program, tasks, machine, link), tensors, options),
+        "serial": ends[-1], "replayed": replayed(tasks, took),
         "modelled": told(found)["us"] / 1e3, "split": told(found)["split"],
         "tasks": [
             {"name": task["name"], "ms": own, "modelled_ms": (task["end"] - task["start"]) / 1e3}
@@ -147,21 +144,23 @@ def measured(found: Plan, machine: Node, sizes: Mapping[str, int], link: Link, o
     }  # fmt: skip
 
 
-def graph_of(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """The same as a graph: no task waits for the host."""
-    if device.type != "cuda":
-        return call
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
-def caller(run: Executor, tensors: Mapping[str, Tensor]) -> Callable[[], Any]:
-    """A call of it."""
-    return functools.partial(run, dict(tensors))
+def median_ms(run: Executor, tensors: Mapping[str, Tensor], options: Any) -> float:
+    """The time of a program as a graph, in which no task waits for the host; its memory is given back."""
+    device = next(iter(tensors.values())).device
+    ready: Callable[[], Any] = functools.partial(run, dict(tensors))
+    if device.type == "cuda":
+        ready()
+        run.buffers.clear()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run(dict(tensors))
+        ready = graph.replay
+    ms, failed = measure({"it": [ready]}, device, Budget(options.rounds, options.seconds))
+    assert not failed, failed
+    run.buffers.clear()
+    release(device)
+    return ms["it"]
 
 
 def replayed(tasks: Sequence[Ordered], took: Sequence[float]) -> float:

@@ -41,10 +41,10 @@ TURNS = 10
 CONFINED = (8, 16, 32, 64, 96)
 COPIED = 1 << 30  # bytes
 PRODUCT = "cascade product(X[M,K], W[N,K]) -> Y[M,N] { Y[m,n] = X[m,k] * W[n,k] }"
-DECODE = """cascade decode(Q[B,H,E], K[B,H,N,E], V[B,H,N,E]) -> U[B,H,E] {
-    S[b,h,n] = Q[b,h,e] * K[b,h,n,e] / sqrt(E)
+DECODE = """cascade decode(Q[B,H,E], K[B,HK,N,E], V[B,HK,N,E]) -> U[B,H,E] {
+    S[b,h,n] = Q[b,h,e] * K[b,h*HK//H,n,e] / sqrt(E)
     P[b,h,n] = softmax[n] S[b,h,n]
-    U[b,h,e] = P[b,h,n] * V[b,h,n,e]
+    U[b,h,e] = P[b,h,n] * V[b,h*HK//H,n,e]
 }"""
 
 
@@ -61,8 +61,8 @@ class Case:
 CASES = {
     "product beside decode": Case(
         "product_beside_decode",
-        {"T": 4096, "D": 4096, "F": 8192, "B": 64, "H": 16, "N": 4096, "E": 128},
-        {"T": 16, "D": 32, "F": 16, "B": 2, "H": 2, "N": 32, "E": 16},
+        {"T": 4096, "D": 4096, "F": 8192, "B": 64, "H": 32, "HK": 8, "N": 8192, "E": 128},
+        {"T": 16, "D": 32, "F": 16, "B": 2, "H": 4, "HK": 2, "N": 32, "E": 16},
         1.15,
     ),
     "layer of a decode": Case(
@@ -119,7 +119,7 @@ def row(
     sizes = case.tiny if options.tiny else case.sizes
     made, apart = plan(source, sizes, machine), whole(source, sizes, machine)
     tensors = given(source, sizes, device)
-    load = functools.partial(cascade.distributed.load, kernels=True)
+    load = functools.partial(cascade.distributed.load, kernels=True, effort=options.effort)
     planned = plan_json(made)
     runs: dict[str, Any] = {
         "whole": load(plan_json(apart)), "one queue": load(in_one_queue(planned)), "planned": load(planned),
@@ -239,13 +239,13 @@ def rates(found: Table, machine: Node, device: torch.device, tiny: bool) -> None
     copied = torch.zeros(size // kind.itemsize, dtype=kind, device=device)
     target = torch.empty_like(copied)
     extents = (16, 16, 16) if tiny else (4096, 4096, 8192)
-    b, h, n, e = (2, 2, 32, 16) if tiny else (64, 16, 2048, 128)
+    b, h, n, e = (2, 2, 32, 16) if tiny else (64, 8, 4096, 128)
 
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=kind, device=device)
 
     product = {"X": drawn(extents[0], extents[1]), "W": drawn(extents[2], extents[1])}
-    decode = {"Q": drawn(b, h, e), "K": drawn(b, h, n, e), "V": drawn(b, h, n, e)}
+    decode = {"Q": drawn(b, 4 * h, e), "K": drawn(b, h, n, e), "V": drawn(b, h, n, e)}
     flops = 2.0 * extents[0] * extents[1] * extents[2]
     for sms in (*CONFINED[: 1 if tiny else None], machine.gpu.sms):
         ways: dict[str, tuple[Callable[[], Any], float]] = {

@@ -39,10 +39,10 @@ from cascade.verify.timetable import check_queues, check_timetable, over_synchro
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PAIR = (EXAMPLES / "product_beside_decode.cascade").read_text(encoding="utf-8")
 LAYER = (EXAMPLES / "decode_layer.cascade").read_text(encoding="utf-8")
-LARGE_PAIR = {"T": 4096, "D": 4096, "F": 8192, "B": 64, "H": 16, "N": 4096, "E": 128}
+LARGE_PAIR = {"T": 4096, "D": 4096, "F": 8192, "B": 64, "H": 32, "HK": 8, "N": 8192, "E": 128}
 LARGE_LAYER = {"B": 2048, "N": 1024, "D": 4096, "H": 32, "HK": 8, "E": 128, "F": 14336}
 SMALL_LAYER = {"B": 16, "N": 64, "D": 16, "H": 4, "HK": 2, "E": 4, "F": 24}
-SMALL_PAIR = {"T": 5, "D": 8, "F": 6, "B": 3, "H": 2, "N": 7, "E": 4}
+SMALL_PAIR = {"T": 5, "D": 8, "F": 6, "B": 3, "H": 4, "HK": 2, "N": 7, "E": 4}
 H200 = node("h200")
 
 

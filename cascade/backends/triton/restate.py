@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from cascade.backends.triton.counts import with_extents
+from cascade.backends.triton.divided import with_divisions
 from cascade.backends.triton.joined import Joined, with_joined
 from cascade.backends.triton.operands import with_operands
 from cascade.backends.triton.ordered import in_order, with_ordered_operands
@@ -65,6 +66,7 @@ def restated(
         (lambda found: with_scales(found, of_ranks(found)), SCALED),
     )
     why: dict[str, str] = {}
+    cascade = with_divisions(cascade, certain)
     cascade = with_prologues(cascade, of_ranks(cascade))
     for step, reason in steps:
         known, before = {name for stmt in cascade.body for name in defines(stmt)}, sums(cascade)

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cascade.backends.placing import into
 from cascade.backends.distributed.local import MERGED, Local, Piece, Wanted, local
 from cascade.backends.distributed.simulate import moved
 from cascade.backends.distributed.streams import Ordered, Queues
@@ -159,7 +160,9 @@ class Executor:
         if known is None:  # whoever needs it computes it
             return
         of, call = known
-        made = call(**{piece.name: _at(self.buffers[piece.tensor], piece.box) for piece in of.reads})
+        kept = (piece for piece in of.writes if not piece.reducer)
+        with into({piece.name: _at(self.buffers[piece.tensor], piece.box) for piece in kept}):
+            made = call(**{piece.name: _at(self.buffers[piece.tensor], piece.box) for piece in of.reads})
         for piece, value in zip(of.writes, made if isinstance(made, tuple) else (made,), strict=True):
             self.queues.keep(value)
             if piece.reducer:
@@ -232,11 +235,12 @@ class Executor:
         return {name for name, _ in self.touches.reach.writes(step.name, {})}
 
     def _write(self, tensor: str, box: Box, value: Tensor) -> None:
-        """Values into a box of a buffer; the whole of one takes its place."""
+        """Values into a box of a buffer, unless they were written there; the whole of one takes its place."""
+        place = _at(self.buffers[tensor], box)
         if tuple(value.shape) == tuple(self.buffers[tensor].shape):
             self.buffers[tensor] = value
-        else:
-            _at(self.buffers[tensor], box).copy_(value)
+        elif value.data_ptr() != place.data_ptr() or value.stride() != place.stride():
+            place.copy_(value)
 
     # --- partial results ---------------------------------------------------------------------------------------------
 

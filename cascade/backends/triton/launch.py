@@ -27,6 +27,7 @@ from triton.runtime.errors import OutOfResources, PTXASError, TritonError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cascade import __version__, interp
+from cascade.backends.placing import place_of
 from cascade.backends.share import at_most
 from cascade.backends.triton.emit import Argument, Source, emit, permutation
 from cascade.backends.triton.joined import Joined
@@ -35,7 +36,7 @@ from cascade.backends.triton.explain import Launch, describe
 from cascade.backends.triton.partition import Group, Rest, power_of_two, reduced_ranks
 from cascade.backends.triton.plan import Blocks, Dot, Kernel, every_op
 from cascade.backends.triton.plan import Tensor as PlannedTensor
-from cascade.backends.triton.planner import Layout, Planner, Tiling, gaps
+from cascade.backends.triton.planner import Layout, Planner, Tiling, contiguous, gaps
 from cascade.backends.triton.relaunch import Relaunch, relaunch
 from cascade.backends.triton.restate import restated
 from cascade.backends.triton.rows import BLOCKS, SORTED
@@ -381,7 +382,8 @@ class CallPlan:
             tensors[result] = inputs[param]
         for step in self.steps:
             for name, shape, dtype in step.made:
-                tensors[name] = allocated(name, shape, dtype, device, self.results)
+                place = place_of(name, (shape, dtype, contiguous(shape))) if name in self.results else None
+                tensors[name] = allocated(name, shape, dtype, device, self.results) if place is None else place
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 self.run(tensors)

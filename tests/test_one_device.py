@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from click.testing import CliRunner
 import cascade.distributed
 from cascade import interp, pipeline
 from cascade.backends.distributed import confined, kernels
-from cascade.backends.distributed.beside import BANDWIDTH, LEAST_GAIN, SIDE_QUEUES, partitions, shared_problem, sides
+from cascade.backends.distributed.beside import (
+    BANDWIDTH, LEAST_GAIN, SIDE_QUEUES, kept_apart, partitions, shared_problem, sides,
+)  # fmt: skip
 from cascade.backends.distributed.kernels import LAST_WAVE, SMS, Clock, layer_of
 from cascade.backends.distributed.machine import DRAWING, Node, alone, node
 from cascade.backends.distributed.plan import Plan, in_a_row, plan, plan_json, plan_text, whole
@@ -34,7 +37,7 @@ from cascade.passes.split_tokens import dependencies
 from cascade.timetable import Problem, Queues, Slot, Timetable
 from cascade.trial import param_types, random_inputs
 from cascade.values import Precision
-from cascade.verify.timetable import check_queues, check_timetable, over_synchronised
+from cascade.verify.timetable import check_queues, check_timetable, implied, over_synchronised
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PAIR = (EXAMPLES / "product_beside_decode.cascade").read_text(encoding="utf-8")
@@ -201,10 +204,25 @@ def test_a_mesh_of_more_devices_is_refused() -> None:
 
 def test_a_wait_that_is_missing_is_found() -> None:
     found = small_plan(True)
-    assert found.queues.waits and not list(over_synchronised(found.problem, found.queues))
+    apart = kept_apart(found.problem, found.timetable)
+    assert found.queues.waits and not list(over_synchronised(apart, found.queues))
     for number in range(len(found.queues.waits)):
         waits = found.queues.waits[:number] + found.queues.waits[number + 1 :]
-        assert list(check_queues(found.problem, Queues(found.queues.queues, waits))), found.queues.waits[number]
+        assert list(check_queues(apart, Queues(found.queues.queues, waits))), found.queues.waits[number]
+
+
+def test_whatever_the_queues_allow_at_a_time_fits_the_device() -> None:
+    found = plan(canonical(LAYER), LARGE_LAYER, H200)
+    modes = [task.modes[slot.mode] for task, slot in zip(found.problem.tasks, found.timetable.slots, strict=True)]
+    behind: dict[int, set[int]] = {n: set() for n in range(len(modes))}
+    edges = implied(found.queues)
+    for _ in modes:  # as long as a way can be
+        for late, early in edges:
+            behind[late] |= {early} | behind[early]
+    for one, other in itertools.combinations(range(len(modes)), 2):
+        if one not in behind[other] and other not in behind[one]:
+            for name, most in found.problem.capacities:
+                assert modes[one].demand(name) + modes[other].demand(name) <= most + 1e-6, (one, other, name)
 
 
 @pytest.mark.parametrize("machine", MACHINES)

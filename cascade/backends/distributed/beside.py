@@ -18,12 +18,13 @@ Source: NanoFlow (arXiv 2408.12757), which overlaps kernels of one device by sha
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 from cascade.backends.distributed.kernels import SMS, Clock, Layer, tasks_of
 from cascade.backends.distributed.machine import Node
 from cascade.placed import Compute, Program
-from cascade.timetable import Mode, Problem
+from cascade.timetable import Mode, Problem, Timetable
 
 ALL = "all"
 SIDES = ("a", "b")
@@ -34,6 +35,8 @@ BANDWIDTH = "bandwidth"
 
 UNIT = 8
 """SMs that a driver gives together, and the fewest of a side: what runs in clusters needs them so from sm_90 on."""
+
+EPSILON = 1e-6
 
 LEAST_GAIN = 0.02
 """Of the serial time: overlap that saves less is not worth slices, streams and waits; no time is exact to that."""
@@ -54,6 +57,28 @@ def shared_problem(program: Program, layer: Layer, clock: Clock, first: int | No
     tasks = tasks_of(program, layer, clock.reach, lambda own: _modes(program, own, clock, first))
     held = ((side, 1.0) for side in SIDE_QUEUES)
     return Problem(tasks, (*held, (SMS, float(clock.node.gpu.sms)), (BANDWIDTH, 1.0)))
+
+
+def kept_apart(problem: Problem, timetable: Timetable) -> Problem:
+    """The same tasks, each also behind those that end before it starts and with which it would hold more than there is.
+
+    A queue starts what is next as soon as it can: two readers of the memory that the timetable has one after the other
+    would take from each other what neither then has.
+    """
+    capacity = problem.capacity()
+    modes = [task.modes[slot.mode] for task, slot in zip(problem.tasks, timetable.slots, strict=True)]
+
+    def conflict(one: Mode, other: Mode) -> bool:
+        return any(one.demand(name) + other.demand(name) > capacity[name] + EPSILON for name, _ in one.demands)
+
+    found = []
+    for number, (task, slot) in enumerate(zip(problem.tasks, timetable.slots, strict=True)):
+        ended = (
+            n for n, other in enumerate(timetable.slots) if other.end_us <= slot.start_us + EPSILON and n != number
+        )
+        behind = {n for n in ended if conflict(modes[number], modes[n])}
+        found.append(dataclasses.replace(task, needs=tuple(sorted({*task.needs, *behind}))))
+    return dataclasses.replace(problem, tasks=tuple(found))
 
 
 def _modes(program: Program, steps: Sequence[int], clock: Clock, first: int | None) -> tuple[Mode, ...]:

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cascade.backends.distributed.beside import LEAST_GAIN, SIDE_QUEUES, partitions, shared_problem, sides
+from cascade.backends.distributed.beside import LEAST_GAIN, SIDE_QUEUES, kept_apart, partitions, shared_problem, sides
 from cascade.backends.distributed.decompose import Decomposed, decompositions
 from cascade.backends.distributed.fused import awaited, fused, stored
 from cascade.backends.distributed.kernels import (
@@ -198,9 +198,10 @@ def _planned(program: Program, node: Node, exact: bool, decompose: bool, slices:
         cut, way, chosen, made = dataclasses.replace(cut, cuts=(), declined=why), APART, program, first.whole
         problem, layer = made.problem(chosen, first.clock, way)
         timetable = list_schedule(problem)
-    queues = queues_of(problem, timetable, QUEUES)
+    apart = kept_apart(problem, timetable) if way.name == "beside" else problem
+    queues = queues_of(apart, timetable, QUEUES)
     wrong = [
-        *check_timetable(problem, timetable), *check_queues(problem, queues), *over_synchronised(problem, queues),
+        *check_timetable(problem, timetable), *check_queues(apart, queues), *over_synchronised(apart, queues),
     ]  # fmt: skip
     if wrong:
         raise InternalError(f"the schedule of a plan is not valid: {wrong[0]}")

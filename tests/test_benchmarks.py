@@ -16,11 +16,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import attention, launching, overlap, row, timing
+from benchmarks import attention, emulated, launching, overlap, row, splitting, timing
 from benchmarks.__main__ import OTHERS, SECONDS, WORKLOADS, main
 from benchmarks.row import OURS, Result, apart, errors, judged, measure_row
 from benchmarks.timing import Budget, measure
 from benchmarks.workload import Bar, Inputs, Peer, Workload
+from cascade.backends.distributed.streams import Ordered
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -75,6 +76,34 @@ def test_the_model_table(tmp_path: Path) -> None:
     for line in data["rows"]:
         assert line["best_ms"] == min(one["ms"] for one in line["tried"] if one["ms"] is not None)
         assert line["best_ms"] <= line["top_ms"] <= line["first_ms"] and line["candidates"] == len(line["tried"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tables_of_plans_that_run(tmp_path: Path) -> None:
+    """Slices of a block, a plan with emulated links, a layer on two processes: they run, and what they give is right."""
+    code, data, text = run("split", tmp_path)
+    assert code == 0 and [line["name"] for line in data["rows"]] == ["split 512", "split 768"], text
+    x, *weights = torch.randn(12, 8), torch.randn(6, 8), torch.randn(6, 8), torch.randn(8, 6)
+    (whole,), parts = splitting.sliced(x, weights, ())(), splitting.sliced(x, weights, (5,))()
+    torch.testing.assert_close(torch.cat(parts), whole)
+    code, data, text = run("emulated", tmp_path)
+    (line,) = data["rows"]
+    assert code == 0 and line["replayed"] <= 1.001 * sum(task["ms"] for task in line["tasks"]), text
+    code, data, text = run("devices", tmp_path)
+    (line,) = data["rows"]
+    assert code == 0 and line["error"] < 1e-4 and {"whole", "one queue", "planned"} == set(line["ms"]), text
+
+
+def test_a_replay_starts_tasks_behind_what_they_wait_for() -> None:
+    tasks = [
+        Ordered((0,), "a"),
+        Ordered((1,), "b", (0,)),
+        Ordered((2,), "a"),
+        Ordered((3,), "a", (1,)),
+        Ordered((4,), "c"),
+    ]
+    assert emulated.replayed(tasks, [2.0, 5.0, 1.0, 1.0, 4.0]) == 8.0
+    assert emulated.replayed(tasks, [2.0, 0.0, 4.0, 1.0, 9.0]) == 9.0
 
 
 def test_the_cost_table(tmp_path: Path) -> None:

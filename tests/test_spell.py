@@ -93,3 +93,20 @@ def test_a_mean_is_divided_and_a_tile_multiplied() -> None:
         kernels = all_kernels(planner_for(final(text), {"X": torch.zeros(3000, 100, dtype=dtype)}))
         (source,) = map(emitted, kernels)
         assert re.search(r"quotient\(U_sum, \(N \+ 0\.0\)\)", source) and division in source
+
+
+@pytest.mark.parametrize(("dtype", "common"), [("bf16", True), ("f32", False)])
+def test_few_numbers_with_a_divisor_in_common_are_multiplied_where_results_are_short(dtype: str, common: bool) -> None:
+    text = f"""cascade route(X: {dtype}[T,N]) -> G: {dtype}[T,8] {{
+        P[t,n] = softmax[n] X[t,n]
+        W[t,k], I[t,k] = topk[n, 8] P[t,n]
+        G[t,k] = W[t,k] / (sum[k] W[t,k])
+    }}"""
+    made = cascade.compile(text, backend="triton")
+    x = torch.randn(40, 64).to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+    found = made(x).double()
+    largest = torch.softmax(x.double(), 1).topk(8).values
+    wanted = largest / largest.sum(1, keepdim=True)
+    assert ((found - wanted).abs() <= (2**-8 if dtype == "bf16" else 2**-21) * wanted).all()
+    (source,) = made.sources().values()
+    assert ("* (1.0 / P_sum)" in source) == ("* (1.0 / G_sum)" in source) == common and "quotient(W" not in source

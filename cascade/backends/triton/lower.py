@@ -1459,11 +1459,12 @@ class _Lowering:
             return Apply(expr.op, tuple(map(self.floated, expr.args)))
         if expr.op != "div":
             return expr
-        if few_quotients(self.shape(expr), {axis.rank: axis.tile for axis in self.setting.axes}):
+        tile, by = map(self.shape, expr.args)
+        shared = bool(by) and len(by) < len(tile) and not self.full_precision()
+        if not shared and few_quotients(self.shape(expr), {axis.rank: axis.tile for axis in self.setting.axes}):
             return expr
         if isinstance(expr.args[1], Const) and self.type_of(expr.args[0]) is DType.F32:
             return product([expr.args[0], Const(1.0 / float(expr.args[1].value))]) if expr.args[1].value else expr
-        tile, by = map(self.shape, expr.args)
         if len(by) < len(tile) and not self.full_precision() and self.type_of(expr.args[0]) in FLOATS:
             return Apply("mul", (expr.args[0], Apply("div", (Const(1.0), expr.args[1]))))
         return expr

@@ -38,6 +38,9 @@ from cascade.walk import targets
 Make: TypeAlias = Callable[[Cascade], Callable[..., Any]]
 """Compiles a cascade."""
 
+Types: TypeAlias = tuple[DType, ...]
+"""Of the parameters of a call, in their order."""
+
 Group: TypeAlias = tuple[list[int], Any]
 """The ranks that differ along some axes only, and their process group."""
 
@@ -75,7 +78,11 @@ class Executor:
     places: list[dict[str, int]] = field(init=False)
     held: dict[str, list[list[Box]]] = field(init=False)
     absent: frozenset[str] = field(init=False)  # tensors that may be absent in places
+    runs: list[list[tuple[int, ...]]] = field(init=False)  # of every task: collectives, and statements between them
+    empty: frozenset[int] = field(init=False)  # steps of which this rank has no coordinates
+    known: dict[Types, Mapping[str, DType]] = field(init=False, default_factory=dict)  # types of all tensors
     compiled: dict[object, tuple[Local, Callable[..., Any]] | None] = field(init=False, default_factory=dict)
+    apart: set[object] = field(init=False, default_factory=set)  # statements that are no kernel together
     buffers: dict[str, Tensor] = field(init=False, default_factory=dict)
     parts: dict[str, list[Part]] = field(init=False, default_factory=dict)
     queues: Queues = field(init=False)
@@ -90,70 +97,78 @@ class Executor:
         self.places = coordinates(self.program.axes)
         self.held = _held(self.program, self.touches)
         self.absent = absent_tensors(self.program.cascade, dict(self.program.sizes))
+        self.runs = [self._runs(task) for task in self.tasks]
+        self.empty = frozenset(
+            number for number, step in enumerate(self.program.steps)
+            if isinstance(step, Compute) and any(low >= high for low, high in self._windows(step).values())
+        )  # fmt: skip
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The results, whole on every rank. Raises UnsupportedError (C555) where a task is no kernel."""
-        given = {param.name: FROM_TORCH[tensors[param.name].dtype] for param in self.program.cascade.params}
-        types = infer_dtypes(self.program.cascade, given)
+        names = [param.name for param in self.program.cascade.params]
+        given = tuple(FROM_TORCH[tensors[name].dtype] for name in names)
+        if given not in self.known:
+            self.known[given] = infer_dtypes(self.program.cascade, dict(zip(names, given, strict=True)))
+        types = self.known[given]
         device = next(iter(tensors.values())).device
         self.parts = {}
         self.buffers = dict(tensors) | {
             name: torch.empty(self.touches.reach.shape(name), dtype=TORCH_TYPES[types[name]], device=device)
-            for name in types.keys() - given.keys()
+            for name in types.keys() - set(names)
         }
         with self.queues.call(device):
             for number in range(len(self.tasks)):
                 with self.queues.task(number):
-                    self._task(number, types)
+                    self._task(number, given)
         return {result.name: self._whole(result.name) for result in self.program.cascade.results}
 
-    def _task(self, number: int, types: Mapping[str, DType]) -> None:
+    def _task(self, number: int, given: Types) -> None:
         """The steps of a task, in its queue."""
-        for run in self._runs(self.tasks[number]):
+        for run in self.runs[number]:
             first = self.program.steps[run[0]]
             if isinstance(first, Collective):
                 self._exchange(first)
             else:
-                self._compute(number, run, types)
+                self._compute(number, run, given)
 
-    def _runs(self, task: Ordered) -> list[list[int]]:
+    def _runs(self, task: Ordered) -> list[tuple[int, ...]]:
         """The steps of a task: collectives by themselves, statements between them together."""
-        found: list[list[int]] = []
+        found: list[tuple[int, ...]] = []
         for step in task.steps:
             alone = isinstance(self.program.steps[step], Collective)
             if found and not alone and not isinstance(self.program.steps[found[-1][0]], Collective):
-                found[-1].append(step)
+                found[-1] = (*found[-1], step)
             else:
-                found.append([step])
+                found.append((step,))
         return found
 
     # --- statements --------------------------------------------------------------------------------------------------
 
-    def _compute(self, task: int, run: Sequence[int], types: Mapping[str, DType]) -> None:
+    def _compute(self, task: int, run: tuple[int, ...], given: Types) -> None:
         """Statements as one kernel or few; each by itself where they are not of the same windows."""
         steps = [step for step in map(self.program.steps.__getitem__, run) if isinstance(step, Compute)]
-        empty = [step for step in steps if any(low >= high for low, high in self._windows(step).values())]
-        try:
-            if not empty:
-                self._kernel(task, run, steps, types)
+        if self.empty.isdisjoint(run) and (run, given) not in self.apart:
+            try:
+                self._kernel(task, run, steps, given)
                 return
-        except UnsupportedError:
-            if len(run) == 1:
-                raise
+            except UnsupportedError:
+                if len(run) == 1:
+                    raise
+                self.apart.add((run, given))
         for number, step in zip(run, steps, strict=True):
-            if step in empty:
-                self._nothing(step, types)
+            if number in self.empty:
+                self._nothing(step, self.known[given])
             else:
-                self._kernel(task, [number], [step], types)
+                self._kernel(task, (number,), [step], given)
 
-    def _kernel(self, task: int, run: Sequence[int], steps: Sequence[Compute], types: Mapping[str, DType]) -> None:
+    def _kernel(self, task: int, run: tuple[int, ...], steps: Sequence[Compute], given: Types) -> None:
         """Statements by one compiled cascade."""
-        key = (tuple(run), tuple(sorted((name, dtype.value) for name, dtype in types.items())))
+        key = run, given
         if key not in self.compiled:
             again = self._again(run)
             found = local(
-                self.program, self.touches.reach, [*again, *steps], self.places[self.rank], self._wanted(run), types,
-                f"task_{task}",
+                self.program, self.touches.reach, [*again, *steps], self.places[self.rank], self._wanted(run),
+                self.known[given], f"task_{task}",
             )  # fmt: skip
             self.compiled[key] = (found, self.make(found.cascade)) if found.writes else None
         known = self.compiled[key]
@@ -214,7 +229,7 @@ class Executor:
         while todo:
             number = todo.pop()
             read = [one for one in self.touches.reads(self.program.steps[number]) if one.device == self.rank]
-            beside = () if number in run else next(r for task in self.tasks for r in self._runs(task) if number in r)
+            beside = () if number in run else next(r for runs in self.runs for r in runs if number in r)
             for other, step in enumerate(self.program.steps):
                 if other not in found and isinstance(step, Compute) and self._makes(step, read, other in beside):
                     found.add(other)

@@ -142,16 +142,22 @@ def conflicts(problem: Problem) -> list[frozenset[Demands]]:
 def _mixed(problem: Problem, one: Work, other: Work) -> Work:
     """The mean of two measures by which there is most work."""
 
-    def mean(weight: float) -> Work:
-        pairs = zip(one.rates, other.rates, strict=True)
-        rates = [[weight * a + (1 - weight) * b for a, b in zip(*own, strict=True)] for own in pairs]
-        return Work.of(problem, rates)
+    counted = [
+        [(mode.us * a, mode.us * b) for mode, a, b in zip(task.modes, own, others, strict=True)]
+        for task, own, others in zip(problem.tasks, one.rates, other.rates, strict=True)
+    ]
+
+    def total(weight: float) -> float:
+        return sum(min([weight * a + (1 - weight) * b for a, b in task]) for task in counted)
 
     low, high = 0.0, 1.0
     for _ in range(10):
         third = (high - low) / 3
-        if sum(mean(low + third).least) > sum(mean(high - third).least):
+        if total(low + third) > total(high - third):
             high -= third
         else:
             low += third
-    return mean((low + high) / 2)
+    weight = (low + high) / 2
+    pairs = zip(one.rates, other.rates, strict=True)
+    rates = [[weight * a + (1 - weight) * b for a, b in zip(*own, strict=True)] for own in pairs]
+    return Work.of(problem, rates)

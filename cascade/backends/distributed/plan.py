@@ -66,6 +66,9 @@ VERSION = 1
 ROUGH = 0
 """The width of the search behind a list schedule, for every cut that is tried: critical paths alone."""
 
+FAR = 4
+"""How far partitions of a device that are tried first lie apart, in what a driver gives together."""
+
 COPIES = 3
 """Layers in a row by which one that follows itself is judged."""
 
@@ -390,17 +393,29 @@ class _Maker:
         return serial_us(self.whole.problem(self.program, self.clock, APART)[0])
 
     def best(self, made: _Made, program: Program, rough: bool = False) -> tuple[float, Way]:
-        """The least time, and the way that reaches it; a rough one tries one number of thread blocks, half of the
-        partitions."""
+        """The least time, and the way that reaches it; a rough one tries one number of thread blocks, or partitions
+        that lie apart."""
         ways, tried = [APART], self.clock.node.slots if rough else 0
         if self.clock.node.devices == 1:
-            ways += [Way("beside", first=first) for first in list(partitions(self.clock.node))[:: 2 if rough else 1]]
+            ways.append(self._partition(made, program, rough))
         if "fused" in made.layers:
             ways += [Way("fused", blocks) for blocks in ((tried,) if tried else self.clock.node.fused)]
         if not tried:
             ways += [Way(name) for name in ("stored", "awaited") if name in made.layers]
         times = [made.time_us(program, self.clock, way) for way in ways]
         return min(zip(times, ways, strict=True), key=lambda pair: pair[0])
+
+    def _partition(self, made: _Made, program: Program, rough: bool) -> Way:
+        """The partition of one device of least time: those that lie apart first, then nearer ones around the best."""
+        ways = [Way("beside", first=first) for first in partitions(self.clock.node)]
+        step = FAR if rough else FAR // 2
+        times = {at: made.time_us(program, self.clock, ways[at]) for at in range(step // 2, len(ways), step)}
+        while step > (FAR // 2 if rough else 1):
+            step //= 2
+            best = min(times, key=lambda at: times[at])
+            for at in {max(0, best - step), min(len(ways) - 1, best + step)} - times.keys():
+                times[at] = made.time_us(program, self.clock, ways[at])
+        return ways[min(times, key=lambda at: times[at])]
 
     def search(self) -> tuple[str | None, Cut]:
         """The rank that is split and where, or why it is not."""

@@ -34,8 +34,8 @@ LONGEST_US = 1e6
 DRAWING = 0.5
 """Which share of the SMs of a GPU draws the whole bandwidth of its memory, with many loads under way on each.
 
-On an H200 copies and attention on 32 confined SMs draw a little more than this says, on 64 a little less: `python -m
-benchmarks overlap`, benchmarks/results/overlap-nvidia-h200.txt. Of other GPUs it is supposed.
+On an H200 copies, and kernels that read much once, draw a little more than this says on 32 confined SMs, and a little
+less on 64: `python -m benchmarks overlap`, benchmarks/results/overlap-nvidia-h200.txt. Of other GPUs it is supposed.
 """
 
 

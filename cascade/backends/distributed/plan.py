@@ -60,7 +60,7 @@ from cascade.timetable import Problem, Queues, Timetable
 from cascade.verify.timetable import check_queues, check_timetable, over_synchronised
 from cascade.walk import targets
 
-VERSION = 1
+VERSION = 2
 """Of the JSON of a plan."""
 
 ROUGH = 0

@@ -185,10 +185,10 @@ def statistics(device: torch.device, tiny: bool) -> Iterator[Workload]:
         yield matrix(name, text, maths, wide, bars, plain(maths, device), tiny, names, results=1 / wide[1])
     bars, peers = (COMPILED, Bar(0.85, copy=True, goal=True)), plain(cumulative_sum, device)
     yield matrix("cumulative sum", programs.CUMULATIVE_SUM, cumulative_sum, (16384, 8192), bars, peers, tiny)
-    tokens, experts = (24, 64) if tiny else (65536, 256)
+    routed_rows, experts = (24, 64) if tiny else (65536, 256)
     yield Workload(
-        "softmax top-8 65536 256", programs.ROUTE, lambda generator: {"X": normal(generator, tokens, experts)},
-        routed_exactly, routed, plain(route, device), (Bar(ms=0.037),), moved=tokens * (2.0 * experts + 16 + 32),
+        "softmax top-8 65536 256", programs.ROUTE, lambda generator: {"X": normal(generator, routed_rows, experts)},
+        routed_exactly, routed, plain(route, device), (Bar(ms=0.037),), moved=routed_rows * (2.0 * experts + 16 + 32),
     )  # fmt: skip
     tokens, words = (24, 64) if tiny else (4096, 128256)
 

@@ -22,7 +22,7 @@ test: setup browser $(TRITON36_READY)
 	$(BIN)/mypy
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal
 
-# What to run before a commit, under a minute: lint, format, strict types, the architecture, the fast tests.
+# What to run before a commit: lint, format, strict types, the architecture, the fast tests.
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -29,12 +29,14 @@ from benchmarks.table import Table
 from benchmarks.timing import events_around
 from cascade.backends.distributed.machine import Fit, Node, node
 from cascade.backends.distributed.plan import Plan, plan, plan_json, whole
+from cascade.backends.distributed.symmetric import symmetric
 from cascade.compiled import Compiled
 from cascade.ir import Cascade
 from cascade.placed import Kind
 
 LENGTHS = (4096, 8192)
 SMALL = {"D": 64, "H": 4, "HK": 4, "E": 16, "F": 96}
+SMALL_SUMS = tuple(1 << bits for bits in (12, 14, 16, 18))  # bytes of an all-reduce
 SIZES = tuple(1 << bits for bits in (20, 22, 24, 26, 27))  # bytes of all devices together
 BLOCKS = (8, 16, 24)  # that an exchange may take
 TURNS = 10
@@ -113,7 +115,26 @@ def fitted(base: Node, world: int, device: torch.device, tiny: bool) -> tuple[No
         latency, share = line(points)
         fits[kind] = Fit(max(0.0, latency), share)
         told.append(f"{kind.value}: {latency:.1f} us and {share:.3f} of {base.gbs:.0f} GB/s; {points}")
+    told += small_sums(world, device)
     return dataclasses.replace(base, fits=fits, multicast=False, slots=blocks), told
+
+
+def small_sums(world: int, device: torch.device) -> list[str]:
+    """What small sums take by NCCL, and through memory that the devices share."""
+    group = dist.new_group(list(range(world)))
+    shared = symmetric(group, device)
+    if shared.why is not None:
+        return [f"no memory that devices share: {shared.why}"]
+    told = []
+    for size in SMALL_SUMS:
+        given = torch.ones(size // 2, dtype=torch.bfloat16, device=device)
+        kept = given.clone()
+        if not torch.equal(shared.summed(given), given * world):
+            return ["sums through shared memory are wrong"]
+        library = slowest(functools.partial(dist.all_reduce, kept, group=group), device)
+        own = slowest(functools.partial(shared.summed, given), device)
+        told.append(f"sum of {size >> 10} KB: NCCL {1e3 * library:.1f} us, shared memory {1e3 * own:.1f} us")
+    return told
 
 
 def timed_collectives(

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import functools
 import statistics
+import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ from benchmarks.devices import apart_from, in_one_queue, inputs
 from benchmarks.row import ALL_WRONG, release, synchronise
 from benchmarks.table import Table
 from benchmarks.timing import Budget, captured, events_around, reason
-from cascade.backends.distributed.confined import confined
+from cascade.backends.distributed.confined import confined, sides
 from cascade.backends.distributed.machine import Node, alone, node
 from cascade.backends.distributed.plan import Plan, plan, plan_json, whole
 from cascade.backends.share import within
@@ -39,6 +41,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 LEAST = 0.98  # of the serial program: what a plan may lose
 TURNS = 10
 CONFINED = (8, 16, 32, 64, 96)
+BESIDE = (64, 72, 80, 96)  # SMs of products; the others read
+LONG = 0.4  # seconds that work lasts whose clock and power are asked for
 COPIED = 1 << 30  # bytes
 PRODUCT = "cascade product(X[M,K], W[N,K]) -> Y[M,N] { Y[m,n] = X[m,k] * W[n,k] }"
 DECODE = """cascade decode(Q[B,H,E], K[B,HK,N,E], V[B,HK,N,E]) -> U[B,H,E] {
@@ -269,6 +273,11 @@ def rates(found: Table, machine: Node, device: torch.device, tiny: bool) -> None
             + (f"; {why}" if why else "")
         )
         found.data.append({"name": f"{sms} SMs", "sms": got, "why": why, **figures, "verdict": "-"})
+        if sms == machine.gpu.sms:
+            found.notes += [f"{name} alone, on all SMs: {clock(call, device)}" for name, (call, _) in ways.items()]
+    for first in BESIDE if device.type == "cuda" else ():
+        told = beside(first, {name: ways[name] for name in ("product", "decode")}, device)
+        found.notes.append(told)
     supposed = machine.bandwidth_tbs(1) * 1e3
     found.notes.append(f"The model supposes {supposed:.1f} GB/s an SM, {machine.gpu.bandwidth_tbs} TB/s at most.")
 
@@ -292,3 +301,72 @@ def on_some(
             found[name] = timed(call, device)
         synchronise(device)
     return stream.sms, stream.why, found
+
+
+def beside(first: int, ways: Mapping[str, tuple[Callable[[], Any], float]], device: torch.device) -> str:
+    """What two sides of the device reach at once, each with calls of one kind that last as long as the other's."""
+    streams = dict(zip(ways, sides(first, device), strict=True))
+    calls = dict.fromkeys(ways, 20)
+    for _ in range(3):
+        took = at_once(ways, streams, calls, device)
+        longest = max(took.values())
+        calls = {name: max(1, round(calls[name] * longest / took[name])) for name in ways}
+    took = at_once(ways, streams, calls, device)
+    rate = {name: calls[name] * work / took[name] / 1e9 for name, (_, work) in ways.items()}
+    sms = {name: stream.sms for name, stream in streams.items()}
+
+    def long() -> None:
+        at_once(ways, streams, calls, device, wait=False)
+
+    return (
+        f"product on {sms['product']} SMs beside decode on {sms['decode']}: {rate['product']:.1f} TFLOP/s "
+        f"({1e3 * rate['product'] / sms['product']:.0f} GFLOP/s an SM), {rate['decode']:.3f} TB/s "
+        f"({1e3 * rate['decode'] / sms['decode']:.1f} GB/s an SM); {clock(long, device)}"
+    )
+
+
+def at_once(
+    ways: Mapping[str, tuple[Callable[[], Any], float]], streams: Mapping[str, Any], calls: Mapping[str, int],
+    device: torch.device, wait: bool = True,
+) -> dict[str, float]:  # fmt: skip
+    """So many calls of each on its own stream, all at once: the milliseconds from the first to the last of each."""
+    if wait:
+        synchronise(device)
+    spans = {}
+    for name, (call, _) in ways.items():
+        stream = streams[name]
+        with torch.cuda.stream(stream), within(stream.sms):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record(stream)
+            for _ in range(calls[name]):
+                call()
+            end.record(stream)
+        spans[name] = begin, end
+    if not wait:
+        return {}
+    synchronise(device)
+    return {name: float(begin.elapsed_time(end)) for name, (begin, end) in spans.items()}
+
+
+def clock(call: Callable[[], Any], device: torch.device) -> str:
+    """Clock and power while the device does nothing but such calls, as its driver says them."""
+    if device.type != "cuda":
+        return ""
+    synchronise(device)
+    begun = time.perf_counter()
+    call()
+    synchronise(device)
+    for _ in range(max(1, round(LONG / (time.perf_counter() - begun)))):
+        call()
+    asked = [
+        "nvidia-smi",
+        f"--id={device.index or 0}",
+        "--query-gpu=clocks.sm,power.draw.instant",
+        "--format=csv,noheader",
+    ]
+    try:
+        answer = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        answer = f"no clock: {reason(error)}"
+    synchronise(device)
+    return answer

@@ -64,6 +64,7 @@ TORCH_HOMES = {
     "backends.distributed.execute",
     "backends.distributed.streams",
     "backends.distributed.confined",
+    "backends.distributed.symmetric",
 }
 HOMES = {
     "lark": {"frontend"},

@@ -714,7 +714,7 @@ def filled(folder: Path) -> dict[str, Path]:
     kept = ("a", 1)
     for name in ("1" * 64, "2" * 64):
         memo.store(folder / "lifts" / f"{name}.json", kept)
-    tiles = ((("m", 64),), (4, 2), False, 1, 0.25)
+    tiles = ((("m", 64),), (4, 2), False, False, 1, 0.25)
     memo.store(folder / "tuned" / f"{'3' * 64}.json", tiles)
     memo.store(folder / "tuned" / f"{'4' * 64}.json", ("no", "tiles"))
     pipeline.reproducer(
@@ -859,6 +859,6 @@ def test_cache_is_cleared_while_others_use_it(own_cache: Path) -> None:
 
 
 def test_a_reader_of_tiles_believes_no_other_entry() -> None:
-    assert tune.is_entry(((("m", 1),), (4,), False, 1, 0.5))
-    assert not any(map(tune.is_entry, (None, (), (1, 2, 3), ("a",) * 5, "text", 4)))
+    assert tune.is_entry(((("m", 1),), (4,), False, False, 1, 0.5))
+    assert not any(map(tune.is_entry, (None, (), (1, 2, 3), ("a",) * 6, "text", 4)))
     assert entries.damage(entries.Entry("tuned", Path("/nowhere"), 0, 0.0)) is None

@@ -23,6 +23,7 @@ from cascade.backends.placing import into
 from cascade.backends.distributed.local import MERGED, Local, Piece, Wanted, local
 from cascade.backends.distributed.simulate import moved
 from cascade.backends.distributed.streams import Ordered, Queues
+from cascade.backends.distributed.symmetric import Symmetric, symmetric
 from cascade.bounds import absent_tensors
 from cascade.errors import Diagnostic, UnsupportedError
 from cascade.inference import infer_dtypes
@@ -86,6 +87,7 @@ class Executor:
     buffers: dict[str, Tensor] = field(init=False, default_factory=dict)
     parts: dict[str, list[Part]] = field(init=False, default_factory=dict)
     queues: Queues = field(init=False)
+    shared: dict[object, Symmetric] = field(init=False, default_factory=dict)  # memory of a group on a stream
 
     def __post_init__(self) -> None:
         exchanging = {
@@ -303,8 +305,7 @@ class Executor:
             waiting.remove(part)
             box = part.piece.box
             if step.target is None:
-                value = self.queues.keep(part.value.contiguous())
-                dist.all_reduce(value, OPERATIONS[step.reducer][0], group)
+                value = self._reduced(part.value, step, group)
             else:
                 own = [stretch(box[step.target], member, len(members)) for member in range(len(members))]
                 lengths = [high - low for low, high in own]
@@ -312,6 +313,18 @@ class Executor:
                 box = (*box[: step.target], own[members.index(self.rank)], *box[step.target + 1 :])
             piece = Piece(part.piece.name, step.tensor, box, part.piece.reducer, part.piece.cut)
             self._keep(Part(piece, value, part.steps, part.axes | set(step.axes)))
+
+    def _reduced(self, value: Tensor, step: Collective, group: Any) -> Tensor:
+        """The whole of what is merged, on every member: a small sum through memory that they share."""
+        if step.reducer == "sum" and value.is_cuda:
+            key = step.axes, torch.cuda.current_stream(value.device)
+            if key not in self.shared:
+                self.shared[key] = symmetric(group, value.device)
+            if self.shared[key].takes(value):
+                return self.queues.keep(self.shared[key].summed(value))
+        merged = self.queues.keep(value.contiguous())
+        dist.all_reduce(merged, OPERATIONS[step.reducer][0], group)
+        return merged
 
     def _scattered(
         self, value: Tensor, dim: int, lengths: Sequence[int], me: int, step: Collective, group: Any

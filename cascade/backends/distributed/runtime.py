@@ -30,6 +30,7 @@ from cascade.backends.distributed.execute import OPERATIONS, Executor, Make
 from cascade.backends.distributed.plan import VERSION, fingerprint
 from cascade.backends.distributed.simulate import Device, Part, Ranks, Reduction, moved, part_of, receive, reduction
 from cascade.backends.distributed.streams import Ordered
+from cascade.backends.distributed.watch import Watch
 from cascade.errors import CallError, Diagnostic
 from cascade.evaluate import Stored
 from cascade.frontend.build import parse_cascade
@@ -114,6 +115,7 @@ class Loaded:
         self.name, self.calls = f"cascade {next(Loaded.made)}", 0
         self.store: Any = distributed_c10d._get_default_store() if together else None  # it has no public name
         self.issued = 0
+        self.watch = Watch(timeout_s) if together and dist.get_backend() == "nccl" else None
         self.executor: Executor | None = None
         if make is not None:
             found = tasks or [Ordered((number,)) for number in order]
@@ -144,29 +146,34 @@ class Loaded:
         return {result.name: worker.gathered(result.name) for result in self.program.cascade.results}
 
     def guarded(self, step: Collective, members: Sequence[int], run: Callable[[], None]) -> None:
-        """Runs a collective; where it fails, the error says who has not come to it."""
+        """Runs a collective; where it fails, the error says who has not come to it.
+
+        On GPUs it is only launched: whether it ends in time is watched, and the error is printed.
+        """
         self.issued += 1
+        came = self.calls, self.issued
         try:
             self.store.set(f"{self.name} {self.calls} {self.rank}", str(self.issued))
             run()
         except RuntimeError as error:
-            message = (
-                f"rank {self.rank}: the collective '{render_step(step)}' failed{self._absent(members)}: "
-                f"{str(error).splitlines()[0]}"
-            )
+            message = f"{self._failed(step, members, *came)}: {str(error).splitlines()[0]}"
             raise _refusal("C349", message, "see which rank ended, or raise the timeout of the group") from error
+        if self.watch is not None and not torch.cuda.is_current_stream_capturing():
+            event = torch.cuda.current_stream().record_event()
+            self.watch.add(event, lambda: f"error[C349]: {self._failed(step, members, *came)}: it did not end in time")
 
-    def _absent(self, members: Sequence[int]) -> str:
-        """Which ranks have not come to the collective at hand, as far as the store of the group can say."""
+    def _failed(self, step: Collective, members: Sequence[int], call: int, issued: int) -> str:
+        """Which collective failed, and which ranks have not come to it, as far as the store of the group can say."""
+        failed = f"rank {self.rank}: the collective '{render_step(step)}' failed"
         try:
             came = {
-                rank: int(self.store.get(key)) if self.store.check([key := f"{self.name} {self.calls} {rank}"]) else 0
+                rank: int(self.store.get(key)) if self.store.check([key := f"{self.name} {call} {rank}"]) else 0
                 for rank in members
             }
         except RuntimeError:  # the store was with a rank that is gone
-            return ""
-        late = [str(rank) for rank, count in came.items() if count < self.issued]
-        return f"; rank {', '.join(late)} has not come to it" if late else ""
+            return failed
+        late = [str(rank) for rank, count in came.items() if count < issued]
+        return f"{failed}; rank {', '.join(late)} has not come to it" if late else failed
 
 
 class Worker(Ranks):

@@ -105,6 +105,12 @@ def _plan(step: Launch) -> Iterator[str]:
     kernel = step.kernel
     tiles = [(axis.rank, axis.tile) for axis in kernel.axes if axis.role is not Role.POINT]
     yield from kernel.why
+    if step.choice is not None and step.choice.tiling.library:
+        yield "no kernel of its own: PyTorch's library of matrix products multiplies, on a GPU cuBLAS"
+        yield f"predicted {step.choice.estimate.text()}"
+        yield f"  {step.choice.estimate.why}"
+        yield f"chosen as {step.choice.how}{_others(step.choice.others)}"
+        return
     count = plural(programs(kernel, step.sizes), "program")
     yield f"{count} of {tiles_text(Tiling(tuple(tiles), kernel.options))}"
     if nested := [axis.rank for axis in kernel.axes if axis.role is Role.INNER]:
@@ -128,6 +134,8 @@ def _plan(step: Launch) -> Iterator[str]:
 
 def tiles_text(tiling: Tiling) -> str:
     """Tiles and how they are launched: `128 m x 64 n, 4 warps, 2 stages`."""
+    if tiling.library:
+        return "the library's"
     tiles = " x ".join(f"{tile} {rank}" for rank, tile in tiling.tiles) or "one coordinate"
     even = " on average, all as long" if tiling.even else ""
     parts = f", in {tiling.parts} parts{even}" if tiling.parts > 1 else ""

@@ -16,6 +16,7 @@ from typing import Any
 from cascade.backends.triton.count import work
 from cascade.backends.triton.emit import emit
 from cascade.backends.triton.explain import Launch
+from cascade.backends.triton.library import candidate
 from cascade.backends.triton.machine import Estimate, Machine, Work
 from cascade.backends.triton.offline import LIMITS, Failure, StaticFacts, facts
 from cascade.backends.triton.partition import Group, Rest
@@ -125,7 +126,7 @@ def _forecast(
 ) -> tuple[Group, Forecast] | Rest:
     """The kernel of a group with the tiles that the model prefers; why there is none, where no plan holds it."""
     try:
-        choice = choose(planner, name, group, groups, machine)
+        choice = choose(planner, name, group, groups, machine, library=candidate(planner, group, groups, machine))
         kernel, extents = planned(planner, name, group, groups, choice.tiling)
     except UnsupportedError as error:
         return Rest(group.plain, error.diagnostics[0].message)

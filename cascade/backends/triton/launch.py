@@ -31,6 +31,7 @@ from cascade.backends.placing import place_of
 from cascade.backends.share import at_most
 from cascade.backends.triton.emit import Argument, Source, emit, permutation
 from cascade.backends.triton.joined import Joined
+from cascade.backends.triton.library import Multiplied, candidate, multiplied
 from cascade.backends.triton.machine import Machine, machine_for
 from cascade.backends.triton.explain import Launch, describe
 from cascade.backends.triton.partition import Group, Rest, power_of_two, reduced_ranks
@@ -139,7 +140,7 @@ class Launcher:
     def ran(self) -> list[Launch | Rest]:
         """What that call runs, in order, views left out."""
         steps = () if self.last is None else self.last.steps
-        shown = (step for step in steps if isinstance(step, RestStep | KernelStep))
+        shown = (step for step in steps if isinstance(step, RestStep | KernelStep | LibraryStep))
         return [step.group if isinstance(step, RestStep) else self.launch(step) for step in shown]
 
     @property
@@ -148,7 +149,7 @@ class Launcher:
         device = None if self.last is None else self.last.device
         return machine_of(device) if device is not None and device.type == "cuda" else None
 
-    def launch(self, step: KernelStep) -> Launch:
+    def launch(self, step: KernelStep | LibraryStep) -> Launch:
         """A kernel with why it has its tiles."""
         return Launch(step.kernel, step.extents, self.choices.get(step.kernel.name))
 
@@ -289,6 +290,9 @@ class Launcher:
         stored = (name for name in planner.stored(group, groups) if name not in planner.updates)
         tensors = (planner.written(name, groups) for name in stored)
         made = tuple((tensor.name, *place(tensor, planner)) for tensor in tensors)
+        if tiling.library and (product := multiplied(planner, group, groups)) is not None:
+            yield LibraryStep(kernel, product, planner.extents, made)
+            return
         extents = {**planner.extents, **planner.padded(kernel.rows)}
         yield KernelStep(kernel, emit(kernel, portable=interpreted()), extents, made)
 
@@ -326,6 +330,7 @@ class Launcher:
         self.choices[label] = choose(
             planner, label, group, groups, bench.machine, bench.effort, bench.timer(label, steps, results, failed),
             settings().cache_dir / "tuned", (triton.__version__, __version__), refused=self.refused_of(label) | failed,
+            library=candidate(planner, group, groups, bench.machine),
         )  # fmt: skip
         return self.choices[label].tiling
 
@@ -523,6 +528,22 @@ class KernelStep:
 
 
 @dataclass(frozen=True, slots=True)
+class LibraryStep:
+    """A product that PyTorch's library multiplies, in the place of the kernel that it would have."""
+
+    kernel: Kernel
+    product: Multiplied
+    extents: Mapping[str, int]
+    made: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> None:
+        left, right = (tensors[side.name].permute(side.dims) for side in (self.product.left, self.product.right))
+        multiply = torch.bmm if left.dim() == 3 else torch.mm
+        with torch.no_grad():
+            multiply(left, right, out=tensors[self.product.result])
+
+
+@dataclass(frozen=True, slots=True)
 class SortStep:
     """The values of an index in order, and which rows have them; kernels of all tiles share it."""
 
@@ -559,7 +580,7 @@ class TableStep:
         module(BLOCKS, "rows_by_value").tiles_of_rows(*given, self.sort.values, self.blocks.tile)
 
 
-Step: TypeAlias = "KernelStep | RestStep | ViewStep | SortStep | TableStep"
+Step: TypeAlias = "KernelStep | LibraryStep | RestStep | ViewStep | SortStep | TableStep"
 
 
 class Unlaunched(RuntimeError):

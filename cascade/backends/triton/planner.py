@@ -67,6 +67,7 @@ class Tiling:
     options: Options = field(default=Options())
     parts: int = 1  # programs that share a streamed rank; their states are merged by a second kernel
     even: bool = False  # where data says how much a coordinate has: so many on average, each with as many tiles
+    library: bool = False  # no kernel: a library multiplies (`library.py`)
 
     def of(self, rank: str) -> int:
         """The tile of a rank."""

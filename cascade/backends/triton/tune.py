@@ -25,6 +25,7 @@ from typing import TypeAlias
 from cascade.backends.triton.count import read_in_waves, rounds, work
 from cascade.backends.triton.emit import emit
 from cascade.backends.triton.grid import suited
+from cascade.backends.triton.library import CLEARLY
 from cascade.backends.triton.machine import MAX_REGISTERS, WARP, Estimate, Machine, Work, estimate
 from cascade.backends.triton.offline import LIMITS, Failure, Request, StaticFacts, facts
 from cascade.backends.triton.partition import STEPS_LIMIT, Group, Rest, power_of_two
@@ -38,7 +39,7 @@ from cascade.passes.memo import load, store
 from cascade.text import render, render_stmt
 from cascade.walk import targets
 
-VERSION = "7"  # of entries on disk; another one whenever a choice may change
+VERSION = "8"  # of entries on disk; another one whenever a choice may change
 QUICK = 6  # candidates that are timed with little effort
 SHOWN = 4  # candidates besides the chosen one that a choice remembers
 SMALLEST = 16  # side of a matrix product
@@ -442,26 +443,31 @@ def choose(  # long because it is the order in which everything is tried
     deterministic: bool = False,
     refused: Collection[Tiling] = (),
     compiler: Compiler = facts,
+    library: tuple[Tiling, Estimate] | None = None,
 ) -> Choice:
     """The tiles of a group's kernel.
 
     `effort` is `none`, `quick` or `full`; a `deterministic` choice is one of effort `none`: the same on every run.
     `timer` measures a candidate, without one the best are compiled for the machine and what spills is left out.
     `cache` is the folder of timed choices, `versions` what they depend on besides the cascade and the call. Candidates
-    that were `refused` by the device are not taken again.
+    that were `refused` by the device are not taken again. The `library` is taken where it is clearly faster.
     """
     considered = tuple(tiling for tiling in candidates(planner, group) if tiling not in refused)
     by_model = ranked(planner, name, group, groups, machine, considered)
     order = [Candidate(tiling, found) for tiling, found in by_model]
     if not order:
         return _last_resort(planner, name, group, groups, machine)
+    if library is not None and library[0] not in refused:
+        other = Candidate(*library)
+        clearly = other.estimate.time_us < (1 - CLEARLY) * order[0].estimate.time_us
+        order = [other, *order] if clearly else [*order, other]
     if effort == "none" or deterministic:
         return _chosen(order, 0, f"the model's first of {len(order)}")
     path = None if cache is None else cache / f"{_digest(planner, group, machine, versions)}.json"
     kept = None if path is None or not path.exists() else _kept(path, order)
     if kept is not None:
         return kept
-    few = order if effort == "full" else order[:QUICK]
+    few = order if effort == "full" else [*order[:QUICK], *(one for one in order[QUICK:] if one.tiling.library)]
     if timer is None:
         compiled = _compiled(planner, name, group, groups, machine, few, compiler)
         return _chosen(compiled or order, 0, f"the model's first of {len(few)} that were compiled")
@@ -470,7 +476,7 @@ def choose(  # long because it is the order in which everything is tried
     if not running:
         rest = [one for one in order if one.tiling not in {tried.tiling for tried in few}]
         return _chosen(rest or order, 0, "the model's first: none of those timed ran")
-    running.sort(key=lambda one: one.milliseconds or 0.0)
+    running.sort(key=lambda one: (one.milliseconds or 0.0) / (1 - CLEARLY if one.tiling.library else 1.0))
     if path is not None:
         store(path, _entry(running[0]))
     return _chosen(running, 0, f"the fastest of {len(running)} timed: {running[0].milliseconds:.4g} ms")
@@ -535,19 +541,20 @@ def _digest(planner: Planner, group: Group, machine: Machine, versions: Sequence
 def _entry(chosen: Candidate) -> object:
     """A candidate as the numbers that are written."""
     options = dataclasses.astuple(chosen.tiling.options)
-    return (chosen.tiling.tiles, options, chosen.tiling.even, chosen.tiling.parts, chosen.milliseconds)
+    tiling = chosen.tiling
+    return (tiling.tiles, options, tiling.even, tiling.library, tiling.parts, chosen.milliseconds)
 
 
 def is_entry(value: object) -> bool:
     """Whether a value that was read has the form of `_entry`."""
-    return isinstance(value, tuple) and len(value) == 5 and isinstance(value[4], int | float)
+    return isinstance(value, tuple) and len(value) == 6 and isinstance(value[5], int | float)
 
 
 def _kept(path: Path, order: Sequence[Candidate]) -> Choice | None:
     """The choice that an entry holds, where it is one of the candidates; tiles of anything else are not believed."""
     entry = load(path)
     for place, one in enumerate(order):
-        if is_entry(entry) and entry[:3] == _entry(one)[:3]:  # type: ignore[index]
-            known = [*order[:place], dataclasses.replace(one, milliseconds=entry[4]), *order[place + 1 :]]
-            return _chosen(known, place, f"kept from an earlier run: {entry[4]:.4g} ms there")
+        if is_entry(entry) and entry[:4] == _entry(one)[:4]:  # type: ignore[index]
+            known = [*order[:place], dataclasses.replace(one, milliseconds=entry[5]), *order[place + 1 :]]
+            return _chosen(known, place, f"kept from an earlier run: {entry[5]:.4g} ms there")
     return None

@@ -205,7 +205,11 @@ def told(found: Plan) -> dict[str, Any]:
 
 def in_one_queue(made: Mapping[str, Any]) -> dict[str, Any]:
     """The plan with its tasks one after the other, each with all multiprocessors."""
-    return {**made, "tasks": [{**task, "resource": "sms", "waits": [], "sms": None} for task in made["tasks"]]}
+    return {
+        **made,
+        "tasks": [{**task, "resource": "sms", "waits": [], "sms": None} for task in made["tasks"]],
+        "otherwise": None,
+    }
 
 
 def inputs(source: Cascade, sizes: Mapping[str, int], device: torch.device) -> dict[str, Tensor]:

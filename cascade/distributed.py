@@ -32,10 +32,15 @@ def load(
 
     No collective waits longer than `timeout_s` seconds. With `kernels`, what a rank computes of a task is a compiled
     cascade of this `backend` and `effort`, as `cascade.compile` has them, and tensors may be on GPUs; else the
-    interpreter runs the statements, which is slow and takes whatever the language has. Raises CallError: C347 for what
-    is no plan, or one of another version, or whose hash does not fit what it says; C348 where the group has another
-    number of ranks, or ranks have different plans. A call raises UnsupportedError (C555) where a task has no kernel.
+    interpreter runs the statements, which is slow and takes whatever the language has. With an effort, the first call
+    on a GPU also times what a plan for one device has on sides of it, and the same in a row; it keeps the faster one,
+    and `why` says which. Raises CallError: C347 for what is no plan, or one of another version, or whose hash does not
+    fit what it says; C348 where the group has another number of ranks, or ranks have different plans. A call raises
+    UnsupportedError (C555) where a task has no kernel.
     """
     return runtime.load(
-        plan, timeout_s, (lambda cascade: Compiled(cascade, backend=backend, effort=effort)) if kernels else None
+        plan,
+        timeout_s,
+        (lambda cascade: Compiled(cascade, backend=backend, effort=effort)) if kernels else None,
+        timed=effort != "none",
     )

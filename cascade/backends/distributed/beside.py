@@ -7,7 +7,9 @@
 What reads memory needs few SMs for that, and what multiplies leaves the memory idle: side by side both take longer and
 together less. A side is held by one task at a time, all SMs by a task that nothing stands beside. Besides, a mode holds
 the share of the memory's bandwidth that it uses while it runs, so that what runs together never uses more than there
-is. No other interference is known of: not in L2, not of clocks that drop while everything is busy.
+is. Beyond that sides slow each other down: one evicts from L2 what the other reads again, and the clock drops with the
+power that both take. Of that a side is supposed to lose a fixed share (`CONTENDED`); how much it is differs from device
+to device, so whoever loads a plan can have both ways timed there.
 
 The matrix rate and the lanes are those of the SMs that a mode has; what so few draw of the memory, `Node` says. Sides
 are multiples of what drivers give (`UNIT`), and what remains. A mode on all SMs that is no faster than one on a side is
@@ -35,6 +37,10 @@ BANDWIDTH = "bandwidth"
 
 UNIT = 8
 """SMs that a driver gives together, and the fewest of a side: what runs in clusters needs them so from sm_90 on."""
+
+CONTENDED = 0.8
+"""Of what a side reaches alone, what it reaches beside the other. On an H200 the decode of `benchmarks overlap` took
+795 us on 52 SMs beside a product; by the model it takes 638 alone."""
 
 EPSILON = 1e-6
 
@@ -87,6 +93,7 @@ def _modes(program: Program, steps: Sequence[int], clock: Clock, first: int | No
 
     def mode(name: str, sms: int, *held: tuple[str, float]) -> Mode:
         us = clock.compute_us(computed, sms)
+        us += (us - node.floor_us) * (1 / CONTENDED - 1) if held else 0.0
         return Mode(name, us, (*held, (SMS, float(sms)), (BANDWIDTH, moved / (us * node.gpu.bandwidth_tbs * 1e6))))
 
     whole = mode(ALL, node.gpu.sms)

@@ -513,13 +513,6 @@ def fingerprint(cascade: Cascade, sizes: Mapping[str, int], machine: str) -> str
 
 def plan_json(found: Plan) -> dict[str, Any]:
     """The plan with stable keys; times in microseconds, `waits` by name."""
-    names = [task.name for task in found.problem.tasks]
-    queue = {task: name for name, tasks in found.queues.queues for task in tasks}
-    waits: dict[int, list[str]] = {}
-    for task, other in found.queues.waits:
-        waits.setdefault(task, []).append(names[other])
-    order = sorted(range(len(names)), key=lambda task: (found.timetable.slots[task].start_us, task))
-    slots = found.timetable.slots
     return {
         "version": VERSION,
         "hash": fingerprint(found.program.cascade, dict(found.program.sizes), found.node.name),
@@ -537,24 +530,43 @@ def plan_json(found: Plan) -> dict[str, Any]:
             "kept": [{"exchange": one.name, "in": one.parts} for one in found.parts.kept],
             "declined": found.parts.declined,
         },
-        **({"partition": _partition(found)} if found.node.devices == 1 else {}),
+        **({"partition": _partition(found), "otherwise": _otherwise(found)} if found.node.devices == 1 else {}),
         "exposed_comm_us": exposed_us(found.problem, found.timetable, (OUT, IN), SMS),
-        "tasks": [
-            {
-                "name": names[task],
-                "resource": queue[task],
-                "mode": found.problem.tasks[task].modes[slots[task].mode].name,
-                "start": slots[task].start_us,
-                "end": slots[task].end_us,
-                "waits": waits.get(task, []),
-                "sms": int(found.problem.tasks[task].modes[slots[task].mode].demand(SMS)),
-                "steps": list(found.steps[task]),
-            }
-            for task in order
-        ],
+        "tasks": _tasks_json(found),
         "program": render_program(found.program),
         "cascade": render(found.program.cascade),
     }
+
+
+def _tasks_json(found: Plan) -> list[dict[str, Any]]:
+    """The tasks in the order in which they start."""
+    names, slots = [task.name for task in found.problem.tasks], found.timetable.slots
+    queue = {task: name for name, tasks in found.queues.queues for task in tasks}
+    waits: dict[int, list[str]] = {}
+    for task, other in found.queues.waits:
+        waits.setdefault(task, []).append(names[other])
+    return [
+        {
+            "name": names[task],
+            "resource": queue[task],
+            "mode": found.problem.tasks[task].modes[slots[task].mode].name,
+            "start": slots[task].start_us,
+            "end": slots[task].end_us,
+            "waits": waits.get(task, []),
+            "sms": int(found.problem.tasks[task].modes[slots[task].mode].demand(SMS)),
+            "steps": list(found.steps[task]),
+        }
+        for task in sorted(range(len(names)), key=lambda task: (slots[task].start_us, task))
+    ]
+
+
+def _otherwise(found: Plan) -> dict[str, Any] | None:
+    """What one device runs where sides gain nothing: every statement whole, one task after the other; None without."""
+    if found.way.first is None:
+        return None
+    program = undivided(found.program.cascade, dict(found.program.sizes))
+    instead = _planned(program, found.node, False, False, False)
+    return {"tasks": _tasks_json(instead), "program": render_program(program)}
 
 
 def _partition(found: Plan) -> list[int] | None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -34,6 +35,7 @@ from cascade.backends.distributed.watch import Watch
 from cascade.errors import CallError, Diagnostic
 from cascade.evaluate import Stored
 from cascade.frontend.build import parse_cascade
+from cascade.ir import Cascade
 from cascade.placed import (
     REDUCING, Axes, Collective, Compute, Kind, Program, coordinates, number_along, read_program, render_step,
 )  # fmt: skip
@@ -44,14 +46,21 @@ from cascade.walk import defines
 TIMEOUT_S = 300.0
 """How long a collective waits for the other ranks."""
 
+ROUNDS, TURNS = 7, 4
+"""How often both ways to run a plan on one device are timed, and calls of each time."""
 
-def load(plan: str | Mapping[str, Any], timeout_s: float = TIMEOUT_S, make: Make | None = None) -> Loaded:
+
+def load(
+    plan: str | Mapping[str, Any], timeout_s: float = TIMEOUT_S, make: Make | None = None, timed: bool = False
+) -> Loaded:
     """The program of a plan, given as its JSON, or as text of it, on the ranks of the default process group; a plan for
     one device needs no group.
 
     No collective waits longer than `timeout_s` seconds. `make` compiles what a rank computes of a task; without it the
-    interpreter runs the statements. Raises CallError: C347 for what is no plan, or one of another version, or whose
-    hash does not fit what it says; C348 where the group has another number of ranks, or ranks have different plans.
+    interpreter runs the statements. With `timed` the first call on a GPU finds out whether what a plan has on sides of
+    the device is faster there than one task after the other, and the faster one runs from then on. Raises CallError:
+    C347 for what is no plan, or one of another version, or whose hash does not fit what it says; C348 where the group
+    has another number of ranks, or ranks have different plans.
     """
     try:
         found = json.loads(plan) if isinstance(plan, str) else dict(plan)
@@ -62,11 +71,23 @@ def load(plan: str | Mapping[str, Any], timeout_s: float = TIMEOUT_S, make: Make
         program = read_program(found["program"], cascade)
         machine, tasks = found["machine"], found["tasks"]
         order = [step for task in tasks for step in task["steps"]]
+        instead = None if not (other := found.get("otherwise")) else _otherwise(other, cascade, said, make)
     except (ValueError, KeyError, TypeError):
         raise _refusal("C347", "this is no plan", "cascadec plan FILE --machine NAME --json makes one") from None
     if said != fingerprint(cascade, dict(program.sizes), machine) or sorted(order) != list(range(len(program.steps))):
         raise _refusal("C347", "the plan does not fit its hash: it was changed after it was made", "make it anew")
-    return Loaded(program, order, said, timeout_s, ordered(tasks), make)
+    loaded = Loaded(program, order, said, timeout_s, ordered(tasks), make)
+    loaded.otherwise = instead if timed else None
+    return loaded
+
+
+def _otherwise(found: Mapping[str, Any], cascade: Cascade, said: str, make: Make | None) -> Executor | None:
+    """The kernels of a program on one device whose tasks follow each other."""
+    program, tasks = read_program(found["program"], cascade), ordered(found["tasks"])
+    order = [step for task in tasks for step in task.steps]
+    if sorted(order) != list(range(len(program.steps))) or any(isinstance(step, Collective) for step in program.steps):
+        raise ValueError("not every step once, or exchanges")
+    return None if make is None else Loaded(program, order, said, TIMEOUT_S, tasks, make).executor
 
 
 def ordered(tasks: Sequence[Mapping[str, Any]]) -> list[Ordered]:
@@ -117,6 +138,8 @@ class Loaded:
         self.issued = 0
         self.watch = Watch(timeout_s) if together and dist.get_backend() == "nccl" else None
         self.executor: Executor | None = None
+        self.otherwise: Executor | None = None  # of the same, one task after the other, until both were timed
+        self.why: str | None = None  # why which of them runs
         if make is not None:
             found = tasks or [Ordered((number,)) for number in order]
             self.executor = Executor(program, found, self.rank, self.groups, make, self.guarded)
@@ -139,11 +162,29 @@ class Loaded:
         self.calls += 1
         self.issued = 0
         if self.executor is not None:
+            if self.otherwise is not None:
+                self._choose(self.executor, self.otherwise, tensors)
             return self.executor(tensors)
         worker = Worker(self, tensors, precision)
         for number in self.order:
             worker.run(number)
         return {result.name: worker.gathered(result.name) for result in self.program.cascade.results}
+
+    def _choose(self, beside: Executor, row: Executor, tensors: Mapping[str, Tensor]) -> None:
+        """Times both ways in turns, where there is a GPU to time them on, and keeps the faster one.
+
+        How far a product and what reads the memory slow each other down is a matter of the one device: its clock drops
+        with its power.
+        """
+        if not _can_time(next(iter(tensors.values())).device):
+            return
+        for way in (beside, row):
+            way(tensors)  # compiles
+        rounds = [(_ms(beside, tensors), _ms(row, tensors)) for _ in range(ROUNDS)]
+        ms = [statistics.median(times) for times in zip(*rounds, strict=True)]
+        self.executor, self.otherwise = (beside if ms[0] <= ms[1] else row), None
+        chosen = "beside each other" if ms[0] <= ms[1] else "one after the other"
+        self.why = f"{chosen}: tasks on sides of the device took {ms[0]:.3f} ms here, in a row {ms[1]:.3f} ms"
 
     def guarded(self, step: Collective, members: Sequence[int], run: Callable[[], None]) -> None:
         """Runs a collective; where it fails, the error says who has not come to it.
@@ -267,6 +308,22 @@ class Worker(Ranks):
         for there, piece in pieces:
             whole = torch.where(there, piece, whole)
         return whole
+
+
+def _can_time(device: torch.device) -> bool:
+    """Whether there is a device whose clock can be asked now."""
+    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+
+
+def _ms(way: Executor, tensors: Mapping[str, Tensor]) -> float:
+    """Milliseconds of a call on the current device, by its clock."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    for _ in range(TURNS):
+        way(tensors)
+    stop.record()
+    stop.synchronize()
+    return float(start.elapsed_time(stop)) / TURNS
 
 
 def _exchanges(program: Program, task: Ordered) -> bool:

@@ -29,7 +29,7 @@ from cascade.backends.distributed.plan import Plan, plan, plan_json
 from cascade.backends.distributed.runtime import ordered
 from cascade.backends.distributed.streams import Ordered
 from cascade.compiled import Compiled
-from cascade.placed import REDUCING, Collective, Program, stretch
+from cascade.placed import REDUCING, Collective, Program, onward, stretch
 
 LENGTHS = (4096, 8192)
 SMALL = {"D": 64, "H": 8, "HK": 8, "E": 16, "F": 96}
@@ -101,6 +101,12 @@ class Emulated(Executor):
 
     def _exchange(self, step: Collective) -> None:
         self.link.take(self.clock.collective_us(step))
+        if step.passes:
+            number = onward(0, step.hop, self.program.devices(step.axes))[0]
+            for box in self._stretches(step, number, self.program.devices(step.axes)):
+                part = self._passed(step, box)
+                if step.arrived:
+                    self._keep(part)
         if step.kind not in REDUCING:
             return
         at = {dim: (low, high) for dim, low, high in step.at}

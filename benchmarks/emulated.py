@@ -100,17 +100,17 @@ class Emulated(Executor):
         self.clock, self.link = Clock.of(program, machine), link
 
     def _exchange(self, step: Collective) -> None:
-        self.link.take(self.clock.collective_us(step))
+        devices = self.program.devices(step.axes)
+        if not step.arrived:
+            self.link.take(self.clock.collective_us(step))
         if step.passes:
-            number = onward(0, step.hop, self.program.devices(step.axes))[0]
-            for box in self._stretches(step, number, self.program.devices(step.axes)):
+            for box in self._stretches(step, onward(0, step.hop, devices)[0], devices):
                 part = self._passed(step, box)
                 if step.arrived:
                     self._keep(part)
         if step.kind not in REDUCING:
             return
         at = {dim: (low, high) for dim, low, high in step.at}
-        devices = self.program.devices(step.axes)
         waiting = self.parts.get(step.tensor, [])
         for part in [p for p in waiting if all(p.piece.box[dim] == window for dim, window in at.items())]:
             waiting.remove(part)

@@ -61,7 +61,7 @@ from cascade.verify.rings import check_rings
 from cascade.verify.timetable import check_queues, check_timetable, over_synchronised
 from cascade.walk import targets
 
-VERSION = 2
+VERSION = 3
 """Of the JSON of a plan."""
 
 ROUGH = 0

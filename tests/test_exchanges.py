@@ -218,6 +218,8 @@ def test_the_states_of_a_fold_do_not_go_round() -> None:
     program = stated(lifted(ATTENTION, Mesh("cp", 3), Shard("n", "cp")), sizes)
     lead = next(step.tensor for step in program.steps if isinstance(step, Collective))
     refused(program, first(program, Kind.ALL_REDUCE, lead), "no whole reduce-scatter")
+    with pytest.raises(UnsupportedError, match=r"C552.*merged for everyone"):
+        scatter_gather(program, first(program, Kind.ALL_REDUCE, lead), 0)
     as_scatter = changed(program, lambda s: dataclasses.replace(s, kind=Kind.REDUCE_SCATTER, target=0) if isinstance(s, Collective) else s)  # fmt: skip
     refused(as_scatter, first(as_scatter, Kind.REDUCE_SCATTER, lead), "'fold' does not merge in any order")
 

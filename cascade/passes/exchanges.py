@@ -28,7 +28,7 @@ from cascade.errors import Diagnostic, UnsupportedError
 from cascade.ir import Mesh, Rank, Read, Stmt
 from cascade.ops import OPS, REDUCERS
 from cascade.passes.reach import units_by_name
-from cascade.passes.shard import Held, Sharding
+from cascade.passes.shard import FOLD, Held, Sharding
 from cascade.placed import (
     REDUCING, Along, Axes, Axis, Collective, Compute, Kind, Place, Program, Step, slices,
 )  # fmt: skip
@@ -39,9 +39,12 @@ from cascade.wording import quote
 def scatter_gather(program: Program, number: int, dim: int) -> Program:
     """R2: the all-reduce of step `number` as a reduce-scatter to a dimension and an all-gather.
 
-    Proves: the dimension is not sharded already, and has a coordinate for every device.
+    Proves: the dimension is not sharded already, and has a coordinate for every device. States of a fold, which are
+    several tensors, are merged for everyone.
     """
     step = _collective(program, number, Kind.ALL_REDUCE)
+    if step.reducer == FOLD:
+        _refuse(f"the states of {quote(step.tensor)} are merged for everyone")
     sharding = Sharding(program.cascade, dict(program.sizes))
     shape = sharding.reach.shape(step.tensor)
     if not 0 <= dim < len(shape) or shape[dim] < program.devices(step.axes):

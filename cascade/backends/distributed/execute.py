@@ -335,15 +335,15 @@ class Executor:
         """
         me, count = members.index(self.rank), len(members)
         number, to = onward(me, step.hop, count)
-        passed = [(box, self._passed(step, box)) for box in self._stretches(step, number, count)]
+        passed = [self._passed(step, box) for box in self._stretches(step, number, count)]
         if step.arrived:
-            for _, part in passed:
+            for part in passed:
                 self._keep(part)
             return
         before, buffer = onward(me, -step.hop, count)[1], self.buffers[step.tensor]
         coming = self._stretches(step, onward(before, step.hop, count)[0], count)
         came = [self.queues.keep(buffer.new_empty(_extents(box))) for box in coming]
-        sent = [self.queues.keep(part.value.contiguous()) for _, part in passed]
+        sent = [self.queues.keep(part.value.contiguous()) for part in passed]
         _wait(
             [
                 *(dist.P2POp(dist.isend, piece, members[to], group) for piece in sent),

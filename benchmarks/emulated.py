@@ -29,7 +29,7 @@ from cascade.backends.distributed.plan import Plan, plan, plan_json
 from cascade.backends.distributed.runtime import ordered
 from cascade.backends.distributed.streams import Ordered
 from cascade.compiled import Compiled
-from cascade.placed import REDUCING, Collective, Program, stretch
+from cascade.placed import REDUCING, Collective, Program, onward, stretch
 
 LENGTHS = (4096, 8192)
 SMALL = {"D": 64, "H": 8, "HK": 8, "E": 16, "F": 96}
@@ -100,11 +100,17 @@ class Emulated(Executor):
         self.clock, self.link = Clock.of(program, machine), link
 
     def _exchange(self, step: Collective) -> None:
-        self.link.take(self.clock.collective_us(step))
+        devices = self.program.devices(step.axes)
+        if not step.arrived:
+            self.link.take(self.clock.collective_us(step))
+        if step.passes:
+            for box in self._stretches(step, onward(0, step.hop, devices)[0], devices):
+                part = self._passed(step, box)
+                if step.arrived:
+                    self._keep(part)
         if step.kind not in REDUCING:
             return
         at = {dim: (low, high) for dim, low, high in step.at}
-        devices = self.program.devices(step.axes)
         waiting = self.parts.get(step.tensor, [])
         for part in [p for p in waiting if all(p.piece.box[dim] == window for dim, window in at.items())]:
             waiting.remove(part)

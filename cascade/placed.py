@@ -14,6 +14,11 @@ read by a collective only.
     all-reduce      partial -> replicated            all-gather   sharded -> replicated
     reduce-scatter  partial -> sharded on `to`       all-to-all   sharded on `from` -> sharded on `to`
     shift           device p gets stretch p + hop from its neighbour, p + 1 or p - 1
+    shift by ...    device p passes its part of stretch p + hop of `to` on to the neighbour that is nearer to it
+
+A shift with a reducer is a step of a ring that scatters partial results: a device merges its own part of a stretch with
+what has come of it, and passes that on. With hop 0 the stretch has come to the device that keeps it, which merges the
+last part and moves nothing.
 
 Pure data and its text; what a program means is in `backends/distributed/simulate.py`.
 """
@@ -95,7 +100,7 @@ class Collective:
     """What devices along some axes exchange of one tensor, within a window of its dimensions.
 
     `reducer` is that of the partial results; `source` and `target` are the dimensions that are sharded before and
-    after; `hop` is how far a shift has come.
+    after; `hop` is how far a shift has come, or of partial results how far they still go.
     """
 
     kind: Kind
@@ -106,6 +111,16 @@ class Collective:
     target: int | None = None
     hop: int = 0
     at: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def passes(self) -> bool:
+        """Whether it is a shift of partial results."""
+        return self.kind is Kind.SHIFT and bool(self.reducer)
+
+    @property
+    def arrived(self) -> bool:
+        """Whether it merges partial results that are where they stay, and moves nothing."""
+        return self.passes and not self.hop
 
 
 Step: TypeAlias = Compute | Collective
@@ -158,6 +173,11 @@ def slices(extent: int, cuts: Sequence[int]) -> list[Window]:
     """The windows that cuts make of [0, extent), in order."""
     edges = [0, *cuts, extent]
     return list(pairwise(edges))
+
+
+def onward(number: int, hop: int, count: int) -> tuple[int, int]:
+    """What a shift of partial results has a device pass on: which stretch, and to which device; itself with hop 0."""
+    return (number + hop) % count, (number + (hop > 0) - (hop < 0)) % count
 
 
 def windows_of(
@@ -252,6 +272,8 @@ def read_step(words: Sequence[str]) -> Step:
     source, target = (int(found[word]) if word in found else None for word in ("from", "to"))
     where = tuple((int(dim), low, high) for dim, low, high in at)
     axes = tuple(found["over"].split("*"))
+    if first == Kind.SHIFT.value and (found.keys() & {"by", "from", "to"}) not in ({"from"}, {"by", "to"}):
+        raise ValueError(first)  # of shards, from one dimension; of partial results, to one
     return Collective(Kind(first), name, axes, found.get("by", ""), source, target, int(found.get("hop", "0")), where)
 
 

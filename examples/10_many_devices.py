@@ -21,7 +21,7 @@ from cascade.distributed import Loaded
 from cascade.frontend.build import parse_program
 from cascade.interp import run
 from cascade.ir import Cascade, DType, Mesh
-from cascade.passes.exchanges import by_shards
+from cascade.passes.exchanges import by_rows, by_shards, scatter_gather
 from cascade.passes.shard import Sharding, cheapest, stated
 from cascade.passes.split_tokens import split
 from cascade.placed import Collective, Compute, Kind, Program
@@ -30,6 +30,7 @@ from cascade.values import Precision
 
 HERE = Path(__file__).parent
 LAYER = {"T": 7, "D": 4, "H": 8, "HK": 8, "E": 2, "F": 9}
+ROWS = {**LAYER, "T": 9}
 LONG = {"T": 10, "D": 3, "H": 2, "E": 2}
 LADDER = {"T": 9, "D": 4, "H": 8, "E": 2, "F": 9}
 DECODE = {"B": 5, "N": 6, "D": 4, "H": 8, "HK": 8, "E": 2, "F": 9}
@@ -47,6 +48,15 @@ def cascade_of(name: str, devices: int, until: str | None = "canonicalize") -> C
 def tensor_parallel(devices: int, sizes: Sizes = LAYER) -> Program:
     """Heads and hidden columns are sharded; tokens in two slices."""
     return split(stated(cascade_of("tensor_parallel_block", devices), sizes), "t", (sizes["T"] // 2,))
+
+
+def rows_round(devices: int, sizes: Sizes = ROWS) -> Program:
+    """The same layer, tokens whole: each sum goes to the tokens of every device, shard by shard round a ring."""
+    program = stated(cascade_of("tensor_parallel_block", devices), sizes)
+    while any(isinstance(step, Collective) and step.kind is Kind.ALL_REDUCE for step in program.steps):
+        number = first(program, Kind.ALL_REDUCE)
+        program = by_rows(scatter_gather(program, number, 0), number)
+    return program
 
 
 def expert_parallel(devices: int, sizes: Sizes | None = None) -> Program:
@@ -86,8 +96,9 @@ def nano_batched(devices: int, sizes: Sizes = DECODE) -> Program:
 
 
 PROGRAMS: dict[str, Callable[[int], Program]] = {
-    "tensor-parallel block": tensor_parallel, "dispatch and combine": expert_parallel, "keys gathered": gathered,
-    "ring": ring, "ring, both ways": both_ways, "ladder residual": ladder, "nano-batched decode": nano_batched,
+    "tensor-parallel block": tensor_parallel, "sums round a ring": rows_round, "dispatch and combine": expert_parallel,
+    "keys gathered": gathered, "ring": ring, "ring, both ways": both_ways, "ladder residual": ladder,
+    "nano-batched decode": nano_batched,
 }  # fmt: skip
 
 

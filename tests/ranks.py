@@ -77,9 +77,10 @@ def die(rank: int, program: Program, inputs: Mapping[str, Tensor]) -> dict[str, 
     return loaded(Precision.REFERENCE, **inputs)
 
 
-def stall(rank: int, program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor] | str:
+def stall(rank: int, program: Program, inputs: Mapping[str, Tensor], kernels: bool = False) -> dict[str, Tensor] | str:
     """Rank 1 lives and does not come."""
-    loaded = Loaded(program, range(len(program.steps)), "one program", timeout_s=SHORT)
+    make = Compiled if kernels else None
+    loaded = Loaded(program, range(len(program.steps)), "one program", timeout_s=SHORT, make=make)
     if rank == 1:
         time.sleep(3 * SHORT)
         return "late"

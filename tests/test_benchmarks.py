@@ -21,7 +21,14 @@ from benchmarks.__main__ import OTHERS, SECONDS, WORKLOADS, main
 from benchmarks.row import OURS, Result, apart, errors, judged, measure_row
 from benchmarks.timing import Budget, measure
 from benchmarks.workload import Bar, Inputs, Peer, Workload
+from cascade.backends.distributed.machine import node
+from cascade.backends.distributed.plan import plan_json, plan_of
+from cascade.backends.distributed.runtime import ordered
 from cascade.backends.distributed.streams import Ordered
+from cascade.ir import Mesh, Shard
+from cascade.passes.exchanges import by_rows, scatter_gather
+from cascade.passes.shard import stated
+from tests.test_shard import canonical
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -92,6 +99,19 @@ def test_tables_of_plans_that_run(tmp_path: Path) -> None:
     code, data, text = run("devices", tmp_path)
     (line,) = data["rows"]
     assert code == 0 and line["error"] < 1e-4 and {"whole", "one queue", "planned"} == set(line["ms"]), text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rows_that_go_round_take_their_time_on_emulated_links() -> None:
+    """One rank alone, to which nothing comes: its own shard of the sum is its own part of it."""
+    text = "cascade c(X[T,F], W[F,D]) -> Y[T,D] { Y[t,d] = X[t,f] * W[f,d] }"
+    program = stated(canonical(text, Mesh("tp", 4), Shard("f", "tp")), {"T": 8, "F": 12, "D": 3})
+    program = by_rows(scatter_gather(program, 1, 0), 1)
+    found = plan_of(program, node("h100x8"))
+    tensors = {"X": torch.randn(8, 12), "W": torch.randn(12, 3)}
+    link = emulated.Link(torch.device("cpu"))
+    alone = emulated.Emulated(found.program, ordered(plan_json(found)["tasks"]), found.node, link)(tensors)["Y"]
+    torch.testing.assert_close(alone[:2], tensors["X"][:2, :3] @ tensors["W"][:3])
 
 
 def test_a_replay_starts_tasks_behind_what_they_wait_for() -> None:

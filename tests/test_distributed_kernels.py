@@ -34,7 +34,10 @@ from tests.test_shard import canonical
 from tests.test_split_tokens import SIZES, tensor_parallel
 
 many: Any = importlib.import_module("examples.10_many_devices")
-BY_KERNELS = ("a layer in slices", "an all-to-all", "what is absent")
+BY_KERNELS = (
+    "a layer in slices", "an all-to-all", "what is absent", "rows go round", "rows go round in slices", "rows go both ways",
+    "extremes go round",
+)  # fmt: skip
 REFUSED = {
     "the largest": "cut along what it reduces",
     "states of a fold": "of which each device has a part only",

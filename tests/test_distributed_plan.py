@@ -23,15 +23,17 @@ from cascade.cli import commands
 from cascade.errors import CommandError, UnsupportedError
 from cascade.frontend.build import parse_cascade
 from cascade.interp import Precision, run
-from cascade.ir import Cascade, DType
+from cascade.ir import Cascade, DType, Mesh, Shard
 from cascade.passes.schedule_bound import lower_bound
 from cascade.passes.schedule_overlap import exact_schedule, list_schedule
-from cascade.passes.shard import cheapest
+from cascade.passes.shard import Sharding, cheapest
 from cascade.passes.split_tokens import Touches, dependencies, lacks, split
-from cascade.placed import Collective, Kind, read_program, render_program
+from cascade.placed import Collective, Compute, Kind, Program, read_program, render_program
 from cascade.trial import param_types, random_inputs
 from cascade.timetable import Mode, Problem, Queues, Task
+from cascade.verify.rings import check_rings
 from cascade.verify.timetable import check_ranks, check_timetable, check_written, implied
+from tests.test_shard import canonical
 from tests.timing import within
 
 ROOT = Path(__file__).parents[1]
@@ -141,6 +143,43 @@ def test_exchanges_go_part_by_part_where_that_beats_every_cut() -> None:
     assert "exchanges in parts: reduce-scatter Z_sum in 4 parts of d" in plan_text(found)
 
 
+def test_rows_go_round_where_that_beats_parts_of_columns_and_every_cut() -> None:
+    """Of many tokens on slow links: the second sum of a layer by shards of rows, by the same model and as data."""
+    found = planned(16384, "a100x8")
+    assert [(one.name, one.parts) for one in found.parts.kept] == [
+        ("reduce-scatter Z_sum", "4 parts of d"), ("reduce-scatter Y_sum", "shards of t"),
+    ]  # fmt: skip
+    assert found.cycle_us is not None and found.cycle_us < found.parts.kept[0].us < found.cut.whole_us
+    assert not list(lacks(found.program)) and not list(check_rings(found.program))
+    made = json.loads(json.dumps(plan_json(found)))
+    assert read_program(made["program"], found.program.cascade) == found.program
+    ring = [s for s in found.program.steps if isinstance(s, Collective) and s.passes]
+    assert [step.hop for step in ring] == [7, 6, 5, 4, 3, 2, 1, 0]
+    resources = {task["name"].rpartition(".")[0]: task["resource"] for task in made["tasks"]}
+    assert resources["shift Y_sum hop 7"] == "links out" and resources["shift Y_sum"] == "sms"  # merged, not moved
+
+
+def test_a_ring_of_partial_results_is_a_pipeline_that_leaves_its_last_merge_exposed() -> None:
+    """Beside products that take longer than the links: behind the last of them one merge is left."""
+    text = """cascade c(X[T,F], W[D,F]) -> Y[T,D] {
+        S[t,d] = X[t,f] * W[d,f]
+        Y[t,d] = 2 * S[t,d]
+    }"""
+    cascade = canonical(text, Mesh("tp", 8), Shard("f", "tp"), Shard("t", "tp"))
+    found = plan(cascade, {"T": 32768, "D": 8192, "F": 28672}, node("h100x8"))
+    assert [one.parts for one in found.parts.kept] == ["shards of t"] and found.cut.declined is not None
+    times = {t.name.rpartition(".")[0]: s for t, s in zip(found.problem.tasks, found.timetable.slots, strict=True)}
+    assert plan_json(found)["exposed_comm_us"] == pytest.approx(0, abs=1e-6)
+    assert times["shift S hop 1"].end_us <= times["S"].end_us == pytest.approx(times["shift S"].start_us)
+    shard = 32768 * 8192 * 2 / 8
+    clock = Clock.of(found.program, found.node)
+    first, later, last = (s for s in found.program.steps if isinstance(s, Collective) and s.hop in (7, 6, 0))
+    moved = found.node.collective_us(Kind.SHIFT, 8 * shard, 8)
+    merged = found.node.floor_us + 3 * shard / (found.node.gpu.bandwidth_tbs * 1e6)
+    wanted = (moved, moved + merged, merged)
+    assert tuple(map(clock.collective_us, (first, later, last))) == pytest.approx(wanted)
+
+
 def test_exchanges_in_parts_are_declined_with_the_number() -> None:
     few, cut, stated = planned(1024, "a100x8"), planned(4096), plan(*split_example())
     assert few.parts.declined is not None and few.parts.tried and not any(one.kept for one in few.parts.tried)
@@ -162,15 +201,36 @@ def test_every_way_in_parts_means_what_the_program_means(devices: int, monkeypat
     monkeypatch.setattr(decompose, "TILE", 1)
     sizes = {"T": 9, "D": 8, "H": 8, "HK": 8, "E": 2, "F": 9}
     text = EXAMPLE.read_text(encoding="utf-8").replace("mesh tp = 8", f"mesh tp = {devices}")
-    program = cheapest(block(text), sizes, node("h100x8"))
+    found = ways_in_parts(program := cheapest(block(text), sizes, node("h100x8")))
+    assert {way.parts for way in found} >= {"2 parts of d", "4 parts of d"}
+    mean_the_same(program, found)
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_every_way_in_parts_of_a_layer_laid_as_a_large_one(devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums are scattered there, so that rows may go round."""
+    monkeypatch.setattr(decompose, "TILE", 1)
+    cascade = block(EXAMPLE.read_text(encoding="utf-8").replace("mesh tp = 8", f"mesh tp = {devices}"))
+    large = cheapest(cascade, {"T": 4096, **LLAMA}, node("h100x8"))
+    along = {step.name: step.along for step in large.steps if isinstance(step, Compute)}
+    program = Sharding(cascade, {"T": 9, "D": 8, "H": 8, "HK": 8, "E": 2, "F": 9}).program(along)
+    found = ways_in_parts(program)
+    assert {way.parts for way in found} >= {"shards of t", "2 parts of d", "4 parts of d"}
+    mean_the_same(program, found)
+
+
+def ways_in_parts(program: Program) -> list[decompose.Decomposed]:
     clock = Clock.of(program, node("h100x8"))
     exchanges = [step for step in program.steps if isinstance(step, Collective)]
-    found = [way for step in exchanges for way in decompose.decompositions(program, step, clock)]
-    assert {way.parts for way in found} >= {"2 parts of d", "4 parts of d"}
+    return [way for step in exchanges for way in decompose.decompositions(program, step, clock)]
+
+
+def mean_the_same(program: Program, found: list[decompose.Decomposed]) -> None:
+    sizes = dict(program.sizes)
     inputs = random_inputs(program.cascade, sizes, param_types(program.cascade, DType.F64), 0)
     wanted = run(program.cascade, inputs, sizes, Precision.REFERENCE)
     for way in found:
-        assert way.program != program and not list(lacks(way.program))
+        assert way.program != program and not list(lacks(way.program)) and not list(check_rings(way.program))
         for name, value in simulate(way.program, inputs).items():
             torch.testing.assert_close(value, wanted[name], rtol=1e-12, atol=1e-12)
 

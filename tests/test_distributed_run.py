@@ -12,19 +12,20 @@ import pytest
 import torch
 
 from cascade.backends.distributed.machine import node
-from cascade.backends.distributed.plan import fingerprint, plan, plan_json
+from cascade.backends.distributed.plan import fingerprint, plan, plan_json, plan_of
 from cascade.distributed import load
 from cascade.errors import CallError
 from cascade.interp import Precision, run
 from cascade.ir import DType, Mesh, Shard
-from cascade.passes.exchanges import by_shards
+from cascade.passes.exchanges import by_rows, by_shards, scatter_gather
 from cascade.passes.shard import stated
 from cascade.passes.split_tokens import split
 from cascade.placed import Collective, Kind, Program
 from cascade.trial import param_types, random_inputs
 from tests.ranks import SECONDS, SHORT, die, run_orders, run_plan, run_plans, run_programs, stall, start
 from tests.test_distributed_plan import EXAMPLE, block
-from tests.test_shard import ATTENTION, RING, canonical, first, lifted
+from tests.test_shard import ATTENTION, LAYER, RING, canonical, first, lifted
+from tests.test_shard import SIZES as LAYER_SIZES
 from tests.test_split_tokens import SIZES, tensor_parallel
 
 SMALL = {"T": 7, "D": 4, "H": 8, "HK": 8, "E": 2, "F": 9}
@@ -38,6 +39,8 @@ def programs(devices: int) -> dict[str, Program]:
     largest = "cascade c(X[M,N]) -> G[M,2], I[M,2] { G[m,j], I[m,j] = topk[n, 2] X[m,n] }"
     cut = "cascade c(X[M,N]) -> Y[M] { Y[m] = max[n] X[m,n]  where n <= m }"
     fold = lifted(ATTENTION, Mesh("cp", devices), Shard("n", "cp"))
+    layer = stated(canonical(LAYER, Mesh("tp", devices), Shard("f", "tp")), LAYER_SIZES)
+    extremes = stated(canonical(cut, Mesh("p", devices), Shard("n", "p")), {"M": 5, "N": 9})
     return {
         "a layer in slices": split(tensor_parallel(devices), "t", (4,)),
         "a ring": by_shards(ring, first(ring, Kind.ALL_GATHER, "K")),
@@ -45,8 +48,18 @@ def programs(devices: int) -> dict[str, Program]:
         "an all-to-all": stated(canonical(swap, Mesh("p", devices), Shard("a", "p"), Shard("j", "p")), {"A": 5, "B": 6}),
         "the largest": stated(canonical(largest, Mesh("p", devices), Shard("n", "p")), {"M": 3, "N": 9}),
         "what is absent": stated(canonical(cut, Mesh("p", devices), Shard("n", "p")), {"M": 3, "N": 9}),
+        "rows go round": rows_round(layer, "S"),
+        "rows go round in slices": split(rows_round(layer, "S"), "t", (4,)),
+        "rows go both ways": rows_round(layer, "S", both_ways=True),
+        "extremes go round": rows_round(extremes, "Y"),
         "states of a fold": stated(fold, {"H": 2, "M": 5, "N": 9, "E": 3, "F": 2}),
     }  # fmt: skip
+
+
+def rows_round(program: Program, tensor: str, both_ways: bool = False) -> Program:
+    """The partial results of a tensor scattered to its rows round a ring, and gathered."""
+    program = scatter_gather(program, first(program, Kind.ALL_REDUCE, tensor), 0)
+    return by_rows(program, first(program, Kind.REDUCE_SCATTER, tensor), both_ways)
 
 
 @pytest.mark.parametrize("devices", [2, 4])
@@ -76,6 +89,18 @@ def test_a_plan_made_elsewhere_runs() -> None:
     inputs = random_inputs(block(), SMALL, param_types(block(), DType.F32), 0)
     wanted = run(block(), inputs, SMALL, Precision.REFERENCE)["Y"]
     for found in start(2, run_plan, made, inputs):
+        assert float((found["Y"].double() - wanted).abs().max()) <= 1e-6 * (1 + float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_a_plan_whose_rows_go_round_runs_from_its_json(devices: int) -> None:
+    """In the order of its tasks, in which what is passed on stands beside what is computed."""
+    program = programs(devices)["rows go round"]
+    made = json.loads(json.dumps(plan_json(plan_of(program, node("h100x8")))))
+    assert made["program"].count("shift S over tp by sum to 0") == devices
+    inputs = random_inputs(program.cascade, LAYER_SIZES, param_types(program.cascade, DType.F32), 0)
+    wanted = run(program.cascade, inputs, LAYER_SIZES, Precision.REFERENCE)["Y"]
+    for found in start(devices, run_plan, made, inputs):
         assert float((found["Y"].double() - wanted).abs().max()) <= 1e-6 * (1 + float(wanted.abs().max()))
 
 
@@ -113,6 +138,16 @@ def test_a_rank_that_does_not_come_is_named_within_the_timeout() -> None:
     found, late = start(2, stall, program, inputs)
     assert "C349" in found and "rank 1 has not come to it" in found and late == "late"
     assert time.monotonic() - begun < SHORT + SECONDS
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_a_rank_that_does_not_come_to_a_ring_is_named(kernels: bool) -> None:
+    program = programs(2)["rows go round"]
+    inputs = random_inputs(program.cascade, LAYER_SIZES, param_types(program.cascade, DType.F64), 0)
+    begun = time.monotonic()
+    found, late = start(2, stall, program, inputs, kernels)
+    assert "C349" in found and "'shift S over tp by sum to 0 hop 1' failed" in found and late == "late"
+    assert "rank 1 has not come to it" in found and time.monotonic() - begun < SHORT + SECONDS
 
 
 def test_ranks_that_issue_collectives_in_another_order_are_refused() -> None:

@@ -23,7 +23,7 @@ from cascade.errors import VerifyError
 from cascade.frontend.build import parse_cascade, parse_program
 from cascade.interp import Precision, run
 from cascade.ir import Cascade, DType, Mesh, Shard, Split
-from cascade.passes.exchanges import another_form, by_shards, refactor_axis, scatter_gather
+from cascade.passes.exchanges import another_form, by_rows, by_shards, refactor_axis, scatter_gather
 from cascade.passes.reach import Reach
 from cascade.passes.schedule_overlap import list_schedule
 from cascade.passes.shard import stated
@@ -243,6 +243,13 @@ def shards_as_they_come(sizes: Sizes) -> Program:
     return by_shards(program, first(program, Kind.ALL_GATHER, "M"))
 
 
+def shards_come_and_go(sizes: Sizes) -> Program:
+    """What is gathered comes shard by shard; what is summed goes to its rows so."""
+    program = shards_as_they_come(sizes)
+    program = scatter_gather(program, first(program, Kind.ALL_REDUCE, "Y"), 0)
+    return by_rows(program, first(program, Kind.REDUCE_SCATTER, "Y"))
+
+
 def scattered_columns(sizes: Sizes) -> Program:
     program = stated(canonical(LAYER, Mesh("tp", 4), Shard("f", "tp")), sizes)
     return scatter_gather(program, first(program, Kind.ALL_REDUCE, "Y"), 1)
@@ -322,7 +329,7 @@ KEYS = {"T": 65536, "D": 4096, "H": 32, "E": 128}
 SYSTEMS = {
     "TokenWeave": System(tokens, many.LAYER, {"T": 4096, "HK": 8, **LLAMA}, "t"),
     "NanoFlow": System(another_product, many.DECODE, {"B": 2048, "N": 1024, "HK": 8, **LLAMA}, "b"),
-    "Flux, async tensor parallelism": System(shards_as_they_come, FEW, LOTS),
+    "Flux, async tensor parallelism": System(shards_come_and_go, FEW, LOTS),
     "FlashOverlap": System(scattered_columns, FEW, {**LOTS, "T": 16384}, "t", 4),
     "Comet, layer 0": System(tokens_by_source, {**FEW, "N": 6}, {**LOTS, "N": 8}),
     "Comet, layer 1": System(tokens_by_source, {**FEW, "N": 6}, {**LOTS, "N": 8}, "e"),

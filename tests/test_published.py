@@ -18,7 +18,7 @@ from cascade.backends.distributed.fused import awaited, stored
 from cascade.backends.distributed.kernels import Clock, Layer, problem_of
 from cascade.backends.distributed.machine import node
 from cascade.ir import Mesh, Shard
-from cascade.passes.exchanges import by_parts, by_shards
+from cascade.passes.exchanges import by_parts, by_rows, by_shards
 from cascade.passes.reach import Reach
 from cascade.passes.schedule_bound import lower_bound
 from cascade.passes.schedule_overlap import exact_schedule, list_schedule
@@ -256,6 +256,7 @@ def test_few_rows_lose_part_by_part_on_every_row() -> None:
         cuts = [16384 * part // 8 for part in range(1, 8)]
         assert times[str(count), "fused"] > times[str(count), "unfused"]
         assert time_us(by_parts(program, 1, "d", cuts)) > time_us(program)
+        assert time_us(by_rows(program, 1)) > time_us(program)
 
 
 # --- how near the bound ----------------------------------------------------------------------------------------------

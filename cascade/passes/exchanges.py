@@ -3,6 +3,7 @@
     R2  scatter_gather   all-reduce Y                      = reduce-scatter Y to t; all-gather Y from t
     R3  gather_later     all-gather X from t; compute S    = compute S along t; all-gather S from t
     R4  by_shards        all-gather X from t; compute S    = compute S at its own shard, then at each that comes by
+    R4  by_rows         compute S along k; scatter S to t = compute S at a shard of t, farthest first, add, pass it on
     R4  by_parts         compute S along k; scatter S to t = compute S at a part of n, scatter that, then the next part
     R6  refactor_axis    all-reduce over tp = 8            = all-reduce over inner = 4; all-reduce over outer = 2
     R7  another_form     compute Y along k; all-reduce Y   = all-gather X; compute Y along n; all-gather Y
@@ -14,7 +15,7 @@ Sources: R2 is the decomposition of Thakur et al., "Optimization of Collective C
 (2005); R3 and R2 together are sequence parallelism (arXiv 2205.05198); R4 is "Overlap Communication with Dependent
 Computation via Decomposition" (Wang et al., ASPLOS 2023), by groups of waves FlashOverlap (2504.19519); R6 is
 hierarchical reduction; R7 is used by NanoFlow (arXiv 2408.12757). R4 over a fold of keys is ring attention
-(2310.01889), both ways TokenRing (2412.20501).
+(2310.01889), both ways TokenRing (2412.20501); R4 along rows is also async tensor parallelism of PyTorch.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from typing import NoReturn
 
 from cascade.errors import Diagnostic, UnsupportedError
 from cascade.ir import Mesh, Rank, Read, Stmt
+from cascade.ops import OPS, REDUCERS
 from cascade.passes.reach import units_by_name
-from cascade.passes.shard import Held, Sharding
+from cascade.passes.shard import FOLD, Held, Sharding
 from cascade.placed import (
     REDUCING, Along, Axes, Axis, Collective, Compute, Kind, Place, Program, Step, slices,
 )  # fmt: skip
@@ -37,9 +39,12 @@ from cascade.wording import quote
 def scatter_gather(program: Program, number: int, dim: int) -> Program:
     """R2: the all-reduce of step `number` as a reduce-scatter to a dimension and an all-gather.
 
-    Proves: the dimension is not sharded already, and has a coordinate for every device.
+    Proves: the dimension is not sharded already, and has a coordinate for every device. States of a fold, which are
+    several tensors, are merged for everyone.
     """
     step = _collective(program, number, Kind.ALL_REDUCE)
+    if step.reducer == FOLD:
+        _refuse(f"the states of {quote(step.tensor)} are merged for everyone")
     sharding = Sharding(program.cascade, dict(program.sizes))
     shape = sharding.reach.shape(step.tensor)
     if not 0 <= dim < len(shape) or shape[dim] < program.devices(step.axes):
@@ -126,10 +131,49 @@ def by_shards(program: Program, number: int, both_ways: bool = False) -> Program
 
 
 def _hops(devices: int, both_ways: bool) -> list[int]:
-    """How far shards come from: one after the other, or by turns from either side."""
+    """How far shards come from, or go: one after the other, or by turns on either side."""
     if not both_ways:
         return list(range(devices))
     return [0, *(hop for far in range(1, devices // 2 + 1) for hop in (far, -far))][:devices]
+
+
+def by_rows(program: Program, number: int, both_ways: bool = False) -> Program:
+    """R4: the reduce-scatter of step `number` and the statement whose partial results it merges, by shards of rows.
+
+    Rows are coordinates of the dimension that is scattered. Each device begins with the shard that has the longest way
+    to go and ends with its own: again the order of tiles is another on each, and where a shard ends undoes it. A shard
+    goes round the ring; every device merges its own part with what comes, and passes it on while it computes the next.
+    Shards go one way, or `both_ways`, each by the shorter one. Proves: the reducer merges in any order; the statement
+    is whole, what it gives is partial over these axes and no others, the rank that stands at the dimension is one
+    along which it may run in parts and does not yet, and there is a coordinate of it for every device.
+    """
+    step = _collective(program, number, Kind.REDUCE_SCATTER)
+    merged = REDUCERS.get(step.reducer)
+    if merged is None or merged.op is None or not OPS[merged.op].commutative:
+        _refuse(f"{quote(step.reducer)} does not merge in any order, and parts come by in another one on each device")
+    sharding = Sharding(program.cascade, dict(program.sizes))
+    names = _makers(program, step)
+    places = [at for at, one in enumerate(program.steps) if isinstance(one, Compute) and one.name in names]
+    maker = program.steps[places[0]]
+    assert isinstance(maker, Compute) and step.target is not None
+    unit = sharding.reach.units[maker.name]
+    ranks = targets(unit.statements[0])[0].ranks
+    rank = ranks[step.target]
+    if len(places) > 1 or maker.at:
+        _refuse(f"{quote(maker.name)} is not whole")
+    if [along.axes for along in maker.along if along.rank not in ranks] != [step.axes]:
+        _refuse(f"{quote(step.tensor)} is not partial over {'*'.join(step.axes)} alone")
+    if rank not in sharding.possible(unit) or rank in {along.rank for along in maker.along}:
+        _refuse(f"{quote(maker.name)} cannot run in parts along {quote(rank)}, or does so already")
+    devices = program.devices(step.axes)
+    if sharding.reach.full[rank][1] < devices:
+        _refuse(f"{quote(rank)} has no coordinate for each of the devices")
+    steps: list[Step] = []
+    for hop in reversed(_hops(devices, both_ways)):
+        steps.append(dataclasses.replace(maker, along=(*maker.along, Along(rank, step.axes, hop))))
+        steps.append(dataclasses.replace(step, kind=Kind.SHIFT, hop=hop))
+    between = program.steps[places[0] + 1 : number]
+    return _with_steps(program, (*program.steps[: places[0]], *steps, *between, *program.steps[number + 1 :]))
 
 
 def by_parts(program: Program, number: int, rank: str, cuts: Sequence[int]) -> Program:

@@ -30,8 +30,8 @@ from cascade.ir import Einsum, Fold, Rank, Read
 from cascade.passes.reach import Box, Reach, left_over, meet
 from cascade.passes.shard import FOLD
 from cascade.placed import (
-    REDUCING, Collective, Compute, Kind, Place, Program, Step, Window, coordinates, number_along, slices, stretch,
-    windows_of,
+    REDUCING, Collective, Compute, Kind, Place, Program, Step, Window, coordinates, number_along, onward, slices,
+    stretch, windows_of,
 )  # fmt: skip
 from cascade.recent import recently
 from cascade.walk import expressions, targets, walk
@@ -215,12 +215,15 @@ class Touches:
             if step.kind in REDUCING:
                 found += [Touched(device, tensor, True, box) for device in (to, of)]
             else:
-                found.append(Touched(of, tensor, False, box))
+                found.append(Touched(of, tensor, step.passes, box))
         return list(dict.fromkeys(found))
 
     def _writes(self, step: Step) -> list[Touched]:
         if not isinstance(step, Compute):
-            return list(dict.fromkeys(Touched(to, tensor, False, box) for to, _, tensor, box in self._exchanged(step)))
+            partial = step.passes and not step.arrived
+            return list(
+                dict.fromkeys(Touched(to, tensor, partial, box) for to, _, tensor, box in self._exchanged(step))
+            )
         partial = self.is_partial(step)
         return [
             Touched(device, tensor, partial, box)
@@ -249,10 +252,17 @@ class Touches:
         axes, count = step.axes, self.program.devices(step.axes)
         for to, place in enumerate(self.places):
             for of, other in enumerate(self.places):
-                if to == of or any(place[name] != other[name] for name in place if name not in axes):
+                if any(place[name] != other[name] for name in place if name not in axes):
                     continue
                 mine, theirs = (number_along(one, axes, self.program.axes) for one in (place, other))
-                if step.kind is Kind.SHIFT:
+                if step.passes:
+                    passed, onto = onward(theirs, step.hop, count)
+                    if onto != mine:
+                        continue
+                    mine = passed
+                elif to == of:
+                    continue
+                elif step.kind is Kind.SHIFT:
                     if theirs != (mine + (1 if step.hop > 0 else -1)) % count:
                         continue
                     theirs = (mine + step.hop) % count

@@ -1,6 +1,7 @@
 """Exchanges part by part beside the statement that makes what they exchange, or reads it: which may pay.
 
     compute Y, then reduce-scatter Y    -->    Y in four parts of its columns, each exchanged while the next is computed
+    compute Y, then reduce-scatter Y    -->    Y in shards, farthest first, each passed on beside the next
     all-gather K, then fold S over K    -->    S of its own shard, then of each that comes by: a ring
 
 The rewrites are R4 of `passes/exchanges.py`, which proves them. Smaller products waste more of their last wave and
@@ -10,13 +11,14 @@ two stages, says what is worth a plan of its own; the plan decides.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cascade.backends.distributed.kernels import TILES, Clock, has_product
 from cascade.errors import UnsupportedError
-from cascade.passes.exchanges import by_parts, by_shards
+from cascade.passes.exchanges import by_parts, by_rows, by_shards
 from cascade.placed import REDUCING, Collective, Compute, Kind, Program, Step
 from cascade.walk import targets
 
@@ -56,13 +58,16 @@ def decompositions(program: Program, step: Collective, clock: Clock) -> Iterator
 def _rewrites(
     program: Program, number: int, step: Collective, clock: Clock
 ) -> Iterator[tuple[str, Callable[[], Program]]]:
-    """What may be tried: shards as they come by, or a product in parts of a dimension, cut at whole tiles."""
+    """What may be tried: shards that come by or go round, or a product in parts of a dimension, cut at whole tiles."""
     if step.kind is Kind.ALL_GATHER:
         yield SHARDS, functools.partial(by_shards, program, number)
     unit = clock.reach.units.get(step.tensor)
     if step.kind not in REDUCING or unit is None or not has_product(clock.reach, Compute(step.tensor, ())):
         return
-    for dim, rank in enumerate(targets(unit.statements[0])[0].ranks):
+    ranks = targets(unit.statements[0])[0].ranks
+    if step.kind is Kind.REDUCE_SCATTER and step.target is not None:
+        yield f"{SHARDS} of {ranks[step.target]}", functools.partial(by_rows, program, number)
+    for dim, rank in enumerate(ranks):
         tiles = clock.reach.full[rank][1] // TILE
         for count in PARTS if dim != step.target else ():
             cuts = [TILE * (tiles * part // count) for part in range(1, count)]
@@ -75,7 +80,8 @@ def _compared(program: Program, other: Program, parts: str, clock: Clock) -> Dec
     node = clock.node
     old, new = _others(program.steps, other.steps), _others(other.steps, program.steps)
     computed = [clock.compute_us([step], node.gpu.sms - node.slots) for step in new if isinstance(step, Compute)]
-    moved = [clock.collective_us(step) for step in new if isinstance(step, Collective)]
+    later = dataclasses.replace(clock, program=other)
+    moved = [later.collective_us(step) for step in new if isinstance(step, Collective)]
     if parts == SHARDS:  # of every shard but the own one as many tensors as are gathered
         own = max(1, len(moved) // max(1, len(computed) - 1))
         arrivals = [sum(moved[at : at + own]) for at in range(0, len(moved), own)]

@@ -10,6 +10,7 @@ shown.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from cascade.ir import Cascade, DType, Einsum, Reduce
 from cascade.passes.reach import Box, left_over, meet
 from cascade.passes.split_tokens import Touched, Touches
 from cascade.placed import (
-    REDUCING, Axes, Collective, Compute, Kind, Program, Window, coordinates, stretch, windows_of,
+    REDUCING, Axes, Collective, Compute, Kind, Program, Window, coordinates, onward, stretch, windows_of,
 )  # fmt: skip
 from cascade.values import FROM_TORCH, TORCH_TYPES, identity_of
 from cascade.walk import targets
@@ -86,13 +87,14 @@ class Executor:
     apart: set[object] = field(init=False, default_factory=set)  # statements that are no kernel together
     buffers: dict[str, Tensor] = field(init=False, default_factory=dict)
     parts: dict[str, list[Part]] = field(init=False, default_factory=dict)
+    came: dict[tuple[str, Box], list[Tensor]] = field(init=False, default_factory=dict)  # and those of neighbours
     queues: Queues = field(init=False)
     shared: dict[object, Symmetric] = field(init=False, default_factory=dict)  # memory of a group on a stream
 
     def __post_init__(self) -> None:
         exchanging = {
             task.queue for task in self.tasks
-            if all(isinstance(self.program.steps[step], Collective) for step in task.steps)
+            if all(isinstance(own := self.program.steps[step], Collective) and not own.arrived for step in task.steps)
         }  # fmt: skip
         self.queues = Queues(self.tasks, exchanging)
         self.touches = Touches.of(self.program)
@@ -113,7 +115,7 @@ class Executor:
             self.known[given] = infer_dtypes(self.program.cascade, dict(zip(names, given, strict=True)))
         types = self.known[given]
         device = next(iter(tensors.values())).device
-        self.parts = {}
+        self.parts, self.came = {}, {}
         self.buffers = dict(tensors) | {
             name: torch.empty(self.touches.reach.shape(name), dtype=TORCH_TYPES[types[name]], device=device)
             for name in types.keys() - set(names)
@@ -289,13 +291,11 @@ class Executor:
 
     def _exchange(self, step: Collective) -> None:
         members, group = self.groups[step.axes]
-        if step.kind in REDUCING:
-            if step.reducer not in OPERATIONS:
-                message = f"what is merged by {step.reducer!r} has no kernel"
-                raise UnsupportedError(Diagnostic("C555", message, help="load the plan without kernels"))
-            self.guarded(step, members, lambda: self._merge(step, members, group))
-        else:
-            self.guarded(step, members, lambda: self._receive(step, members, group))
+        if step.reducer and step.reducer not in OPERATIONS:
+            message = f"what is merged by {step.reducer!r} has no kernel"
+            raise UnsupportedError(Diagnostic("C555", message, help="load the plan without kernels"))
+        exchange = self._merge if step.kind in REDUCING else self._pass_on if step.passes else self._receive
+        self.guarded(step, members, lambda: exchange(step, members, group))
 
     def _merge(self, step: Collective, members: Sequence[int], group: Any) -> None:
         """The parts of all members merged, on each: a box for all of them, or a stretch for each."""
@@ -340,6 +340,54 @@ class Executor:
         dist.all_reduce(whole, operation, group)
         return whole.narrow(dim, sum(lengths[:me]), lengths[me])
 
+    def _pass_on(self, step: Collective, members: Sequence[int], group: Any) -> None:
+        """Partial results of a stretch merged and sent to the neighbour on one side; those of the other are received.
+
+        What comes lies apart until it is passed on itself: the statement that makes this rank's own part of it may be
+        running in another queue. With hop 0 it is where it stays.
+        """
+        me, count = members.index(self.rank), len(members)
+        number, to = onward(me, step.hop, count)
+        passed = [self._passed(step, box) for box in self._stretches(step, number, count)]
+        if step.arrived:
+            for part in passed:
+                self._keep(part)
+            return
+        before, buffer = onward(me, -step.hop, count)[1], self.buffers[step.tensor]
+        coming = self._stretches(step, onward(before, step.hop, count)[0], count)
+        came = [self.queues.keep(buffer.new_empty(_extents(box))) for box in coming]
+        sent = [self.queues.keep(part.value.contiguous()) for part in passed]
+        _wait(
+            [
+                *(dist.P2POp(dist.isend, piece, members[to], group) for piece in sent),
+                *(dist.P2POp(dist.irecv, piece, members[before], group) for piece in came),
+            ]
+        )
+        for box, piece in zip(coming, came, strict=True):
+            self.came.setdefault((step.tensor, box), []).append(piece)
+
+    def _passed(self, step: Collective, box: Box) -> Part:
+        """This rank's part of a box with what came of it, merged over the axes of a ring as far as it has come."""
+        part = next(part for part in self.parts[step.tensor] if part.piece.box == box)
+        self.parts[step.tensor].remove(part)
+        pieces = [*self.came.pop((step.tensor, box), ()), part.value]
+        value = self.queues.keep(functools.reduce(OPERATIONS[step.reducer][1], pieces))
+        return Part(part.piece, value, part.steps, part.axes | set(step.axes))
+
+    def _stretches(self, step: Collective, number: int, count: int) -> list[Box]:
+        """The boxes of partial results that this rank makes at a stretch of the dimension to which they are scattered.
+
+        Those of its neighbour, which differs along these axes only, are the same.
+        """
+        assert step.target is not None, "partial results go round to a dimension"
+        at = {dim: (low, high) for dim, low, high in step.at}
+        window = at.get(step.target, (0, self.touches.reach.shape(step.tensor)[step.target]))
+        at[step.target] = stretch(window, number, count)
+        computed = (own for own in self.program.steps if isinstance(own, Compute))
+        made = (one for own in computed for one in self.touches.writes(own) if one.device == self.rank)
+        boxes = dict.fromkeys(one.box for one in made if one.tensor == step.tensor and _points(one.box))
+        return [box for box in boxes if all(box[dim] == window for dim, window in at.items())]
+
     def _receive(self, step: Collective, members: Sequence[int], group: Any) -> None:
         """Boxes of a tensor from others, and theirs to them."""
         me, shape, buffer = members.index(self.rank), self.touches.reach.shape(step.tensor), self.buffers[step.tensor]
@@ -356,8 +404,7 @@ class Executor:
             if box is not None and _points(box):
                 came.append((box, self.queues.keep(torch.empty_like(_at(buffer, box)).contiguous())))
                 work.append(dist.P2POp(dist.irecv, came[-1][1], rank, group))
-        for request in dist.batch_isend_irecv(work) if work else ():
-            request.wait()
+        _wait(work)
         for box, piece in came:
             _at(buffer, box).copy_(piece)
 
@@ -409,6 +456,12 @@ def _held(program: Program, touches: Touches) -> dict[str, list[list[Box]]]:
             if one.tensor in found and not one.partial:
                 found[one.tensor][one.device].append(one.box)
     return found
+
+
+def _wait(work: list[dist.P2POp]) -> None:
+    """Point to point, all of it at once."""
+    for request in dist.batch_isend_irecv(work) if work else ():
+        request.wait()
 
 
 def _at(tensor: Tensor, box: Box) -> Tensor:

@@ -20,10 +20,12 @@ are a product, as many as there are values.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from cascade.backends.distributed.machine import Node
 from cascade.ir import Apply, Einsum, Expr, Read, Reduce, Stmt
@@ -293,8 +295,26 @@ class Clock:
         return self.sharding.reach
 
     def collective_us(self, step: Collective) -> float:
-        """How long a collective takes on what it is a slice of."""
-        return self.node.collective_us(step.kind, self._size(step), self.program.devices(step.axes))
+        """How long a collective takes on what it is a slice of; where partial results go round, with their merge."""
+        devices = self.program.devices(step.axes)
+        size = self._size(step)
+        moved = 0.0 if step.arrived else self.node.collective_us(step.kind, size, devices)
+        merges = dataclasses.replace(step, at=()) in self.merging
+        return moved + (self._merge_us(size / devices) if merges else 0.0)
+
+    @cached_property
+    def merging(self) -> frozenset[Collective]:
+        """The shifts of partial results before which others have come: all but the first of a ring, on either side."""
+        shifts = (step for step in self.program.steps if isinstance(step, Collective) and step.passes)
+        passes = {dataclasses.replace(step, at=()) for step in shifts}
+        return frozenset(
+            step for step in passes for side in (1, -1)
+            if step.hop * side >= 0 and dataclasses.replace(step, hop=step.hop + side) in passes
+        )  # fmt: skip
+
+    def _merge_us(self, size: float) -> float:
+        """How long it takes to merge two partial results of so many bytes: both are read, and one is written."""
+        return self.node.floor_us + 3 * size / (self.node.gpu.bandwidth_tbs * 1e6)
 
     def fused_us(self, steps: Sequence[Collective], blocks: int) -> float:
         """How long a kernel of so many thread blocks takes for a scatter, and the gathers of what is made of it."""
@@ -530,7 +550,7 @@ def _modes(program: Program, steps: Sequence[int], clock: Clock, blocks: int | N
     """A collective takes directions of the links and a few SMs; what computes takes all SMs, or leaves those few.
 
     What exchanges and computes in one kernel takes the longer of both times; of a product all SMs, and else both
-    directions and its thread blocks.
+    directions and its thread blocks. Partial results that are where they stay are merged by a kernel on all SMs.
     """
     sms, few = clock.node.gpu.sms, clock.node.slots
     computed = [step for number in steps if isinstance(step := program.steps[number], Compute)]
@@ -545,6 +565,8 @@ def _modes(program: Program, steps: Sequence[int], clock: Clock, blocks: int | N
         assert blocks is not None
         longest = max(clock.compute_us(computed, blocks) if computed else 0.0, clock.fused_us(exchanged, blocks))
         return (Mode("fused", longest, ((OUT, 1.0), (IN, 1.0), (SMS, float(blocks)))),)
+    if exchanged and exchanged[0].arrived:
+        return (Mode("merge", clock.collective_us(exchanged[0]), ((SMS, float(sms)),)),)
     if exchanged:
         links = ((way, 1.0) for way in directions(exchanged[0].kind, clock.node))
         return (Mode("links", clock.collective_us(exchanged[0]), (*links, (SMS, float(few)))),)

@@ -57,10 +57,11 @@ from cascade.passes.split_tokens import Cut, Touches, best_cut, dependencies, la
 from cascade.placed import Collective, Compute, Program, render_program
 from cascade.text import render
 from cascade.timetable import Problem, Queues, Timetable
+from cascade.verify.rings import check_rings
 from cascade.verify.timetable import check_queues, check_timetable, over_synchronised
 from cascade.walk import targets
 
-VERSION = 2
+VERSION = 3
 """Of the JSON of a plan."""
 
 ROUGH = 0
@@ -204,7 +205,8 @@ def _planned(program: Program, node: Node, exact: bool, decompose: bool, slices:
     apart = kept_apart(problem, timetable) if way.name == "beside" else problem
     queues = queues_of(apart, timetable, QUEUES)
     wrong = [
-        *check_timetable(problem, timetable), *check_queues(apart, queues), *over_synchronised(apart, queues),
+        *check_rings(chosen), *check_timetable(problem, timetable), *check_queues(apart, queues),
+        *over_synchronised(apart, queues),
     ]  # fmt: skip
     if wrong:
         raise InternalError(f"the schedule of a plan is not valid: {wrong[0]}")

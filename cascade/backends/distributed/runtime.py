@@ -3,9 +3,9 @@
 Steps run in the order of the plan's tasks, the same on every rank, so collectives meet. Statements are run by the
 interpreter on buffers that are NaN where the rank holds nothing; what ranks exchange are boxes of these, by the
 collectives of torch.distributed: sums, extremes and products as all-reduce, with presence beside them; shards as an
-all-gather of pieces of one size; all-to-all and shifts point to point. What no reduction of the library merges (the
-coordinate of an extreme, the largest few, states of folds) is gathered whole and merged by the interpreter, in the
-order of the ranks.
+all-gather of pieces of one size; all-to-all and shifts point to point, those of partial results as objects. What no
+reduction of the library merges (the coordinate of an extreme, the largest few, states of folds) is gathered whole and
+merged by the interpreter, in the order of the ranks.
 
 It is a functional backend: the same program on gloo as on simulated ranks, every buffer of the full shape. With a
 compiler of cascades the same plan runs by kernels (`execute.py`), the interpreter being its witness.
@@ -37,7 +37,7 @@ from cascade.evaluate import Stored
 from cascade.frontend.build import parse_cascade
 from cascade.ir import Cascade
 from cascade.placed import (
-    REDUCING, Axes, Collective, Compute, Kind, Program, coordinates, number_along, read_program, render_step,
+    REDUCING, Axes, Collective, Compute, Kind, Program, coordinates, number_along, onward, read_program, render_step,
 )  # fmt: skip
 from cascade.values import Precision
 from cascade.verify.timetable import check_ranks
@@ -232,7 +232,7 @@ class Worker(Ranks):
             super().run(number)
             return
         members, group = self.loaded.groups[step.axes]
-        exchange = self._merge if step.kind in REDUCING else self._receive
+        exchange = self._merge if step.kind in REDUCING else self._pass_on if step.passes else self._receive
         self.loaded.guarded(step, members, lambda: exchange(step, members, group))
 
     # --- partial results ---------------------------------------------------------------------------------------------
@@ -260,6 +260,16 @@ class Worker(Ranks):
         here = dict(zip(reduced.ranks, part.box, strict=True))
         covered = tuple(sorted(window for one in small for window in one.covered))
         return Part(part.box, covered, reduced.joined(self.device.machine, here, small))
+
+    def _pass_on(self, step: Collective, members: Sequence[int], group: Any) -> None:
+        """Partial results to the neighbour on one side, for those of the other; with hop 0 they are where they stay."""
+        me, count = members.index(self.loaded.rank), len(members)
+        parts = self.passed(self.device, step, me, count)
+        if not step.arrived:
+            to, of = (members[onward(me, hop, count)[1]] for hop in (step.hop, -step.hop))
+            parts = _swapped(parts, to, of, me == 0, group)
+        for part in parts:
+            self.receive_part(self.device, step, part)
 
     # --- shards ------------------------------------------------------------------------------------------------------
 
@@ -328,7 +338,8 @@ def _ms(way: Executor, tensors: Mapping[str, Tensor]) -> float:
 
 def _exchanges(program: Program, task: Ordered) -> bool:
     """Whether a task does nothing but exchange."""
-    return all(isinstance(program.steps[step], Collective) for step in task.steps)
+    steps = map(program.steps.__getitem__, task.steps)
+    return all(isinstance(step, Collective) and not step.arrived for step in steps)
 
 
 def _urgent(blocks: Sequence[int | None]) -> Any:
@@ -359,6 +370,18 @@ def _all_reduced(value: v.Value, reducer: str, group: Any) -> v.Value:
     there = present.to(torch.uint8).contiguous()
     dist.all_reduce(there, dist.ReduceOp.MAX, group)
     return replace(value, data=data, present=None if bool(there.all()) else there.bool())
+
+
+def _swapped(given: list[Any], to: int, of: int, late: bool, group: Any) -> list[Any]:
+    """Objects of one neighbour, for this rank's to the other; one rank of a ring sends late, or all would wait."""
+    came: list[Any] = [None]
+    if late:
+        dist.recv_object_list(came, of, group)
+    dist.send_object_list([given], to, group)
+    if not late:
+        dist.recv_object_list(came, of, group)
+    (found,) = came
+    return list(found)
 
 
 def _packed(stored: Stored, held: Tensor) -> Tensor:

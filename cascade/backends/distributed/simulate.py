@@ -3,7 +3,8 @@
 Every rank has a whole buffer of every tensor, in which everything is NaN that the rank was never given: a step that
 reads what its device does not hold makes a wrong number, never a lucky one. Beside it stands a mask of what the rank
 holds; a collective moves that and nothing else. Partial results lie apart, where no statement sees them, and are merged
-in the order of the devices by the interpreter's own rule for parts of a reduction. A result is what all ranks together
+in the order of the devices by the interpreter's own rule for parts of a reduction; those that come round a ring, when
+they are passed on. A result is what all ranks together
 hold of it; they must agree where more than one does, and what nobody holds stays NaN.
 
 Steps run in the order of the program, or in any other that the caller gives: a wrong order shows in the numbers.
@@ -30,7 +31,8 @@ from cascade.passes.points import iterated
 from cascade.passes.reach import units_by_name
 from cascade.passes.shard import FOLD, reducer_of
 from cascade.placed import (
-    REDUCING, Axes, Collective, Compute, Kind, Program, Window, coordinates, number_along, slices, stretch, windows_of,
+    REDUCING, Axes, Collective, Compute, Kind, Program, Window, coordinates, number_along, onward, slices, stretch,
+    windows_of,
 )  # fmt: skip
 from cascade.values import FROM_TORCH, Precision
 from cascade.walk import defines, targets
@@ -147,12 +149,16 @@ def _clone(stored: Stored) -> Stored:
 
 @dataclass(slots=True, eq=False)
 class Device:
-    """One rank: its coordinates, the interpreter with its buffers, what it holds of them, its partial results."""
+    """One rank: its coordinates, the interpreter with its buffers, what it holds of them, its partial results.
+
+    What `came` from a neighbour lies apart from its own parts until it is passed on with them.
+    """
 
     place: Mapping[str, int]
     machine: Machine
     held: dict[str, Tensor] = field(default_factory=dict)
     parts: dict[str, list[Part]] = field(default_factory=dict)
+    came: dict[str, list[Part]] = field(default_factory=dict)
 
     def hold(self, name: str, box: Sequence[Window]) -> None:
         """Notes that the rank has this box of a tensor."""
@@ -265,6 +271,9 @@ class Ranks:
         if step.kind in REDUCING:
             self._reduce(group, step)
             return
+        if step.passes:
+            self._pass(group, step)
+            return
         shape = self.shape(step.tensor)
         taken = [self._snapshot(device, name) for device in group for name in (step.tensor,)]
         for number, device in enumerate(group):
@@ -302,6 +311,48 @@ class Ranks:
                 whole = Part(box, covered, reduced.joined(device.machine, here, found))
                 device.parts[name] = [part for part in device.parts[name] if part.box != box]
                 self.keep(device, reduced, part_of(whole, reduced, step.target, number, len(group)))
+
+    def _pass(self, group: Sequence[Device], step: Collective) -> None:
+        """The partial results of a stretch from every rank to its neighbour; at the end they are what is kept."""
+        passed = [
+            (onward(number, step.hop, len(group))[1], part)
+            for number, device in enumerate(group)
+            for part in self.passed(device, step, number, len(group))
+        ]
+        for number, part in passed:
+            self.receive_part(group[number], step, part)
+
+    def passed(self, device: Device, step: Collective, number: int, count: int) -> list[Part]:
+        """What rank `number` of `count` passes on: its parts of a stretch, each with what came of it; it has them no
+        more. Nothing where another operator would merge other things than were computed."""
+        unit = self.owner[step.tensor]
+        reduced, name = reduction(unit), defines(unit.statements[0])[0]
+        if reduced is None or step.reducer != reduced.reducer:
+            return []
+        assert step.target is not None, "partial results go round to a dimension"
+        at = {dim: (low, high) for dim, low, high in step.at}
+        window = at.get(step.target, (0, self.shape(step.tensor)[step.target]))
+        at[step.target] = stretch(window, onward(number, step.hop, count)[0], count)
+        found = []
+        for part in device.parts.get(name, ()):
+            if all(part.box[dim] == window for dim, window in at.items()):
+                parts = [*(other for other in device.came.get(name, ()) if other.box == part.box), part]
+                covered = tuple(sorted(window for one in parts for window in one.covered))
+                here = dict(zip(reduced.ranks, part.box, strict=True))
+                found.append((parts, Part(part.box, covered, reduced.joined(device.machine, here, parts))))
+        gone = [part for parts, _ in found for part in parts]
+        for waiting in (device.parts, device.came):
+            waiting[name] = [part for part in waiting.get(name, ()) if part not in gone]
+        return [part for _, part in found]
+
+    def receive_part(self, device: Device, step: Collective, part: Part) -> None:
+        """A partial result that a rank was passed: apart from its own, or, where it stays, with them."""
+        unit = self.owner[step.tensor]
+        reduced, name = reduction(unit), defines(unit.statements[0])[0]
+        if step.arrived and reduced is not None:
+            self.keep(device, reduced, part)
+        else:
+            device.came.setdefault(name, []).append(part)
 
     # --- results -----------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from cascade.interp import Precision, run
 from cascade.ir import Cascade, Directive, DType, Mesh, Shard
 from cascade.passes.exchanges import another_form, by_shards, gather_later, refactor_axis, scatter_gather
 from cascade.passes.shard import Sharding, cheapest, stated
+from cascade.passes.split_tokens import dependencies
 from cascade.placed import Along, Axis, Collective, Compute, Kind, Program, read_program, render_program, stretch
 from cascade.trial import param_types, random_inputs
 from tests.test_random import valid
@@ -204,6 +205,8 @@ def test_an_axis_is_two() -> None:
     program = refactor_axis(sharded(), "tp", Axis("node", 2), Axis("gpu", 2))
     assert collectives(program) == [("all-reduce", "S"), ("all-reduce", "S")]
     agrees(program, SIZES)
+    inner = first(program, Kind.ALL_REDUCE, "S")
+    assert inner in dependencies(program)[inner + 1], "the outer sum takes what the inner one leaves"
     program = scatter_gather(program, first(program, Kind.ALL_REDUCE, "S"), 0)  # inside a node; between nodes a sum
     assert collectives(program)[0] == ("reduce-scatter", "S")
     with pytest.raises(UnsupportedError, match="C552"):

@@ -308,7 +308,7 @@ def dependencies(program: Program) -> tuple[tuple[int, ...], ...]:
     """For every step, the earlier ones that it must wait for, in order.
 
     It waits for those that write a box that it reads; a slice of a recurrence for the slice before it; a part of a
-    reduction for nothing, and a reader of the whole for all parts.
+    reduction for nothing, a merge of parts over some axes for one over others, and a reader of the whole for all parts.
     """
     touches = Touches.of(program)
     writes = [touches.writes(step) for step in program.steps]
@@ -321,7 +321,7 @@ def dependencies(program: Program) -> tuple[tuple[int, ...], ...]:
             for earlier, box in by_tensor.get((touched.device, touched.tensor, touched.partial), ())
             if meet(box, touched.box)
         }
-        needed |= _earlier_slices(program, number, touches.reach)
+        needed |= _earlier_slices(program, number, touches.reach) | _earlier_merges(program, number, touches)
         found.append(tuple(sorted(needed)))
         for touched in writes[number]:
             key = touched.device, touched.tensor, touched.partial
@@ -338,6 +338,22 @@ def _earlier_slices(program: Program, number: int, reach: Reach) -> set[int]:
     if stepped.isdisjoint(rank for rank, _, _ in step.at):
         return set()
     return {i for i, other in enumerate(program.steps[:number]) if _name(other) == step.name}
+
+
+def _earlier_merges(program: Program, number: int, touches: Touches) -> set[int]:
+    """The merges over other axes that stand before a merge of the same parts: it takes what they leave."""
+    step = program.steps[number]
+    if not isinstance(step, Collective) or step.kind not in REDUCING:
+        return set()
+    return {
+        earlier
+        for earlier, other in enumerate(program.steps[:number])
+        if isinstance(other, Collective) and other.kind in REDUCING and other.tensor == step.tensor
+        and any(
+            one.device == two.device and one.tensor == two.tensor and meet(one.box, two.box)
+            for one in touches.reads(other) for two in touches.reads(step)
+        )
+    }  # fmt: skip
 
 
 def lacks(program: Program) -> Iterator[tuple[int, int, str]]:

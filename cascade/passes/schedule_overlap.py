@@ -25,10 +25,11 @@ import importlib.util
 import random
 from collections.abc import Sequence
 from itertools import pairwise
+from math import inf
 from typing import Any
 
 from cascade.errors import CommandError, Diagnostic
-from cascade.passes.schedule_bound import EPSILON, conflicts, lower_bound, tails_us
+from cascade.passes.schedule_bound import EPSILON, conflicts, lower_bound, shortest_us, tails_us
 from cascade.passes.schedule_flow import PACKAGE, flow_schedule
 from cascade.passes.schedule_search import Search
 from cascade.timetable import Mode, Problem, Queues, Slot, Task, Timetable
@@ -98,11 +99,16 @@ def list_schedule(problem: Problem, width: int = WIDTH, seed: int = 0) -> Timeta
     return dataclasses.replace(best, optimal=found.proved or best.makespan_us <= bound)
 
 
-def searched(problem: Problem, width: int = WIDTH) -> Timetable:
+def searched(problem: Problem, width: int = WIDTH, below_us: float = inf) -> Timetable:
     """The timetable by critical path, made shorter by a search of that width and nothing else: where many problems are
-    tried in which a task has modes that leave others room, which critical paths alone do not weigh."""
+    tried in which a task has modes that leave others room, which critical paths alone do not weigh.
+
+    What is not shorter than some time is not searched for: who looks for the least of many knows of a shorter one.
+    """
     start = _by_paths(problem)
-    return Search(problem).run(start, width, FEW).timetable or start
+    if min(start.makespan_us, below_us) <= shortest_us(problem):
+        return start
+    return Search(problem).run(start, width, FEW, below_us).timetable or start
 
 
 def _by_paths(problem: Problem) -> Timetable:

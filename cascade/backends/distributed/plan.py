@@ -54,7 +54,7 @@ from cascade.passes.schedule_overlap import (
 )  # fmt: skip
 from cascade.passes.shard import cheapest, undivided
 from cascade.passes.split_tokens import Cut, Touches, best_cut, dependencies, lacks, sliced, split, split_ranks
-from cascade.placed import Collective, Compute, Program, render_program
+from cascade.placed import Collective, Compute, Program, Step, render_program
 from cascade.text import render
 from cascade.timetable import Problem, Queues, Timetable
 from cascade.verify.timetable import check_queues, check_timetable, over_synchronised
@@ -335,13 +335,14 @@ class _Made:
         """The tasks of one copy alone and of one in a row; on one device the same ones for every way."""
         return self.layers.get(way.name, self.layers[APART.name])
 
-    def time_us(self, program: Program, clock: Clock, way: Way) -> float:
-        """From one copy to the next where they follow each other, else the makespan.
+    def time_us(self, program: Program, clock: Clock, way: Way, below_us: float = math.inf) -> float:
+        """From one copy to the next where they follow each other, else the makespan; where it is not below a time, some
+        time that is not either.
 
         The host launches a copy while another one runs: where that takes longer, it is what counts.
         """
         if way.first is not None:
-            return searched(self.problem(program, clock, way)[0]).makespan_us
+            return searched(self.problem(program, clock, way)[0], below_us=below_us).makespan_us
         if not self.repeats:
             return list_schedule(self.problem(program, clock, way)[0], ROUGH).makespan_us
         layer = self.layers[way.name][1]
@@ -362,6 +363,7 @@ class _Maker:
         self.needs = dependencies(program)
         self.found: tuple[Group, ...] = groups(program, self.needs)
         self.clock = Clock.of(program, node)
+        self.times: dict[tuple[Step, ...], dict[Way, float]] = {}
         self.whole = self.made(program)
 
     def made(self, program: Program) -> _Made:
@@ -402,19 +404,34 @@ class _Maker:
             ways += [Way("fused", blocks) for blocks in ((tried,) if tried else self.clock.node.fused)]
         if not tried:
             ways += [Way(name) for name in ("stored", "awaited") if name in made.layers]
-        times = [made.time_us(program, self.clock, way) for way in ways]
+        times = [self._time_us(made, program, way) for way in ways]
         return min(zip(times, ways, strict=True), key=lambda pair: pair[0])
+
+    def _time_us(self, made: _Made, program: Program, way: Way, below_us: float = math.inf) -> float:
+        """The time of a program by one way, or some time that is not below one; what was asked before is kept."""
+        known = self.times.setdefault(program.steps, {})
+        if way not in known:
+            found = made.time_us(program, self.clock, way, below_us)
+            if found >= below_us:
+                return found
+            known[way] = found
+        return known[way]
 
     def _partition(self, made: _Made, program: Program, rough: bool) -> Way:
         """The partition of one device of least time: those that lie apart first, then nearer ones around the best."""
         ways = [Way("beside", first=first) for first in partitions(self.clock.node)]
         step = FAR if rough else FAR // 2
-        times = {at: made.time_us(program, self.clock, ways[at]) for at in range(step // 2, len(ways), step)}
+        times: dict[int, float] = {}
+
+        def try_all(places: Iterable[int]) -> None:
+            for at in places:
+                times[at] = self._time_us(made, program, ways[at], min(times.values(), default=math.inf))
+
+        try_all(range(step // 2, len(ways), step))
         while step > (FAR // 2 if rough else 1):
             step //= 2
             best = min(times, key=lambda at: times[at])
-            for at in {max(0, best - step), min(len(ways) - 1, best + step)} - times.keys():
-                times[at] = made.time_us(program, self.clock, ways[at])
+            try_all({max(0, best - step), min(len(ways) - 1, best + step)} - times.keys())
         return ways[min(times, key=lambda at: times[at])]
 
     def search(self) -> tuple[str | None, Cut]:

@@ -23,7 +23,7 @@ import heapq
 import importlib
 import importlib.util
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import inf
 from typing import Any
@@ -323,10 +323,14 @@ def repeated(problem: Problem, carried: Sequence[tuple[int, int]], copies: int) 
     return Problem(tuple(tasks), problem.capacities)
 
 
-def cycle_us(problem: Problem, carried: Sequence[tuple[int, int]], copies: int = 4, width: int = WIDTH) -> float:
+def cycle_us(
+    problem: Problem,
+    carried: Sequence[tuple[int, int]],
+    copies: int = 4,
+    schedule: Callable[[Problem], Timetable] = list_schedule,
+) -> float:
     """The time between the ends of two copies, where copies follow each other without a break."""
-    long = list_schedule(repeated(problem, carried, copies), width).makespan_us
-    return (long - list_schedule(problem, width).makespan_us) / (copies - 1)
+    return (schedule(repeated(problem, carried, copies)).makespan_us - schedule(problem).makespan_us) / (copies - 1)
 
 
 # --- what is run -----------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,11 @@ VERSION = 2
 """Of the JSON of a plan."""
 
 ROUGH = 0
-"""The width of the search behind a list schedule, for every cut that is tried: critical paths alone."""
+"""The width of the search behind a list schedule, for every cut and way that is tried: critical paths alone."""
+
+JUDGED = 4
+"""That of the search by which a way that may be taken is judged: layers in a row are up to a tenth faster than by
+critical paths, which go on with the other slice where the exchange of one could begin."""
 
 FAR = 4
 """How far partitions of a device that are tried first lie apart, in what a driver gives together."""
@@ -343,10 +347,18 @@ class _Made:
         """
         if way.first is not None:
             return searched(self.problem(program, clock, way)[0], below_us=below_us).makespan_us
+        return self.by(lambda problem: list_schedule(problem, ROUGH), program, clock, way)
+
+    def judged_us(self, program: Program, clock: Clock, way: Way) -> float:
+        """The same by a search, of a way that is taken."""
+        return self.by(lambda problem: searched(problem, JUDGED), program, clock, way)
+
+    def by(self, schedule: Callable[[Problem], Timetable], program: Program, clock: Clock, way: Way) -> float:
+        """The time by the timetables of a scheduler."""
         if not self.repeats:
-            return list_schedule(self.problem(program, clock, way)[0], ROUGH).makespan_us
+            return schedule(self.problem(program, clock, way)[0]).makespan_us
         layer = self.layers[way.name][1]
-        device_us = cycle_us(problem_of(program, layer, clock, way.blocks), layer.carried, COPIES, ROUGH)
+        device_us = cycle_us(problem_of(program, layer, clock, way.blocks), layer.carried, COPIES, schedule)
         return max(device_us, clock.node.host_us * self.launches(program, clock, way))
 
     def launches(self, program: Program, clock: Clock, way: Way) -> int:
@@ -364,6 +376,7 @@ class _Maker:
         self.found: tuple[Group, ...] = groups(program, self.needs)
         self.clock = Clock.of(program, node)
         self.times: dict[tuple[Step, ...], dict[Way, float]] = {}
+        self.judged: dict[tuple[Step, ...], dict[Way, float]] = {}
         self.whole = self.made(program)
 
     def made(self, program: Program) -> _Made:
@@ -395,8 +408,8 @@ class _Maker:
         return serial_us(self.whole.problem(self.program, self.clock, APART)[0])
 
     def best(self, made: _Made, program: Program, rough: bool = False) -> tuple[float, Way]:
-        """The least time, and the way that reaches it; a rough one tries one number of thread blocks, or partitions
-        that lie apart."""
+        """The least time, judged by a search, and the way that reaches it; a rough one tries one number of thread
+        blocks, or partitions that lie apart, and is not judged."""
         ways, tried = [APART], self.clock.node.slots if rough else 0
         if self.clock.node.devices == 1:
             ways.append(self._partition(made, program, rough))
@@ -405,7 +418,15 @@ class _Maker:
         if not tried:
             ways += [Way(name) for name in ("stored", "awaited") if name in made.layers]
         times = [self._time_us(made, program, way) for way in ways]
-        return min(zip(times, ways, strict=True), key=lambda pair: pair[0])
+        us, way = min(zip(times, ways, strict=True), key=lambda pair: pair[0])
+        return us if rough or way.first is not None else min(us, self._judged_us(made, program, way)), way
+
+    def _judged_us(self, made: _Made, program: Program, way: Way) -> float:
+        """The time of a program by a search of the way that is taken; what was asked before is kept."""
+        known = self.judged.setdefault(program.steps, {})
+        if way not in known:
+            known[way] = made.judged_us(program, self.clock, way)
+        return known[way]
 
     def _time_us(self, made: _Made, program: Program, way: Way, below_us: float = math.inf) -> float:
         """The time of a program by one way, or some time that is not below one; what was asked before is kept."""

@@ -130,7 +130,7 @@ def test_an_exchange_is_one_kernel_where_a_machine_has_one() -> None:
 
 def test_exchanges_go_part_by_part_where_that_beats_every_cut() -> None:
     """Links of an A100 are slow and its cut is declined: a product in parts of its columns gains, by the same model."""
-    found = planned(4096, "a100x8")
+    found = planned(8192, "a100x8")
     assert found.parts.declined is None and not found.cut.cuts and found.cut.declined is not None
     plain = plan_of(cheapest(block(), dict(found.program.sizes), found.node), found.node)
     assert plain.parts.kept == () and found.cycle_us is not None and plain.cycle_us is not None

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,6 +39,7 @@ from cascade.timetable import Problem, Queues, Slot, Timetable
 from cascade.trial import param_types, random_inputs
 from cascade.values import Precision
 from cascade.verify.timetable import check_queues, check_timetable, implied, over_synchronised
+from tests.timing import within
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PAIR = (EXAMPLES / "product_beside_decode.cascade").read_text(encoding="utf-8")
@@ -172,6 +174,25 @@ def test_two_tasks_on_one_side_are_found() -> None:
     mode = [mode.name for mode in tasks[1].modes].index(tasks[0].modes[one.mode].name)
     moved = Slot(mode, other.start_us, other.start_us + tasks[1].modes[mode].us)
     assert any("of 1 sms " in finding for finding in check_timetable(found.problem, Timetable((one, moved))))
+
+
+SHIPPED = {
+    "pair": (PAIR, LARGE_PAIR),
+    "layer": (LAYER, LARGE_LAYER),
+    "layer of fewer keys": (LAYER, {**LARGE_LAYER, "N": 512}),
+    "large layer": (LAYER, {**LARGE_LAYER, "B": 8192, "N": 2048}),
+    "small layer": (LAYER, {**LARGE_LAYER, "B": 64}),
+}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_plan_is_made_in_a_second(name: str, machine: str) -> None:
+    text, sizes = SHIPPED[name]
+    cascade = canonical(text)
+    start = time.process_time()
+    plan(cascade, sizes, node(machine))
+    assert within(time.process_time() - start, 1.0)
 
 
 def test_plans_never_take_longer_than_one_task_after_the_other_and_say_why() -> None:

@@ -67,20 +67,26 @@ def measured(name: str, devices: int, tokens: int) -> dict[str, float]:
 def test_layers_take_what_was_measured(name: str, devices: int, tokens: int) -> None:
     """In slices: within 5 % from 4096 tokens on and 10 % below. Whole, with all-reduces and norms on all rows: 6 %.
 
-    Of Llama, whose layers without collectives were fitted on eight devices, and of Qwen. Of Mixtral 8 % from 4096 tokens
-    on, since its grouped products are slower than the model has them; below that the host's time was fitted to its
-    slices, and whole it is 20 % off at 1024 tokens and 13 % at 2048. Slices against the published baseline: where they
-    lost, ours lose and the plan declines.
+    Layers of Llama without collectives were fitted on eight devices, and the host's time to the slices of the mixture
+    below 4096 tokens, by which it alone is what they wait for. Slices against the published baseline: where they lost,
+    ours lose and the plan declines.
     """
     times, found = measured(name, devices, tokens), MODELS[name].plan(tokens, devices)
     whole, _ = apart(MODELS[name].reduced(tokens, devices), node("h100x8"))
-    mixture, few = name == "Mixtral", tokens < 4096
-    assert found.cut.split_us == pytest.approx(times["split"], rel=0.10 if few else 0.08 if mixture else 0.05)
-    limit = {1024: 0.20, 2048: 0.13}.get(tokens, 0.08) if mixture else 0.06
-    assert whole == pytest.approx(times["whole"], rel=limit)
+    assert found.cut.split_us == pytest.approx(times["split"], rel=0.10 if tokens < 4096 else 0.05)
+    assert whole == pytest.approx(times["whole"], rel=0.06)
     assert (found.cut.split_us < whole) == (times["split"] < times["whole"])
     if times["split"] > times["whole"]:
         assert found.cut.declined is not None and not found.cut.cuts
+
+
+@pytest.mark.parametrize(("name", "devices", "tokens"), ROWS)
+def test_layers_without_collectives_take_what_was_measured(name: str, devices: int, tokens: int) -> None:
+    """Within 3 %, of which those of Llama on eight devices were fitted by one number; 5 % on four devices."""
+    whole, links = apart(MODELS[name].reduced(tokens, devices), node("h100x8"))
+    assert whole - links == pytest.approx(
+        measured(name, devices, tokens)["no_reduce"], rel=0.05 if devices == 4 else 0.03
+    )
 
 
 def test_the_losses_of_the_mixture_are_its_two_smallest_rows() -> None:

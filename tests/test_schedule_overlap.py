@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from cascade.errors import CommandError
-from cascade.passes.schedule_bound import conflicts, lower_bound, works
+from cascade.passes.schedule_bound import conflicts, lower_bound, shortest_us, works
 from cascade.passes.schedule_flow import flow_schedule
 from cascade.passes.schedule_overlap import (
-    cycle_us, exact_schedule, exposed_us, list_schedule, queues_of, repeated, serial_us, solved,
+    cycle_us, exact_schedule, exposed_us, list_schedule, queues_of, repeated, searched, serial_us, solved,
 )  # fmt: skip
 from cascade.passes.schedule_search import Search
 from cascade.timetable import Mode, Problem, Queues, Slot, Task, Timetable
@@ -197,6 +197,35 @@ def test_products_that_leave_a_few_slots_free_are_in_conflict() -> None:
         == lower_bound(problem)
         == exact_schedule(problem).makespan_us
     )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_sets_in_conflict_are_all_the_largest_ones(seed: int) -> None:
+    """Against every set of demands, looked at one by one."""
+    problem = random_problem(random.Random(seed), 4)
+    every = list(dict.fromkeys(tuple(sorted(mode.demands)) for task in problem.tasks for mode in task.modes))
+
+    def clash(one: tuple[tuple[str, float], ...], other: tuple[tuple[str, float], ...]) -> bool:
+        return any(dict(one).get(name, 0) + dict(other).get(name, 0) > most for name, most in problem.capacities)
+
+    sets = [
+        frozenset(chosen)
+        for size in range(1, len(every) + 1)
+        for chosen in itertools.combinations(every, size)
+        if all(clash(one, other) for one in chosen for other in chosen)
+    ]
+    assert set(conflicts(problem)) == {one for one in sets if not any(one < other for other in sets)}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_not_below_a_time_is_not_searched_for(seed: int) -> None:
+    problem = random_problem(random.Random(seed), 10)
+    found = searched(problem)
+    assert shortest_us(problem) <= lower_bound(problem) <= found.makespan_us + 1e-6
+    assert searched(problem, below_us=found.makespan_us + 1).makespan_us == pytest.approx(found.makespan_us)
+    for below in (found.makespan_us, shortest_us(problem), 0.0):
+        other = searched(problem, below_us=below)
+        assert other.makespan_us >= found.makespan_us - 1e-6 and not list(check_timetable(problem, other))
 
 
 @pytest.mark.parametrize("seed", range(25))

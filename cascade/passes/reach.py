@@ -29,7 +29,8 @@ Box: TypeAlias = tuple[Window, ...]
 """A window for each dimension of a tensor."""
 
 
-def units_by_name(cascade: Cascade) -> dict[str, Unit]:
+@recently
+def units_by_name(cascade: Cascade) -> Mapping[str, Unit]:
     """The statements, recurrences and folds of a cascade, by the first name that each defines, in a valid order."""
     folds = tuple(item for item in cascade.schedule if isinstance(item, Fold))
     return {defines(unit.statements[0])[0]: unit for unit in units(cascade.body, folds)}
@@ -59,7 +60,7 @@ class Reach:
         return infer_shapes(self.cascade)
 
     @cached_property
-    def units(self) -> dict[str, Unit]:
+    def units(self) -> Mapping[str, Unit]:
         """What runs as one, by the first name that it defines, in an order in which each finds what it reads."""
         return units_by_name(self.cascade)
 

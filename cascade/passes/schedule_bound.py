@@ -17,7 +17,7 @@ et al. (1998). Means are Lagrangian: each is a point of the dual of the linear p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -82,9 +82,18 @@ def lower_bound(problem: Problem) -> float:
     Tasks that cannot start before some time, and after which the end is some way off, have what lies between for all
     their work. So the bound is the critical path, or by some measure the work between a head and a tail.
     """
+    return _bound(problem, works(problem))
+
+
+def shortest_us(problem: Problem) -> float:
+    """The same by resources alone, which is a small part of the effort: where it is enough to rule a problem out."""
+    return _bound(problem, _by_resources(problem))
+
+
+def _bound(problem: Problem, measures: Iterable[Work]) -> float:
     heads, behind = heads_us(problem), behind_us(problem)
     bound = max(tails_us(problem), default=0.0)
-    for work in works(problem):
+    for work in measures:
         held = sorted((n for n, us in enumerate(work.least) if us), key=lambda n: -behind[n])
         for head in {heads[number] for number in held}:
             total = 0.0
@@ -95,16 +104,19 @@ def lower_bound(problem: Problem) -> float:
     return bound
 
 
+def _by_resources(problem: Problem) -> list[Work]:
+    return [
+        Work.of(problem, [[mode.demand(resource) / capacity for mode in task.modes] for task in problem.tasks])
+        for resource, capacity in problem.capacities
+    ]
+
+
 @recently
 def works(problem: Problem) -> tuple[Work, ...]:
     """The work of all tasks by resources, by sets of modes in conflict and by means of two of them, most work first."""
     modes = [[tuple(sorted(mode.demands)) for mode in task.modes] for task in problem.tasks]
-    measures: list[Mapping[Demands, float]] = [
-        {own: dict(own).get(resource, 0.0) / capacity for task in modes for own in task}
-        for resource, capacity in problem.capacities
-    ]
-    measures += [dict.fromkeys(found, 1.0) for found in conflicts(problem)]
-    found = [Work.of(problem, [[rate.get(own, 0.0) for own in task] for task in modes]) for rate in measures]
+    together = [[[float(own in one) for own in task] for task in modes] for one in conflicts(problem)]
+    found = [*_by_resources(problem), *(Work.of(problem, rates) for rates in together)]
     found.sort(key=lambda work: -sum(work.least))
     mixed = (_mixed(problem, one, other) for one, other in combinations(found[:MIXED], 2))
     return tuple(sorted((*found, *mixed), key=lambda work: -sum(work.least)))
@@ -113,42 +125,71 @@ def works(problem: Problem) -> tuple[Work, ...]:
 def conflicts(problem: Problem) -> list[frozenset[Demands]]:
     """Sets of demands of which any two, of one task's mode and another's, hold more of a resource than there is.
 
-    None is part of another one (Bron and Kerbosch).
+    None is part of another one (Bron and Kerbosch, with the pivot of Tomita, Tanaka and Takahashi).
     """
-    capacities = problem.capacities
+    every = list(dict.fromkeys(tuple(sorted(mode.demands)) for task in problem.tasks for mode in task.modes))
+    against = _against(every, problem.capacities)
+    alone = sum(1 << one for one, others in enumerate(against) if others >> one & 1)
+    near = [others & ~(1 << one) for one, others in enumerate(against)]
+    found: list[tuple[int, ...]] = []
 
-    def clash(one: Demands, other: Demands) -> bool:
-        first, second = dict(one), dict(other)
-        return any(first.get(r, 0.0) + second.get(r, 0.0) > capacity + EPSILON for r, capacity in capacities)
-
-    every = dict.fromkeys(tuple(sorted(mode.demands)) for task in problem.tasks for mode in task.modes)
-    against = {one: {other for other in every if clash(one, other)} for one in every}
-    found: list[frozenset[Demands]] = []
-
-    def grow(chosen: list[Demands], may: list[Demands], seen: list[Demands]) -> None:
-        if any(against[one].issuperset(may) for one in seen):
-            return  # whatever is chosen from here on, that one belongs to it too, and was gone through before
-        if not may and chosen:
-            found.append(frozenset(chosen))
-        for number, one in enumerate(may):
+    def grow(chosen: tuple[int, ...], may: int, seen: int) -> None:
+        if not may | seen:
+            found.append(tuple(sorted(chosen)))
+            return
+        pivot = max(_bits(may | seen), key=lambda one: (may & near[one]).bit_count())
+        for one in _bits(may & ~near[pivot]):  # every set has one of these
             if len(found) < MOST_SETS:
-                own, earlier = against[one], [*seen, *may[:number]]
-                grow([*chosen, one], [o for o in may[number + 1 :] if o in own], [o for o in earlier if o in own])
+                grow((*chosen, one), may & near[one], seen & near[one])
+            may, seen = may & ~(1 << one), seen | 1 << one
 
-    grow([], [one for one in every if one in against[one]], [])
+    if alone:
+        grow((), alone, 0)
+    return [frozenset(every[one] for one in chosen) for chosen in sorted(found)]
+
+
+def _against(every: Sequence[Demands], capacities: Iterable[tuple[str, float]]) -> list[int]:
+    """For each demand those, as bits, with which it holds more of a resource than there is; it may be one of them."""
+    against = [0] * len(every)
+    for resource, capacity in capacities:
+        held = [(number, amount) for number, own in enumerate(every) for name, amount in own if name == resource]
+        for number, amount in held:
+            for other, more in held:
+                if amount + more > capacity + EPSILON:
+                    against[number] |= 1 << other
+    return against
+
+
+def _bits(numbers: int) -> Iterator[int]:
+    """The numbers of a set, rising."""
+    while numbers:
+        last = numbers & -numbers
+        yield last.bit_length() - 1
+        numbers ^= last
+
+
+def _least(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The pairs that are least by some mean of their two: those than which no other is less by both."""
+    found: list[tuple[float, float]] = []
+    for a, b in sorted(pairs):
+        if not found or b < found[-1][1]:
+            found.append((a, b))
     return found
 
 
 def _mixed(problem: Problem, one: Work, other: Work) -> Work:
     """The mean of two measures by which there is most work."""
-
     counted = [
-        [(mode.us * a, mode.us * b) for mode, a, b in zip(task.modes, own, others, strict=True)]
+        _least([(mode.us * a, mode.us * b) for mode, a, b in zip(task.modes, own, others, strict=True)])
         for task, own, others in zip(problem.tasks, one.rates, other.rates, strict=True)
     ]
+    single = [task[0] for task in counted if len(task) == 1]
+    first, second = sum(a for a, _ in single), sum(b for _, b in single)
+    several = [task for task in counted if len(task) > 1]
 
     def total(weight: float) -> float:
-        return sum(min([weight * a + (1 - weight) * b for a, b in task]) for task in counted)
+        rest = 1 - weight
+        return weight * first + rest * second + sum([min([weight * a + rest * b for a, b in task]) for task in several])
 
     low, high = 0.0, 1.0
     for _ in range(10):

@@ -23,12 +23,13 @@ import heapq
 import importlib
 import importlib.util
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from math import inf
 from typing import Any
 
 from cascade.errors import CommandError, Diagnostic
-from cascade.passes.schedule_bound import EPSILON, conflicts, lower_bound, tails_us
+from cascade.passes.schedule_bound import EPSILON, conflicts, lower_bound, shortest_us, tails_us
 from cascade.passes.schedule_flow import PACKAGE, flow_schedule
 from cascade.passes.schedule_search import Search
 from cascade.timetable import Mode, Problem, Queues, Slot, Task, Timetable
@@ -98,11 +99,16 @@ def list_schedule(problem: Problem, width: int = WIDTH, seed: int = 0) -> Timeta
     return dataclasses.replace(best, optimal=found.proved or best.makespan_us <= bound)
 
 
-def searched(problem: Problem, width: int = WIDTH) -> Timetable:
+def searched(problem: Problem, width: int = WIDTH, below_us: float = inf) -> Timetable:
     """The timetable by critical path, made shorter by a search of that width and nothing else: where many problems are
-    tried in which a task has modes that leave others room, which critical paths alone do not weigh."""
+    tried in which a task has modes that leave others room, which critical paths alone do not weigh.
+
+    What is not shorter than some time is not searched for: who looks for the least of many knows of a shorter one.
+    """
     start = _by_paths(problem)
-    return Search(problem).run(start, width, FEW).timetable or start
+    if min(start.makespan_us, below_us) <= shortest_us(problem):
+        return start
+    return Search(problem).run(start, width, FEW, below_us).timetable or start
 
 
 def _by_paths(problem: Problem) -> Timetable:
@@ -317,10 +323,14 @@ def repeated(problem: Problem, carried: Sequence[tuple[int, int]], copies: int) 
     return Problem(tuple(tasks), problem.capacities)
 
 
-def cycle_us(problem: Problem, carried: Sequence[tuple[int, int]], copies: int = 4, width: int = WIDTH) -> float:
+def cycle_us(
+    problem: Problem,
+    carried: Sequence[tuple[int, int]],
+    copies: int = 4,
+    schedule: Callable[[Problem], Timetable] = list_schedule,
+) -> float:
     """The time between the ends of two copies, where copies follow each other without a break."""
-    long = list_schedule(repeated(problem, carried, copies), width).makespan_us
-    return (long - list_schedule(problem, width).makespan_us) / (copies - 1)
+    return (schedule(repeated(problem, carried, copies)).makespan_us - schedule(problem).makespan_us) / (copies - 1)
 
 
 # --- what is run -----------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import inf
 from typing import NamedTuple
 
 from cascade.passes.schedule_bound import EPSILON, behind_us, tails_us, works
@@ -96,11 +97,12 @@ class Search:
         self.fronts: dict[int, tuple[int, ...]] = {}
         self.lefts: dict[int, tuple[list[float], list[list[float]]]] = {}
 
-    def run(self, start: Timetable, width: int, steps: int) -> Searched:
-        """A timetable shorter than another one, by so many states of a level; by one, when so many steps were made."""
+    def run(self, start: Timetable, width: int, steps: int, below_us: float = inf) -> Searched:
+        """A timetable shorter than another one and than some time, by so many states of a level; by one, when so many
+        steps were made."""
         levels: list[_Level] = [{} for _ in range(2 * len(self.problem.tasks) + 1)]
         levels[0][None] = [_State(0.0, 0.0, 0, (), None, ())]
-        limit, best, proved, made = start.makespan_us * (1 - EPSILON), None, True, 0
+        limit, best, proved, made = min(start.makespan_us, below_us) * (1 - EPSILON), None, True, 0
         for level in levels:
             found = [state for alike in level.values() for state in alike if state.bound_us < limit]
             level.clear()

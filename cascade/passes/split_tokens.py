@@ -98,7 +98,7 @@ def _split_ranks(reach: Reach, rank: str) -> tuple[dict[str, str], dict[str, int
         for name, own in along.items():
             for stmt in reach.units[name].statements:
                 dims |= {target.name: target.ranks.index(own) for target in targets(stmt) if own in target.ranks}
-        for name in reversed(reach.units):  # from readers to what they read
+        for name in reversed(tuple(reach.units)):  # from readers to what they read
             for tensor, index in _reads(reach, name):
                 if tensor not in dims and name in along and along[name] in index:
                     dims[tensor] = index.index(along[name])

@@ -89,7 +89,8 @@ def kept_apart(problem: Problem, timetable: Timetable) -> Problem:
 
 def _modes(program: Program, steps: Sequence[int], clock: Clock, first: int | None) -> tuple[Mode, ...]:
     computed = [step for number in steps if isinstance(step := program.steps[number], Compute)]
-    node, moved = clock.node, clock.work(tuple(computed)).moved
+    node, work = clock.node, clock.work(tuple(computed))
+    moved = work.moved + sum(work.merged)
 
     def mode(name: str, sms: int, *held: tuple[str, float]) -> Mode:
         us = clock.compute_us(computed, sms)

@@ -15,7 +15,8 @@ lanes; the bytes that it moves, each tensor once. Tiles are the best of a few sh
 
 The floor of a task stands for its launch and for filling and draining its pipeline; it is what makes splitting cost
 something beyond whole waves. Products of one kernel are one grid. Where data chooses an operand, the rows of one value
-are a product, as many as there are values.
+are a product, as many as there are values; what brings rows in order in front of it, and what adds them up behind it,
+is part of the task.
 """
 
 from __future__ import annotations
@@ -48,10 +49,20 @@ LAST_WAVE = 0.3
 
 SORT_LAUNCHES = 3
 TABLE_LAUNCHES = 2
-"""Of a product whose operand data chooses: rows are brought in order, once an index; tables of tiles, once a kernel.
+GATHER_LAUNCHES = 1
+MERGE_LAUNCHES = 1
+"""Of a product whose operand data chooses, as `rows.py` of the Triton backend makes them.
 
-As `rows.py` of the Triton backend makes them.
+Rows are brought in order, once an index, and get tables of tiles, once a kernel. A pass gathers the rows of an operand
+that does not lie in that order, where products bound the kernel: gathered on the way they would keep those waiting.
+Where rows are summed, those of one sum lie in tiles of several values: what each gives is stored and added up behind.
 """
+
+IN_VAIN = 0.5
+"""Of a tile of rows, for every value: how many rows a value has is data, so its last tile is half empty on average."""
+
+NARROW = 16
+"""Where a product has fewer columns than a tile, its tiles are as wide as it is, in multiples of this."""
 
 # Tiles and the last wave are fitted to a tensor-parallel MLP on an H100 (figure 9 of TokenWeave, arXiv 2505.11329),
 # whole and in halves, with the floors of `machines/h100x8.toml`: within 4 % in the mean square and 8 % at most.
@@ -59,21 +70,39 @@ As `rows.py` of the Triton backend makes them.
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A matrix product on one device: how many of them, rows, columns, and the operations of all."""
+    """A matrix product on one device: how many of them, rows, columns, and the operations of all.
+
+    Where data chooses an operand, rows are `gathered`: those of one value, so many on average.
+    """
 
     batch: int
     rows: int
     columns: int
     flops: float
+    gathered: bool = False
+
+    def tiles(self, rows: int, columns: int) -> tuple[float, float]:
+        """How many tiles of so many rows and columns there are, and the operations in them, those in vain included."""
+        columns = min(columns, NARROW * -(-self.columns // NARROW))
+        high = max(1.0, self.rows / rows + IN_VAIN) if self.gathered else -(-self.rows // rows)
+        count = self.batch * high * -(-self.columns // columns)
+        return count, self.flops * count * rows * columns / (self.batch * self.rows * self.columns)
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one kernel does on one device: its products, its other operations, the bytes that it moves."""
+    """What one kernel does on one device: its products, its other operations, the bytes that it moves.
+
+    Where data chooses operands, the bytes that passes in front of it and behind it move, one a number: `gathered` and
+    `merged`; `sorts`, how many indices bring rows in order for it and the kernels behind it.
+    """
 
     products: tuple[Product, ...]
     vector: float
     moved: float
+    sorts: int = 0
+    gathered: tuple[float, ...] = ()
+    merged: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,12 +250,20 @@ def factors(expr: Expr) -> Iterator[Read]:
 class Sides:
     """The two sides of a matrix product by their kept ranks; where data chooses an operand, which dimension it picks.
 
-    The ranks of the index are then rows, summed ones too: those of one value make a product of their own.
+    The ranks of the index are then rows, summed ones too: those of one value make a product of their own. `merged`:
+    some are summed, so what rows give is added up behind it. `beside` is what the chosen operand is multiplied by.
     """
 
     rows: frozenset[str]
     columns: frozenset[str]
+    beside: Read
     chosen: tuple[Read, int] | None
+    merged: bool = False
+
+    @property
+    def order(self) -> Expr | None:
+        """The index by which rows are brought in order, where there is one."""
+        return None if self.chosen is None else self.chosen[0].index[self.chosen[1]]
 
 
 def is_product(stmt: Stmt) -> bool:
@@ -240,6 +277,66 @@ def sides_of(reach: Reach) -> Mapping[str, Sides | None]:
     return {defines(stmt)[0]: operands(stmt) for stmt in reach.cascade.body}
 
 
+@dataclass(frozen=True, slots=True)
+class Ordered:
+    """What brings rows in order for a kernel: the indices; products of operands that lie in another order, one for each
+    such operand; and products behind which rows are added up."""
+
+    orders: frozenset[Expr]
+    gathers: tuple[Stmt, ...]
+    merges: tuple[Stmt, ...]
+
+    @classmethod
+    def of(cls, reach: Reach, steps: Sequence[Compute]) -> Ordered:
+        """Of the kernel of some statements."""
+        sides, known = sides_of(reach), orders_of(reach)
+        found = [
+            (stmt, side, side.order)
+            for step in steps for stmt in reach.units[step.name].statements
+            if (side := sides[defines(stmt)[0]]) is not None
+        ]  # fmt: skip
+        gathers = {
+            side.beside: stmt for stmt, side, order in found
+            if order is not None and known.get(side.beside.tensor) != order
+        }  # fmt: skip
+        merges = tuple(stmt for stmt, side, _ in found if side.merged)
+        return cls(frozenset(order for *_, order in found if order is not None), tuple(gathers.values()), merges)
+
+    @property
+    def launches(self) -> int:
+        """How often the host launches something for it, beside the kernel and the sort of an index."""
+        passes = GATHER_LAUNCHES * len(self.gathers) + MERGE_LAUNCHES * len(self.merges)
+        return passes + TABLE_LAUNCHES * len(self.orders)
+
+
+@recently
+def orders_of(reach: Reach) -> Mapping[str, Expr]:
+    """By which index the rows of a tensor lie in order: of products by it, and of maps of what lies so."""
+    found: dict[str, Expr] = {}
+    for unit in reach.units.values():
+        for stmt in unit.statements:
+            side = sides_of(reach)[defines(stmt)[0]]
+            order = None if side is None else side.order
+            if order is None and isinstance(stmt, Einsum) and not isinstance(stmt.expr, Reduce):
+                order = next((found[name] for name in reads(stmt) if name in found), None)
+            for target in targets(stmt):
+                if order is not None and set(free_ranks(order)) <= set(target.ranks):
+                    found[target.name] = order
+    return found
+
+
+@recently
+def sorters_of(reach: Reach) -> Mapping[Expr, str]:
+    """The unit that is the first to have rows in the order of an index, for every index."""
+    found: dict[Expr, str] = {}
+    for name, unit in reach.units.items():
+        for stmt in unit.statements:
+            side = sides_of(reach)[defines(stmt)[0]]
+            if side is not None and side.order is not None:
+                found.setdefault(side.order, name)
+    return found
+
+
 def has_product(reach: Reach, step: Compute) -> bool:
     """Whether a step computes a matrix product."""
     return any(sides_of(reach)[defines(stmt)[0]] is not None for stmt in reach.units[step.name].statements)
@@ -251,13 +348,14 @@ def operands(stmt: Stmt) -> Sides | None:
         return None
     summed, kept = set(stmt.expr.ranks), set(stmt.target.ranks)
     found = [(_plain(read), read) for read in factors(stmt.expr.body)]
-    for one, _ in found:
+    for one, beside in found:
         for other, read in found:
             rows, columns = one & kept, other & kept
             if one & other & summed and rows - columns and columns - rows:
                 picks = [dim for dim, index in enumerate(read.index) if is_data(index)]
                 more = {rank for dim in picks for rank in free_ranks(read.index[dim])}
-                return Sides(frozenset(rows | more), frozenset(columns), (read, picks[0]) if picks else None)
+                chosen = (read, picks[0]) if picks else None
+                return Sides(frozenset(rows | more), frozenset(columns), beside, chosen, bool(more & summed))
     return None
 
 
@@ -340,11 +438,17 @@ class Clock:
         return self._kernel_us(work, self._matrix_us(work.products, slots), slots)
 
     def _kernel_us(self, work: Work, matrix_us: float, slots: int) -> float:
-        """The floor, and the longest of products, other operations and bytes."""
+        """The floor, and the longest of products, other operations and bytes; with the passes in front and behind.
+
+        A sort takes a floor, with the tables that come of it: launches of next to no work.
+        """
         gpu = self.node.gpu
         lanes = 2 * gpu.lanes * slots * gpu.clock_ghz * 1e3  # operations a microsecond
+        drawn = self.node.bandwidth_tbs(slots) * 1e6  # bytes a microsecond
         floor = self.node.floor_us + (self.node.product_us if work.products else 0.0)
-        return floor + max(matrix_us, work.vector / lanes, work.moved / (self.node.bandwidth_tbs(slots) * 1e6))
+        passes = (*work.merged, *(work.gathered if matrix_us > work.moved / drawn else ()))
+        around = self.node.floor_us * (work.sorts + len(passes)) + sum(passes) / drawn
+        return around + floor + max(matrix_us, work.vector / lanes, work.moved / drawn)
 
     def work(self, steps: tuple[Compute, ...]) -> Work:
         """What a kernel of these statements does on one device."""
@@ -358,8 +462,35 @@ class Clock:
                     product = self._product(stmt, windows, flops)
                     products += [] if product is None else [product]
                     vector += flops if product is None else 0.0
-            self.known[steps] = Work(tuple(products), vector, self._moved(steps))
+            self.known[steps] = self._ordered(steps, Work(tuple(products), vector, self._moved(steps)))
         return self.known[steps]
+
+    def _ordered(self, steps: Sequence[Compute], work: Work) -> Work:
+        """The work of a kernel with what brings its rows in order and adds them up."""
+        ordered = Ordered.of(self.reach, steps)
+        if not ordered.orders:
+            return work
+        windows = {defines(s)[0]: self._windows(step) for step in steps for s in self.reach.units[step.name].statements}
+        gathered = tuple(sum(self._passed(stmt, windows[defines(stmt)[0]], True)) for stmt in ordered.gathers)
+        merged = [self._passed(stmt, windows[defines(stmt)[0]], False) for stmt in ordered.merges]
+        moved = work.moved + sum(rows - left for rows, left in merged)
+        sorts = sum(sorters_of(self.reach)[order] in {step.name for step in steps} for order in ordered.orders)
+        return dataclasses.replace(work, moved=moved, sorts=sorts, gathered=gathered, merged=tuple(map(sum, merged)))
+
+    def _passed(self, stmt: Stmt, windows: Mapping[str, Window], front: bool) -> tuple[float, float]:
+        """The bytes in the order of an index and in another one, of the pass in front of a product or behind it."""
+        sides = sides_of(self.reach)[defines(stmt)[0]]
+        assert sides is not None
+        (target,) = targets(stmt)
+        name, others = (sides.beside.tensor, _plain(sides.beside)) if front else (target.name, set(target.ranks))
+        ranks = others | sides.rows if front else sides.rows | sides.columns
+        element = self.sharding.bytes[name] / max(1, math.prod(self.reach.shape(name)))
+        return element * self._extent(ranks, windows), element * self._extent(others, windows)
+
+    def _extent(self, ranks: Collection[str], windows: Mapping[str, Window]) -> int:
+        """How many coordinates there are along some ranks together."""
+        spans = (windows.get(rank, self.full[rank]) for rank in ranks)
+        return max(1, math.prod(high - low for low, high in spans))
 
     def _windows(self, step: Compute) -> dict[str, Window]:
         """The windows of the device that has most: stretches are rounded down, the last one is never shorter."""
@@ -396,18 +527,13 @@ class Clock:
         sides = sides_of(self.reach)[defines(stmt)[0]]
         if sides is None:
             return None
-
-        def extent(ranks: Collection[str]) -> int:
-            spans = (windows.get(rank, self.full[rank]) for rank in ranks)
-            return max(1, math.prod(high - low for low, high in spans))
-
         one, other = sides.rows, sides.columns
-        rows, columns = extent(one - other), extent(other - one)
+        batch, rows, columns = (self._extent(ranks, windows) for ranks in (one & other, one - other, other - one))
         if sides.chosen is None:
-            return Product(extent(one & other), rows, columns, flops)
+            return Product(batch, rows, columns, flops)
         read, dim = sides.chosen
         values = min(rows, self.reach.shape(read.tensor)[dim])
-        return Product(values * extent(one & other), -(-rows // values), columns, flops)
+        return Product(values * batch, -(-rows // values), columns, flops, True)
 
     def _tilings(self, products: Sequence[Product], slots: int) -> Iterator[tuple[float, float, float]]:
         """For every tile: how many there are, in how many waves, and how long one takes.
@@ -419,9 +545,8 @@ class Clock:
         for rows, columns, share in TILES:
             tiles = done = 0.0
             for one in products:
-                own = one.batch * -(-one.rows // rows) * -(-one.columns // columns)
-                filled = one.batch * one.rows * one.columns / (own * rows * columns)
-                tiles, done = tiles + own, done + one.flops / filled
+                own, flops = one.tiles(rows, columns)
+                tiles, done = tiles + own, done + flops
             waves = tiles / slots
             yield tiles, waves + LAST_WAVE * (math.ceil(waves) - waves), done / tiles / rate / share
 
@@ -527,12 +652,9 @@ def launches(program: Program, layer: Layer, reach: Reach) -> int:
     sorts = set()
     for own in layer.steps:
         steps = [step for number in own if isinstance(step := program.steps[number], Compute)]
-        sides = [sides_of(reach)[defines(stmt)[0]] for step in steps for stmt in reach.units[step.name].statements]
-        orders = {
-            side.chosen[0].index[side.chosen[1]] for side in sides if side is not None and side.chosen is not None
-        }
-        count += TABLE_LAUNCHES * len(orders)
-        sorts |= {(order, step.at) for order in orders for step in steps}
+        ordered = Ordered.of(reach, steps)
+        count += ordered.launches
+        sorts |= {(order, step.at) for order in ordered.orders for step in steps}
     return count + SORT_LAUNCHES * len(sorts)
 
 

@@ -23,7 +23,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ from cascade.passes.schedule_overlap import (
 )  # fmt: skip
 from cascade.passes.shard import cheapest, undivided
 from cascade.passes.split_tokens import Cut, Touches, best_cut, dependencies, lacks, sliced, split, split_ranks
-from cascade.placed import Collective, Compute, Program, render_program
+from cascade.placed import Collective, Compute, Program, Step, render_program
 from cascade.text import render
 from cascade.timetable import Problem, Queues, Timetable
 from cascade.verify.rings import check_rings
@@ -65,7 +65,11 @@ VERSION = 3
 """Of the JSON of a plan."""
 
 ROUGH = 0
-"""The width of the search behind a list schedule, for every cut that is tried: critical paths alone."""
+"""The width of the search behind a list schedule, for every cut and way that is tried: critical paths alone."""
+
+JUDGED = 4
+"""That of the search by which a way that may be taken is judged: layers in a row are up to a tenth faster than by
+critical paths, which go on with the other slice where the exchange of one could begin."""
 
 FAR = 4
 """How far partitions of a device that are tried first lie apart, in what a driver gives together."""
@@ -337,17 +341,26 @@ class _Made:
         """The tasks of one copy alone and of one in a row; on one device the same ones for every way."""
         return self.layers.get(way.name, self.layers[APART.name])
 
-    def time_us(self, program: Program, clock: Clock, way: Way) -> float:
-        """From one copy to the next where they follow each other, else the makespan.
+    def time_us(self, program: Program, clock: Clock, way: Way, below_us: float = math.inf) -> float:
+        """From one copy to the next where they follow each other, else the makespan; where it is not below a time, some
+        time that is not either.
 
         The host launches a copy while another one runs: where that takes longer, it is what counts.
         """
         if way.first is not None:
-            return searched(self.problem(program, clock, way)[0]).makespan_us
+            return searched(self.problem(program, clock, way)[0], below_us=below_us).makespan_us
+        return self.by(lambda problem: list_schedule(problem, ROUGH), program, clock, way)
+
+    def judged_us(self, program: Program, clock: Clock, way: Way) -> float:
+        """The same by a search, of a way that is taken."""
+        return self.by(lambda problem: searched(problem, JUDGED), program, clock, way)
+
+    def by(self, schedule: Callable[[Problem], Timetable], program: Program, clock: Clock, way: Way) -> float:
+        """The time by the timetables of a scheduler."""
         if not self.repeats:
-            return list_schedule(self.problem(program, clock, way)[0], ROUGH).makespan_us
+            return schedule(self.problem(program, clock, way)[0]).makespan_us
         layer = self.layers[way.name][1]
-        device_us = cycle_us(problem_of(program, layer, clock, way.blocks), layer.carried, COPIES, ROUGH)
+        device_us = cycle_us(problem_of(program, layer, clock, way.blocks), layer.carried, COPIES, schedule)
         return max(device_us, clock.node.host_us * self.launches(program, clock, way))
 
     def launches(self, program: Program, clock: Clock, way: Way) -> int:
@@ -364,6 +377,8 @@ class _Maker:
         self.needs = dependencies(program)
         self.found: tuple[Group, ...] = groups(program, self.needs)
         self.clock = Clock.of(program, node)
+        self.times: dict[tuple[Step, ...], dict[Way, float]] = {}
+        self.judged: dict[tuple[Step, ...], dict[Way, float]] = {}
         self.whole = self.made(program)
 
     def made(self, program: Program) -> _Made:
@@ -395,8 +410,8 @@ class _Maker:
         return serial_us(self.whole.problem(self.program, self.clock, APART)[0])
 
     def best(self, made: _Made, program: Program, rough: bool = False) -> tuple[float, Way]:
-        """The least time, and the way that reaches it; a rough one tries one number of thread blocks, or partitions
-        that lie apart."""
+        """The least time, judged by a search, and the way that reaches it; a rough one tries one number of thread
+        blocks, or partitions that lie apart, and is not judged."""
         ways, tried = [APART], self.clock.node.slots if rough else 0
         if self.clock.node.devices == 1:
             ways.append(self._partition(made, program, rough))
@@ -404,19 +419,42 @@ class _Maker:
             ways += [Way("fused", blocks) for blocks in ((tried,) if tried else self.clock.node.fused)]
         if not tried:
             ways += [Way(name) for name in ("stored", "awaited") if name in made.layers]
-        times = [made.time_us(program, self.clock, way) for way in ways]
-        return min(zip(times, ways, strict=True), key=lambda pair: pair[0])
+        times = [self._time_us(made, program, way) for way in ways]
+        us, way = min(zip(times, ways, strict=True), key=lambda pair: pair[0])
+        return us if rough or way.first is not None else min(us, self._judged_us(made, program, way)), way
+
+    def _judged_us(self, made: _Made, program: Program, way: Way) -> float:
+        """The time of a program by a search of the way that is taken; what was asked before is kept."""
+        known = self.judged.setdefault(program.steps, {})
+        if way not in known:
+            known[way] = made.judged_us(program, self.clock, way)
+        return known[way]
+
+    def _time_us(self, made: _Made, program: Program, way: Way, below_us: float = math.inf) -> float:
+        """The time of a program by one way, or some time that is not below one; what was asked before is kept."""
+        known = self.times.setdefault(program.steps, {})
+        if way not in known:
+            found = made.time_us(program, self.clock, way, below_us)
+            if found >= below_us:
+                return found
+            known[way] = found
+        return known[way]
 
     def _partition(self, made: _Made, program: Program, rough: bool) -> Way:
         """The partition of one device of least time: those that lie apart first, then nearer ones around the best."""
         ways = [Way("beside", first=first) for first in partitions(self.clock.node)]
         step = FAR if rough else FAR // 2
-        times = {at: made.time_us(program, self.clock, ways[at]) for at in range(step // 2, len(ways), step)}
+        times: dict[int, float] = {}
+
+        def try_all(places: Iterable[int]) -> None:
+            for at in places:
+                times[at] = self._time_us(made, program, ways[at], min(times.values(), default=math.inf))
+
+        try_all(range(step // 2, len(ways), step))
         while step > (FAR // 2 if rough else 1):
             step //= 2
             best = min(times, key=lambda at: times[at])
-            for at in {max(0, best - step), min(len(ways) - 1, best + step)} - times.keys():
-                times[at] = made.time_us(program, self.clock, ways[at])
+            try_all({max(0, best - step), min(len(ways) - 1, best + step)} - times.keys())
         return ways[min(times, key=lambda at: times[at])]
 
     def search(self) -> tuple[str | None, Cut]:

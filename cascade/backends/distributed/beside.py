@@ -39,7 +39,7 @@ UNIT = 8
 """SMs that a driver gives together, and the fewest of a side: what runs in clusters needs them so from sm_90 on."""
 
 CONTENDED = 0.8
-"""Of what a side reaches alone, what it reaches beside the other. On an H200 the decode of `benchmarks overlap` took
+"""Of what a side reaches alone, what it reaches beside the other. On an H200 what reads in `benchmarks overlap` took
 795 us on 52 SMs beside a product; by the model it takes 638 alone."""
 
 EPSILON = 1e-6

@@ -467,8 +467,7 @@ class Clock:
 
     def _ordered(self, steps: Sequence[Compute], work: Work) -> Work:
         """The work of a kernel with what brings its rows in order and adds them up."""
-        ordered = Ordered.of(self.reach, steps)
-        if not ordered.orders:
+        if not sorters_of(self.reach) or not (ordered := Ordered.of(self.reach, steps)).orders:
             return work
         windows = {defines(s)[0]: self._windows(step) for step in steps for s in self.reach.units[step.name].statements}
         gathered = tuple(sum(self._passed(stmt, windows[defines(stmt)[0]], True)) for stmt in ordered.gathers)
@@ -649,6 +648,8 @@ def tasks_of(
 def launches(program: Program, layer: Layer, reach: Reach) -> int:
     """How many launches the host makes for a copy of a layer: one a task, and for rows in the order of an index."""
     count = len(layer.steps)
+    if not sorters_of(reach):
+        return count
     sorts = set()
     for own in layer.steps:
         steps = [step for number in own if isinstance(step := program.steps[number], Compute)]

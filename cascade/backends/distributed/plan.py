@@ -71,6 +71,10 @@ JUDGED = 4
 """That of the search by which a way that may be taken is judged: layers in a row are up to a tenth faster than by
 critical paths, which go on with the other slice where the exchange of one could begin."""
 
+LARGEST = 20
+"""Tasks of a program without slices that is judged so: with more, such as two layers, a search of its slices takes as
+long as all the rest."""
+
 FAR = 4
 """How far partitions of a device that are tried first lie apart, in what a driver gives together."""
 
@@ -421,7 +425,9 @@ class _Maker:
             ways += [Way(name) for name in ("stored", "awaited") if name in made.layers]
         times = [self._time_us(made, program, way) for way in ways]
         us, way = min(zip(times, ways, strict=True), key=lambda pair: pair[0])
-        return us if rough or way.first is not None else min(us, self._judged_us(made, program, way)), way
+        if rough or way.first is not None or len(self.whole.of(APART)[0].steps) > LARGEST:
+            return us, way
+        return min(us, self._judged_us(made, program, way)), way
 
     def _judged_us(self, made: _Made, program: Program, way: Way) -> float:
         """The time of a program by a search of the way that is taken; what was asked before is kept."""

@@ -24,7 +24,7 @@ from tests.planned import final
 from tests.tolerance import judge_all, standard
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SIZES = {"B": 2, "T": 18, "D": 1100, "H": 4, "E": 16, "N": 20, "F": 1030}
+SIZES = {"B": 2, "T": 18, "D": 1100, "H": 4, "G": 2, "E": 16, "N": 20, "F": 1030}
 JOINED = {
     "summed": ("U[T,H,E], W[D,H,E]", "Y[T,D]", "Y[t,d] = sum[h,e] U[t,h,e] * W[d,h,e]"),
     "columns": ("X[T,D], W[H,E,D]", "Y[T,H,E]", "Y[t,h,e] = sum[d] X[t,d] * W[h,e,d]"),
@@ -38,6 +38,10 @@ JOINED = {
         "Q[T,H,E], K[N,H,E], W[D,H,E]", "Y[T,D]",
         "S[h,t,n] = Q[t,h,e] * K[n,h,e] where n < t - 3; P[h,t,n] = softmax[n] S[h,t,n]; "
         "U[t,h,e] = P[h,t,n] * K[n,h,e]; Y[t,d] = sum[h,e] U[t,h,e] * W[d,h,e]",
+    ),
+    "of two products that share rows": (
+        "X[T,D], W[H,E,D], V[G,E,D]", "Y[T,H,E], Z[T,G,E]",
+        "Y[t,h,e] = sum[d] X[t,d] * W[h,e,d]; Z[t,g,e] = sum[d] X[t,d] * V[g,e,d]",
     ),
     "by a number": ("X[B,T,D], W[4,E,D]", "Y[B,T,4,E]", "Y[b,t,h,e] = sum[d] X[b,t,d] * W[h,e,d]"),
     "where a filter knows": (

@@ -319,7 +319,7 @@ def _pays(
         if not sides.isdisjoint(together.whole) and alone is not None and sides.isdisjoint(alone.whole):
             touched = sum(_coordinates(ranks, extents) for _, ranks in set(_accesses([other])))
             whole = [side for side in (product.rows, product.columns) if not side.isdisjoint(together.whole)]
-            if any(len(side) > 1 for side in whole):
+            if any(len(side & {*together.whole, *together.shared}) > 1 for side in whole):
                 return False  # its tiles would have three ranks: tensor cores multiply what has two
             widest = max(_coordinates(list(side), extents) for side in whole)
             operations = max(1.0, widest / WIDE_SIDE) * 2 * _coordinates(all_ranks(other), extents)

@@ -82,12 +82,20 @@ SHIPPED: dict[str, tuple[str, dict[str, int]]] = {
 @pytest.mark.parametrize("machine", shipped())
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_plan_is_made_in_a_second(name: str, machine: str) -> None:
-    """Of a cascade that was never asked about; of one layer in half of that."""
+    """Of a cascade that was never asked about; of one layer in half of that. What else runs on a machine makes some
+    calls slower and none faster: one of three has to keep the limit."""
     file, sizes = SHIPPED[name]
+    limit = 1.0 if file == "ladder_residual" else 0.5  # two layers
+    assert any(within(taken, limit) for taken in fresh_plans(file, sizes, node(machine), 3))
+
+
+def fresh_plans(file: str, sizes: dict[str, int], machine: Node, times: int) -> Iterator[float]:
+    """The seconds of planning a cascade of the examples, each time under a name that nothing was kept for."""
     cascade = block((ROOT / "examples" / f"{file}.cascade").read_text(encoding="utf-8"))
-    start = time.process_time()
-    plan(cascade, sizes, node(machine))
-    assert within(time.process_time() - start, 1.0 if file == "ladder_residual" else 0.5)  # two layers
+    for number in range(times):
+        start = time.process_time()
+        plan(dataclasses.replace(cascade, name=f"{cascade.name}_{number}"), sizes, machine)
+        yield time.process_time() - start
 
 
 @pytest.mark.campaign

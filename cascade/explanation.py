@@ -189,7 +189,7 @@ def _on_gpu(trace: pipeline.Trace, request: Request) -> dict[str, Any]:
     sizes = writer.default_sizes(trace.final, types, request.sizes)
     found, views = forecaster.steps(trace.final, sizes, types, machine)
     kernels = [step for step in found if isinstance(step, forecaster.Forecast)]
-    plans = [kernel.kernel for kernel in kernels]
+    plans = [None if kernel.tiling.library else kernel.kernel for kernel in kernels]
     compiled = forecaster.static_facts(plans, machine) if request.static else [None] * len(kernels)
     listed = [kernel_json(kernel, facts) for kernel, facts in zip(kernels, compiled, strict=True)]
     return {
@@ -219,6 +219,7 @@ def kernel_json(found: Any, facts: Any = None) -> dict[str, Any]:
         "statements": list(found.kernel.statements),
         "why": [*found.kernel.why],
         "tile": explain.tiles_text(found.tiling),
+        "library": explain.BY_LIBRARY if found.tiling.library else None,
         "programs": work.programs,
         "read_bytes": work.read_bytes,
         "write_bytes": work.write_bytes,

@@ -238,7 +238,7 @@ def _kernel(one: Mapping[str, Any]) -> Branch:
     """One kernel: what it fuses, its tiles, what is predicted, why they were chosen, what it compiled to."""
     below = [Branch(f"fuses {counted(len(one['statements']), 'statement')}", tuple(map(_code, one["statements"])))]
     below += map(Branch, one["why"])
-    below.append(Branch(f"{counted(one['programs'], 'program')} of {one['tile']}"))
+    below.append(Branch(one["library"] or f"{counted(one['programs'], 'program')} of {one['tile']}"))
     below.append(Branch(f"predicted {one['says']}"))
     limits = one["because"].partition("; ")[2]
     below += [Branch(limits)] if limits else []

@@ -14,15 +14,18 @@ from typing import Any
 import pytest
 
 import cascade
+from cascade.backends.triton.explain import Launch
+from cascade.backends.triton.forecast import launches
+from cascade.backends.triton.machine import machine
 from cascade.errors import CommandError
 from cascade.frontend.build import parse_cascade
-from cascade.inspector import Asked, inspect
+from cascade.inspector import Asked, Ran, inspect
 from cascade.inspector.graph import graph
 from cascade.inspector.links import line_names, owner
 from cascade.inspector.maths import LARGEST, typeset
 from cascade.inspector.page import Page, embedded
 from cascade.inspector.panels import critical
-from cascade.ir import Call, Cascade
+from cascade.ir import Call, Cascade, DType
 from cascade.passes.pass_count import all_passes
 from cascade.pipeline import run_pipeline
 from cascade.text import render_stmt
@@ -186,7 +189,10 @@ def test_lines_of_a_kernel_belong_to_what_they_compute() -> None:
 def test_every_statement_has_lines_and_every_line_has_its_word(name: str) -> None:
     (found,) = shown(PROGRAMS[name].text).data["kernels"]
     linked = {word for kernel in found["kernels"] for _, names in kernel["lines"] for word in names}
-    assert {result.name for result in parse_cascade(PROGRAMS[name].text).results} <= linked
+    by_library = {
+        n for one in found["kernels"] if one["programs"] is None for s in one["statements"] for n in s["names"]
+    }
+    assert {result.name for result in parse_cascade(PROGRAMS[name].text).results} <= linked | by_library
     for kernel in found["kernels"]:
         for number, names in kernel["lines"]:
             words = re.findall(r"[A-Za-z_]\w*", " ".join(kernel["text"][number - 3 : number + 2]))
@@ -249,6 +255,27 @@ def test_an_unknown_machine_is_named() -> None:
 def test_what_no_kernel_holds_is_told_on_the_page() -> None:
     found = shown("cascade c(X[M,N]) -> Y[] { Y = sum[m,n] X[m,n] }").data["kernels"][0]
     assert found.get("refused") or all("text" in one or one["reason"] for one in found["kernels"])
+
+
+LIBRARY = "# no kernel of its own: PyTorch's library of matrix products multiplies, on a GPU cuBLAS"
+
+
+def test_what_a_library_does_has_no_text_but_that() -> None:
+    """Planned and run: a gated product at a size at which one of its two products is the library's."""
+    text, sizes = PROGRAMS["gated"].text, {"M": 8192, "N": 8192, "K": 4096}
+    trace = run_pipeline(parse_cascade(text))
+    (planned,) = inspect(trace, Asked(compiled=True, sizes=sizes)).data["kernels"]
+    gpu = machine("h200")
+    found = launches(trace.final, sizes, dict.fromkeys(("A", "B", "G"), DType.BF16), gpu)
+    own = [one for one in found if isinstance(one, Launch) and not one.by_library]
+    ran = Ran(found, {one.kernel.name: "def kernel(): ..." for one in own}, gpu)
+    (after,) = inspect(trace, Asked(compiled=False), ran).data["kernels"]
+    assert len(found) == 2 and len(own) == 1
+    for shown_kernels, other in ((planned, "import triton"), (after, "def kernel(): ...")):
+        library, rest = shown_kernels["kernels"]
+        assert library["text"] == [LIBRARY] and library["programs"] is None and library["static"] is None
+        assert other in rest["text"] and rest["programs"] > 0
+    assert planned["kernels"][1]["static"]["wgmma"] > 0
 
 
 def test_a_compiled_cascade_shows_itself() -> None:

@@ -115,7 +115,7 @@ def chosen(
     def timer(tiling: Tiling) -> float | None:
         return times[tiling.library]
 
-    return choose(plans, "c", group, groups, H200, effort, timer, cache, library=(other, known))
+    return choose(plans, "c", group, groups, H200, effort, timer, cache, others=lambda own_us: [(other, known)])
 
 
 def test_the_model_takes_it_where_it_is_clearly_faster() -> None:
@@ -139,7 +139,7 @@ def test_what_is_chosen_among_compiled_kernels_keeps_its_own_estimate() -> None:
     fails = [Failure("broken")]
     found = choose(
         plans, "c", group, groups, H200, "quick", None, compiler=lambda asked, arch: fails * len(asked),
-        library=(other, known),
+        others=lambda own_us: [(other, known)],
     )  # fmt: skip
     assert found.tiling.library and found.estimate == known
 

@@ -95,11 +95,12 @@ def kernels_planned(trace: Trace, asked: Asked, name: str) -> dict[str, Any]:
         found = launches(trace.final, sizes, types, gpu)
     except CascadeError as error:
         return {**told, "machine": gpu.name, "sizes": dict(asked.sizes), "kernels": [], "refused": str(error)}
-    kernels = [step.kernel for step in found if isinstance(step, Launch)]
+    own = [step for step in found if isinstance(step, Launch)]
+    kernels = [None if step.by_library else step.kernel for step in own]
     if asked.compiled or (asked.compiled is None and len(kernels) <= FEW):
         facts = iter(static_facts(kernels, gpu))
         found = tuple(replace(step, facts=next(facts)) if isinstance(step, Launch) else step for step in found)
-    texts = {kernel.name: emit(kernel).text for kernel in kernels}
+    texts = {kernel.name: emit(kernel).text for kernel in kernels if kernel is not None}
     return panels.kernels(found, texts, gpu, trace.source, {**told, "sizes": sizes})
 
 

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from cascade.backends.triton.count import work
-from cascade.backends.triton.explain import Launch, tiles_text
+from cascade.backends.triton.explain import BY_LIBRARY, Launch, tiles_text
 from cascade.backends.triton.machine import Machine
 from cascade.backends.triton.partition import Rest
 from cascade.backends.triton.plan import Role
@@ -133,11 +133,14 @@ def kernels(
 ) -> Panel:
     """The kernels of a call in order: statements beside text, line by line, tiles, times, what they compiled to.
 
-    `texts` are those of the kernels, by name; `told` is what is known of the call: sizes, type, where it ran.
+    `texts` are those of the kernels, by name: what a library does has none. `told` is what is known of the call: sizes,
+    type, where it ran.
     """
     known = {param.name for param in source.params} | {name for stmt in source.body for name in defines(stmt)}
     shown = [
-        _outside(step, known) if isinstance(step, Rest) else _kernel(step, texts[step.kernel.name], machine, known)
+        _outside(step, known)
+        if isinstance(step, Rest)
+        else _kernel(step, texts.get(step.kernel.name, f"# {BY_LIBRARY}"), machine, known)
         for step in launches
     ]
     predicted = [one["predicted_us"] for one in shown if one.get("predicted_us") is not None]
@@ -178,7 +181,7 @@ def _kernel(launch: Launch, text: str, machine: Machine, known: Collection[str])
         "tiles": None if choice is None else tiles_text(choice.tiling),
         "grid": [axis.rank for axis in kernel.grid],
         "stream": [axis.rank for axis in kernel.axes if axis.role is Role.STREAM],
-        "programs": done.programs,
+        "programs": None if launch.by_library else done.programs,
         "read_bytes": done.read_bytes,
         "write_bytes": done.write_bytes,
         "matrix_flops": done.matrix_flops,

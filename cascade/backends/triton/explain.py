@@ -26,6 +26,10 @@ from cascade.backends.triton.tune import Candidate, Choice
 from cascade.text import render_stmt
 
 
+BY_LIBRARY = "no kernel of its own: PyTorch's library of matrix products multiplies, on a GPU cuBLAS"
+"""What is said of a step that has none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
     """A kernel of a call: its plan, the values of its shape symbols, why it has these tiles, what it compiled to."""
@@ -34,6 +38,11 @@ class Launch:
     sizes: Mapping[str, int]
     choice: Choice | None = None
     facts: StaticFacts | Failure | None = None
+
+    @property
+    def by_library(self) -> bool:
+        """Whether a library multiplies in the place of the kernel."""
+        return self.choice is not None and self.choice.tiling.library
 
 
 def describe(*steps: Launch | Rest) -> str:
@@ -105,8 +114,8 @@ def _plan(step: Launch) -> Iterator[str]:
     kernel = step.kernel
     tiles = [(axis.rank, axis.tile) for axis in kernel.axes if axis.role is not Role.POINT]
     yield from kernel.why
-    if step.choice is not None and step.choice.tiling.library:
-        yield "no kernel of its own: PyTorch's library of matrix products multiplies, on a GPU cuBLAS"
+    if step.choice is not None and step.by_library:
+        yield BY_LIBRARY
         yield f"predicted {step.choice.estimate.text()}"
         yield f"  {step.choice.estimate.why}"
         yield f"chosen as {step.choice.how}{_others(step.choice.others)}"
@@ -136,6 +145,8 @@ def tiles_text(tiling: Tiling) -> str:
     """Tiles and how they are launched: `128 m x 64 n, 4 warps, 2 stages`."""
     if tiling.library:
         return "the library's"
+    if tiling.apart:
+        return f"{' and '.join(tiling.apart)} by the library, others after"
     tiles = " x ".join(f"{tile} {rank}" for rank, tile in tiling.tiles) or "one coordinate"
     even = " on average, all as long" if tiling.even else ""
     parts = f", in {tiling.parts} parts{even}" if tiling.parts > 1 else ""

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cascade.backends.triton.apart import elsewhere, parts
 from cascade.backends.triton.count import work
 from cascade.backends.triton.emit import emit
 from cascade.backends.triton.explain import Launch
-from cascade.backends.triton.library import candidate
 from cascade.backends.triton.machine import Estimate, Machine, Work
 from cascade.backends.triton.offline import LIMITS, Failure, StaticFacts, facts
 from cascade.backends.triton.partition import Group, Rest
@@ -80,15 +80,17 @@ def steps(
 ) -> tuple[tuple[Forecast | Rest, ...], frozenset[str]]:
     """What runs, in order: kernels, and between them what is in none; and the names of views, which cost nothing."""
     planner = _planner(final, bind_sizes(final, {}, sizes), types, machine, in_place or {})
-    found = [step if isinstance(step, Rest) else step[1] for step in _chosen(planner, final.name, machine)]
+    found = [step if isinstance(step, Rest) else step[2] for step in _chosen(planner, final.name, machine)]
     return tuple(found), frozenset(planner.views)
 
 
-def static_facts(kernels: Sequence[Kernel], machine: Machine) -> list[StaticFacts | Failure | None]:
+def static_facts(kernels: Sequence[Kernel | None], machine: Machine) -> list[StaticFacts | Failure | None]:
     """What the machine code of each kernel shows, compiled for the machine; None where nothing compiles for it."""
-    if machine.arch not in LIMITS:
+    own = [kernel for kernel in kernels if kernel is not None]
+    if machine.arch not in LIMITS or not own:
         return [None] * len(kernels)
-    return [*facts([request(kernel, emit(kernel)) for kernel in kernels], machine.arch, jobs=2)]
+    found = iter(facts([request(kernel, emit(kernel)) for kernel in own], machine.arch, jobs=2))
+    return [None if kernel is None else next(found) for kernel in kernels]
 
 
 def launches(
@@ -104,34 +106,43 @@ def _launches(planner: Planner, label: str, machine: Machine) -> Iterator[Launch
         if isinstance(step, Rest):
             yield step
             continue
-        group, found = step
+        own, group, found = step
         yield Launch(found.kernel, found.sizes, found.choice)
         if found.tiling.parts > 1:
-            _, merger, _ = planner.split(found.name, group, planner.groups(), found.tiling)
+            _, merger, _ = own.split(found.name, group, own.groups(), found.tiling)
             yield from _launches(merger, f"{found.name}_merge", machine)
 
 
-def _chosen(planner: Planner, label: str, machine: Machine) -> Iterator[tuple[Group, Forecast] | Rest]:
-    """Groups with their kernels, and what runs outside of kernels, as in a launch; views are left out."""
+def _chosen(planner: Planner, label: str, machine: Machine) -> Iterator[tuple[Planner, Group, Forecast] | Rest]:
+    """Groups with their planner and kernel, and what runs outside of kernels, as in a launch; views are left out."""
     groups = planner.groups()
     for number, group in enumerate(groups):
         if isinstance(group, Group):
-            yield _forecast(planner, f"{label}_{number}", group, groups, machine)
+            yield from _forecasts(planner, f"{label}_{number}", group, groups, machine)
         elif not all(one in planner.views for stmt in group.statements for one in defines(stmt)):
             yield group
 
 
-def _forecast(
+def _forecasts(
     planner: Planner, name: str, group: Group, groups: Sequence[Group | Rest], machine: Machine
-) -> tuple[Group, Forecast] | Rest:
-    """The kernel of a group with the tiles that the model prefers; why there is none, where no plan holds it."""
+) -> Iterator[tuple[Planner, Group, Forecast] | Rest]:
+    """The kernels of a group with the tiles that the model prefers; why there is none, where no plan holds it."""
     try:
-        choice = choose(planner, name, group, groups, machine, library=candidate(planner, group, groups, machine))
-        kernel, extents = planned(planner, name, group, groups, choice.tiling)
+        choice = choose(planner, name, group, groups, machine, others=elsewhere(planner, name, group, groups, machine))
+        if not choice.tiling.apart:
+            yield planner, group, _forecast(planner, name, group, groups, choice)
+            return
+        for one in parts(planner, name, group, groups, choice.tiling.apart):
+            own = one.choice(machine)
+            yield one.planner, one.group, _forecast(one.planner, one.label, one.group, one.groups, own)
     except UnsupportedError as error:
-        return Rest(group.plain, error.diagnostics[0].message)
+        yield Rest(group.plain, error.diagnostics[0].message)
+
+
+def _forecast(planner: Planner, name: str, group: Group, groups: Sequence[Group | Rest], choice: Choice) -> Forecast:
+    kernel, extents = planned(planner, name, group, groups, choice.tiling)
     names = tuple(name for stmt in group.statements for name in defines(stmt))
-    return group, Forecast(name, names, kernel, extents, choice, work(kernel, extents))
+    return Forecast(name, names, kernel, extents, choice, work(kernel, extents))
 
 
 def _planner(

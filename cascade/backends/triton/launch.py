@@ -29,9 +29,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from cascade import __version__, interp
 from cascade.backends.placing import place_of
 from cascade.backends.share import at_most
+from cascade.backends.triton.apart import elsewhere, parts
 from cascade.backends.triton.emit import Argument, Source, emit, permutation
 from cascade.backends.triton.joined import Joined
-from cascade.backends.triton.library import Multiplied, candidate, multiplied
+from cascade.backends.triton.library import Multiplied, multiplied
 from cascade.backends.triton.machine import Machine, machine_for
 from cascade.backends.triton.explain import Launch, describe
 from cascade.backends.triton.partition import Group, Rest, power_of_two, reduced_ranks
@@ -274,6 +275,9 @@ class Launcher:
     ) -> Iterator[Step]:
         """The kernel of a group; a stream that is shared takes a kernel more, which merges."""
         by_model = None if bench is None else dataclasses.replace(bench, effort="none")
+        if tiling.apart:
+            yield from self.in_parts(planner, label, group, groups, tiling, by_model)
+            return
         shared = None
         if tiling.parts > 1:
             with contextlib.suppress(UnsupportedError):  # then one program has the whole stream
@@ -295,6 +299,19 @@ class Launcher:
             return
         extents = {**planner.extents, **planner.padded(kernel.rows)}
         yield KernelStep(kernel, emit(kernel, portable=interpreted()), extents, made)
+
+    def in_parts(
+        self, planner: Planner, label: str, group: Group, groups: Groups, tiling: Tiling, bench: Bench | None
+    ) -> Iterator[Step]:
+        """Several kernels in the place of one, some of them a library's."""
+        for one in parts(planner, label, group, groups, tiling.apart):
+            if one.product is None:
+                own = self.tiling(one.planner, one.label, one.group, one.groups, bench)
+            else:
+                own = one.tiling
+                if bench is not None:
+                    self.choices[one.label] = one.choice(bench.machine, self.choices.get(label))
+            yield from self.built(one.planner, one.label, one.group, one.groups, own, bench)
 
     def before(
         self, planner: Planner, kernel: Kernel, label: str, groups: Groups, bench: Bench | None
@@ -330,7 +347,7 @@ class Launcher:
         self.choices[label] = choose(
             planner, label, group, groups, bench.machine, bench.effort, bench.timer(label, steps, results, failed),
             settings().cache_dir / "tuned", (triton.__version__, __version__), refused=self.refused_of(label) | failed,
-            library=candidate(planner, group, groups, bench.machine),
+            others=elsewhere(planner, label, group, groups, bench.machine),
         )  # fmt: skip
         return self.choices[label].tiling
 

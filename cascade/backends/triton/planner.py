@@ -68,6 +68,12 @@ class Tiling:
     parts: int = 1  # programs that share a streamed rank; their states are merged by a second kernel
     even: bool = False  # where data says how much a coordinate has: so many on average, each with as many tiles
     library: bool = False  # no kernel: a library multiplies (`library.py`)
+    apart: tuple[str, ...] = ()  # no one kernel: a library makes these, others the rest (`apart.py`)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether a group has no kernel with these tiles."""
+        return self.library or bool(self.apart)
 
     def of(self, rank: str) -> int:
         """The tile of a rank."""
@@ -105,6 +111,7 @@ class Planner:
     updates: Mapping[str, Update] = field(default_factory=dict)  # results that are written into a parameter
     in_order: frozenset[str] = frozenset()  # tensors that lie in the order of an index, if its rows can be sorted
     merges: bool = False  # what parts of a stream have left: nothing is left to share
+    apart: frozenset[str] = frozenset()  # what has a kernel of its own, whatever reads it
     narrow: bool | None = None  # whether no float that comes of it has 32 bits; None: what this cascade returns says
     ranks: dict[str, int] = field(init=False)  # the extents that choices are made for
     actual: dict[str, int] = field(init=False)  # those of this call
@@ -142,8 +149,9 @@ class Planner:
         """The statements by kernel."""
         if self._groups is None:
             rows = members([one for one in self.rows if self.sortable(one)])
-            updated = {name: update.stmt for name, update in self.updates.items()}
-            found = partition(self.in_rows(rows), self.ranks, self.views, updated)
+            alone = {name: stmt for stmt in self.cascade.body for name in defines(stmt) if name in self.apart}
+            alone |= {name: update.stmt for name, update in self.updates.items()}
+            found = partition(self.in_rows(rows), self.ranks, self.views, alone)
             groups = (self.by_rows(item, rows) if isinstance(item, Group) else item for item in found)
             self._groups = tuple(self.streamed(item) if isinstance(item, Group) else item for item in groups)
         return self._groups

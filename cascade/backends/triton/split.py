@@ -95,11 +95,7 @@ def merging(
     bound = {size for result in results for size in result.shape} | {sizes[rank] for i in partial for rank in i.ranks}
     if shares is not None:
         dtypes, shapes = {**dtypes, shares.before: DType.I32}, {**shapes, shares.before: (sizes[part],)}
-
-    def number(expr: Expr) -> Expr:  # an extent that no tensor of this cascade has
-        return Const(extents[expr.name]) if isinstance(expr, Extent) and expr.name not in bound else expr
-
-    body = [map_expressions(stmt, lambda expr: rewrite(expr, number)) for stmt in body]
+    body = [numbered(stmt, bound, extents) for stmt in body]
     known = {made for stmt in body for made in defines(stmt)}
     stored = {item.tensor.name: item for item in partial}
     params = []
@@ -112,6 +108,15 @@ def merging(
     typed = tuple(dataclasses.replace(result, dtype=result.dtype or dtypes[result.name]) for result in results)
     schedule = () if shares is None else _folded(body, group, part)
     return stated(Cascade(name, tuple(params), typed, tuple(body), schedule), sizes)
+
+
+def numbered(stmt: Stmt, bound: Collection[Size], extents: Mapping[str, int]) -> Stmt:
+    """A statement with numbers for the extents that no tensor of its cascade has."""
+
+    def number(expr: Expr) -> Expr:
+        return Const(extents[expr.name]) if isinstance(expr, Extent) and expr.name not in bound else expr
+
+    return map_expressions(stmt, lambda expr: rewrite(expr, number))
 
 
 def _needed(body: Sequence[Stmt], results: Collection[str]) -> list[Stmt]:

@@ -39,7 +39,7 @@ from cascade.passes.memo import load, store
 from cascade.text import render, render_stmt
 from cascade.walk import targets
 
-VERSION = "8"  # of entries on disk; another one whenever a choice may change
+VERSION = "9"  # of entries on disk; another one whenever a choice may change
 QUICK = 6  # candidates that are timed with little effort
 SHOWN = 4  # candidates besides the chosen one that a choice remembers
 SMALLEST = 16  # side of a matrix product
@@ -53,6 +53,8 @@ FETCH_US = 0.45  # from a request to the first byte of an operand that is in L2
 
 Timer: TypeAlias = Callable[[Tiling], float | None]
 """Milliseconds of a group with these tiles; None where it does not run, or gives other results than the first."""
+Others: TypeAlias = Callable[[float], Sequence[tuple[Tiling, Estimate]]]
+"""What may take the place of a group's kernel, given the microseconds of its best tiles by the model."""
 Compiler: TypeAlias = Callable[[Sequence[Request], str], Sequence[StaticFacts | Failure]]
 
 # Tile of the rank that is a side, of the stream, warps, stages: products that carry a state along the stream.
@@ -443,31 +445,33 @@ def choose(  # long because it is the order in which everything is tried
     deterministic: bool = False,
     refused: Collection[Tiling] = (),
     compiler: Compiler = facts,
-    library: tuple[Tiling, Estimate] | None = None,
+    others: Others = lambda own_us: (),
 ) -> Choice:
     """The tiles of a group's kernel.
 
     `effort` is `none`, `quick` or `full`; a `deterministic` choice is one of effort `none`: the same on every run.
     `timer` measures a candidate, without one the best are compiled for the machine and what spills is left out.
     `cache` is the folder of timed choices, `versions` what they depend on besides the cascade and the call. Candidates
-    that were `refused` by the device are not taken again. The `library` is taken where it is clearly faster.
+    that were `refused` by the device are not taken again. The `others`, which are no kernel with tiles, are taken where
+    they are clearly faster.
     """
     considered = tuple(tiling for tiling in candidates(planner, group) if tiling not in refused)
     by_model = ranked(planner, name, group, groups, machine, considered)
     order = [Candidate(tiling, found) for tiling, found in by_model]
     if not order:
         return _last_resort(planner, name, group, groups, machine)
-    if library is not None and library[0] not in refused:
-        other = Candidate(*library)
-        clearly = other.estimate.time_us < (1 - CLEARLY) * order[0].estimate.time_us
-        order = [other, *order] if clearly else [*order, other]
+    own_us = order[0].estimate.time_us
+    beside = [Candidate(*one) for one in others(own_us) if one[0] not in refused]
+    clearly = [one for one in beside if one.estimate.time_us < (1 - CLEARLY) * own_us]
+    clearly.sort(key=lambda one: one.estimate.time_us)
+    order = [*clearly, *order, *(one for one in beside if one not in clearly)]
     if effort == "none" or deterministic:
         return _chosen(order, 0, f"the model's first of {len(order)}")
     path = None if cache is None else cache / f"{_digest(planner, group, machine, versions)}.json"
     kept = None if path is None or not path.exists() else _kept(path, order)
     if kept is not None:
         return kept
-    few = order if effort == "full" else [*order[:QUICK], *(one for one in order[QUICK:] if one.tiling.library)]
+    few = order if effort == "full" else [*order[:QUICK], *(one for one in order[QUICK:] if one.tiling.elsewhere)]
     if timer is None:
         compiled = _compiled(planner, name, group, groups, machine, few, compiler)
         return _chosen(compiled or order, 0, f"the model's first of {len(few)} that were compiled")
@@ -476,7 +480,7 @@ def choose(  # long because it is the order in which everything is tried
     if not running:
         rest = [one for one in order if one.tiling not in {tried.tiling for tried in few}]
         return _chosen(rest or order, 0, "the model's first: none of those timed ran")
-    running.sort(key=lambda one: (one.milliseconds or 0.0) / (1 - CLEARLY if one.tiling.library else 1.0))
+    running.sort(key=lambda one: (one.milliseconds or 0.0) / (1 - CLEARLY if one.tiling.elsewhere else 1.0))
     if path is not None:
         store(path, _entry(running[0]))
     return _chosen(running, 0, f"the fastest of {len(running)} timed: {running[0].milliseconds:.4g} ms")
@@ -511,7 +515,7 @@ def _compiled(
     answers = compiler([request(kernel, emit(kernel)) for kernel, _ in plans], machine.arch)
     found: list[Candidate] = []
     for one, (kernel, sizes), answer in zip(order, plans, answers, strict=True):
-        if one.tiling.library:  # nothing of it is compiled here
+        if one.tiling.elsewhere:  # nothing of it is compiled here
             found.append(one)
             continue
         if isinstance(answer, Failure) or answer.spills or answer.serialized or not answer.blocks_per_sm:
@@ -545,19 +549,19 @@ def _entry(chosen: Candidate) -> object:
     """A candidate as the numbers that are written."""
     options = dataclasses.astuple(chosen.tiling.options)
     tiling = chosen.tiling
-    return (tiling.tiles, options, tiling.even, tiling.library, tiling.parts, chosen.milliseconds)
+    return (tiling.tiles, options, tiling.even, tiling.apart or tiling.library, tiling.parts, chosen.milliseconds)
 
 
 def is_entry(value: object) -> bool:
     """Whether a value that was read has the form of `_entry`."""
-    return isinstance(value, tuple) and len(value) == 6 and isinstance(value[5], int | float)
+    return isinstance(value, tuple) and len(value) == 6 and isinstance(value[-1], int | float)
 
 
 def _kept(path: Path, order: Sequence[Candidate]) -> Choice | None:
     """The choice that an entry holds, where it is one of the candidates; tiles of anything else are not believed."""
     entry = load(path)
     for place, one in enumerate(order):
-        if is_entry(entry) and entry[:4] == _entry(one)[:4]:  # type: ignore[index]
-            known = [*order[:place], dataclasses.replace(one, milliseconds=entry[5]), *order[place + 1 :]]
-            return _chosen(known, place, f"kept from an earlier run: {entry[5]:.4g} ms there")
+        if is_entry(entry) and entry[:-2] == _entry(one)[:-2]:  # type: ignore[index]
+            known = [*order[:place], dataclasses.replace(one, milliseconds=entry[-1]), *order[place + 1 :]]
+            return _chosen(known, place, f"kept from an earlier run: {entry[-1]:.4g} ms there")
     return None

@@ -206,14 +206,14 @@ function facts(one) {
   const row = (title, value) => (value === null || value === undefined || value === "" ? [] : [el("dt", {}, title), el("dd", {}, value)]);
   const compiled = one.static;
   return el("dl", { class: "facts small" },
-    row("tiles", one.tiles), row("programs", `${one.programs} over ${one.grid.join(", ")}${one.stream.length ? `, streaming ${one.stream.join(", ")}` : ""}`),
+    row("tiles", one.tiles), row("programs", one.programs && `${one.programs} over ${one.grid.join(", ")}${one.stream.length ? `, streaming ${one.stream.join(", ")}` : ""}`),
     row("reads", quantity(one.read_bytes, "B")), row("writes", quantity(one.write_bytes, "B")), row("matrix operations", one.matrix_flops ? quantity(one.matrix_flops, "FLOP") : ""),
     row("predicted", time(one.predicted_us)), row("measured", time(one.measured_us)),
     one.busy_us.map(([unit, us]) => row(unit, bar(us / (one.measured_us || one.predicted_us), time(us)))),
     compiled && compiled.failure ? row("does not compile", compiled.failure) : null,
     compiled && !compiled.failure ? [row("registers", `${compiled.registers} a thread, ${compiled.spills} bytes spilled`), row("shared memory", quantity(compiled.shared_bytes, "B")),
       row("blocks per SM", String(compiled.blocks_per_sm)), row("matrix instructions", `${compiled.wgmma} wgmma, ${compiled.mma} mma`),
-      row("TMA", `${compiled.tma_loads} loads, ${compiled.tma_stores} stores`), row("products wait", compiled.serialized.join(", "))] : row("compiled", compiled ? "" : "no: cascadec inspect --compile"),
+      row("TMA", `${compiled.tma_loads} loads, ${compiled.tma_stores} stores`), row("products wait", compiled.serialized.join(", "))] : row("compiled", compiled || !one.programs ? "" : "no: cascadec inspect --compile"),
     one.why.map((line) => [el("dt", { class: "hidden" }, "why"), el("dd", { class: "why" }, line)]));
 }
 

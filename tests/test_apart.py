@@ -16,7 +16,7 @@ from cascade.backends.triton.library import CLEARLY
 from cascade.backends.triton.machine import MACHINES
 from cascade.backends.triton.partition import Group
 from cascade.backends.triton.planner import Planner, Tiling
-from cascade.backends.triton.tune import Choice, choose
+from cascade.backends.triton.tune import UNTIMED, Choice, choose
 from cascade.errors import UnsupportedError
 from cascade.frontend.build import parse_cascade
 from cascade.ir import DType
@@ -119,7 +119,8 @@ def chosen(effort: str, ratio: float = 1.0, by_model: float = 1.0) -> Choice:
 
 
 def test_they_are_taken_where_that_is_clearly_faster() -> None:
-    assert chosen("none", by_model=1 - 2 * CLEARLY).tiling.apart and not chosen("none").tiling.apart
+    assert not chosen("none", by_model=1 - UNTIMED / 2).tiling.apart
+    assert chosen("none", by_model=1 - 2 * UNTIMED).tiling.apart
     assert chosen("quick", 1 - 2 * CLEARLY, by_model=1.05).tiling.apart
     assert not chosen("quick", 1 - CLEARLY / 2, by_model=0.5).tiling.apart
 

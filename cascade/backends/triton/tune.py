@@ -48,6 +48,7 @@ CROWDED = 160  # results of products that a thread holds: with more of them it h
 THREAD = (8, 64)  # elements of a row that one thread should have, at least and at most
 SINGLY = (1, 4)  # the same where each step is of one coordinate
 MANY = 1024  # programs: where there are more, tiles smaller than they must be are not worth a try
+UNTIMED = 0.1  # by what share of the time parts must be faster where only the model says so: it errs by as much
 ALIKE = 0.01  # a difference below which the model does not tell plans apart: then the earlier candidate is taken
 FETCH_US = 0.45  # from a request to the first byte of an operand that is in L2
 
@@ -462,7 +463,9 @@ def choose(  # long because it is the order in which everything is tried
         return _last_resort(planner, name, group, groups, machine)
     own_us = order[0].estimate.time_us
     beside = [Candidate(*one) for one in others(own_us) if one[0] not in refused]
-    clearly = [one for one in beside if one.estimate.time_us < (1 - CLEARLY) * own_us]
+    clearly = [
+        one for one in beside if one.estimate.time_us < (1 - (UNTIMED if one.tiling.apart else CLEARLY)) * own_us
+    ]
     clearly.sort(key=lambda one: one.estimate.time_us)
     order = [*clearly, *order, *(one for one in beside if one not in clearly)]
     if effort == "none" or deterministic:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -10,11 +12,14 @@ import torch
 from torch import Tensor
 
 from cascade.backends.triton import partition, planner
+from cascade.backends.triton.count import work
 from cascade.backends.triton.launch import KernelStep, place
 from cascade.backends.triton.offline import StaticFacts, facts
+from cascade.backends.triton.partition import Group
 from cascade.backends.triton.shares import Uneven, shares_of, tables_of
 from cascade.backends.triton.split import divisible
 from cascade.backends.triton.static import request
+from cascade.backends.triton.tune import candidates, sized
 from cascade.frontend.build import parse_cascade
 from cascade.interp import Precision, run
 from cascade.ir import Cascade, DType, Rank, Read
@@ -186,6 +191,24 @@ def test_stretches_in_even_parts() -> None:
 
     for parts in (2, 7):
         evenly(STRETCH, draw, parts)
+
+
+@pytest.mark.parametrize("parts", [2, 6])
+def test_what_merges_even_parts_has_tiles_for_those_of_a_row(parts: int) -> None:
+    """All rows have several times as many: a tile of those would read as much of other rows."""
+    program = PROGRAMS["ragged"]
+    made = planner_for(final(program.text), Draw(program, {**sizes_of(program), "B": 32, "N": 8000}).inputs(0))
+    group = only_group(made)
+    tiling = dataclasses.replace(made.default_tiling(group), parts=parts, even=True)
+    kernel, merger, groups = made.split("c", group, made.groups(), tiling)
+    (merging,) = (one for one in groups if isinstance(one, Group))
+    (part,) = (rank for rank in merger.merges)
+    assert merger.actual[part] == 32 * (parts + 1) and merger.merges == {part: parts + 1}
+    room = 1 << parts.bit_length()
+    assert {each.of(part) for each in (merger.default_tiling(merging), *candidates(merger, merging))} == {room}
+    found = merger.kernel("m", merging, groups, merger.default_tiling(merging))
+    stored = sum(math.prod(map(merger.number, one.tensor.shape)) for one in kernel.partial)
+    assert work(found, sized(merger, found)).read_bytes < 4 * stored * 2
 
 
 @pytest.mark.parametrize("lengths", [DType.I32, DType.I64])

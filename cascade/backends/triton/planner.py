@@ -110,7 +110,9 @@ class Planner:
     views: Mapping[str, str] = field(default_factory=dict)  # tensors that are the memory of another one
     updates: Mapping[str, Update] = field(default_factory=dict)  # results that are written into a parameter
     in_order: frozenset[str] = frozenset()  # tensors that lie in the order of an index, if its rows can be sorted
-    merges: bool = False  # what parts of a stream have left: nothing is left to share
+    merges: Mapping[str, int] = field(
+        default_factory=dict
+    )  # by a rank of parts: how many are merged, about; not shared
     apart: frozenset[str] = frozenset()  # what has a kernel of its own, whatever reads it
     narrow: bool | None = None  # whether no float that comes of it has 32 bits; None: what this cascade returns says
     ranks: dict[str, int] = field(init=False)  # the extents that choices are made for
@@ -699,8 +701,9 @@ class Planner:
         own = {param.name: layouts.get(param.name) or self.made(param.name, groups) for param in cascade.params}
         own |= {name: self.layouts[name] for name in asked}
         merger = Planner(
-            cascade, inner.extents, own, self.descriptors, self.moving, self.supposed, merges=True, narrow=self.narrow
-        )
+            cascade, inner.extents, own, self.descriptors, self.moving, self.supposed, narrow=self.narrow,
+            merges={part: count if shares is None else min(count, tiling.parts + 1)},
+        )  # fmt: skip
         merger.lives |= known
         merger.shapes |= {name: self.shapes[name] for name in asked}
         merger.dtypes |= {name: self.dtypes[name] for name in asked}
@@ -966,7 +969,7 @@ class Planner:
         size = max(held(stmt, set(whole), self.ranks) for stmt in group.statements)
         if stream is not None:
             again = self.goes_again(group)  # then few rows at a time, so that they are still in the cache
-            tiles[stream] = min(power_of_two(self.ranks[stream]), max(16, (32768 if again else 4096) // size))
+            tiles[stream] = min(power_of_two(self.length(stream)), max(16, (32768 if again else 4096) // size))
             if tiled:
                 tiles[stream] = min(tiles[stream], 64)
             tiles[stream] = 1 if self.steps_singly(group) else tiles[stream]
@@ -992,6 +995,10 @@ class Planner:
             tiles[rank] = min(tile, max(16, power_of_two(self.packed(group).get(rank) or self.ranks[rank])))
         options = Options(4 if exact else 8, 3, 32 if tiles[stream] > 32 else 0)
         return Tiling(tuple(tiles.items()), options, self.default_parts(group, tiles))
+
+    def length(self, stream: str) -> int:
+        """How many coordinates of a stream a trip has, about: where parts are merged, those of one row."""
+        return self.merges.get(stream, self.ranks[stream])
 
     def goes_again(self, group: Group) -> bool:
         """Whether rows are gone through more than once in tiles that may be as long as a program can hold."""

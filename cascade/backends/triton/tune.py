@@ -267,7 +267,7 @@ def _all_rows(planner: Planner, group: Group, base: Tiling) -> Iterator[Tiling]:
     streams = (
         [1]
         if stream is None or singly
-        else _stream_tiles(planner.ranks[stream], bool(tiled), planner.goes_again(group), steps)
+        else _stream_tiles(planner.length(stream), bool(tiled), planner.goes_again(group), steps)
     )
     for tile in streams:
         for lengths in _lengths([planner.ranks[rank] for rank in tiled]):
@@ -320,9 +320,10 @@ def planned(
 
 
 def sized(planner: Planner, kernel: Kernel) -> dict[str, int]:
-    """The values of a kernel's shape symbols; of tiles that only the device counts, about as many as there are."""
+    """The values of a kernel's shape symbols; of tiles and parts that only the device counts, about as many as are."""
     more = kernel.index.sizes if kernel.index else {}
-    return {**planner.typical, **more, **planner.padded(kernel.rows, expected=True)}
+    merged = {size: parts for rank, parts in planner.merges.items() if isinstance(size := planner.sizes[rank], str)}
+    return {**planner.typical, **more, **planner.padded(kernel.rows, expected=True), **merged}
 
 
 def ranked(

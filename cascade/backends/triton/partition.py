@@ -5,7 +5,7 @@ streamed, in tiles and in as many trips as its statements need; the rest must fi
 the kernel of what they read as long as such an arrangement exists: nothing is asked about what they compute. A rank
 that a recurrence steps along is streamed, in order, or whole. The reduced rank of a product whose result is used along
 the stream alone may be too long to be whole: it is gone through anew, in a loop of its own, for every tile of the
-stream.
+stream. What moves less than a launch takes also joins what lies as it does, needed or not.
 
     Z[t,v] = sum[d] X[t,d] * W[v,d];  R[t] = max[v] Z[t,v]    -->    t shared, v streamed, d inner: no Z in memory
 """
@@ -100,7 +100,7 @@ def partition(
     """The statements of a canonical cascade in groups, in an order in which they can run.
 
     `extents` are those of ranks; `views` are what is the same memory as another tensor: nothing computes that. What is
-    computed `instead` of a statement, by the name of what that defines, has a kernel of its own.
+    computed `instead` of a statement, by the name of what that defines, has no kernel with what is not.
     """
     found: list[_Growing] = []
     apart = {*views, *(instead or {})}
@@ -123,7 +123,8 @@ def partition(
                 found.append(dataclasses.replace(_Growing.of((other,), refused(other)), closed=True))
             else:
                 found = _placed(stmt, found, cascade, extents)
-    return tuple(_finished(item, cascade, extents) for item in _led(found, cascade, extents))
+    found = _beside(_led(found, cascade, extents), cascade, extents)
+    return tuple(_finished(item, cascade, extents) for item in found)
 
 
 def _led(found: list[_Growing], cascade: Cascade, extents: Mapping[str, int]) -> list[_Growing]:
@@ -138,6 +139,35 @@ def _led(found: list[_Growing], cascade: Cascade, extents: Mapping[str, int]) ->
             merged = _Growing.of((*group.statements, *then.statements), None)
             found = [merged if each is then else each for each in found if each is not group]
     return found
+
+
+def _beside(found: Sequence[_Growing], cascade: Cascade, extents: Mapping[str, int]) -> list[_Growing]:
+    """The groups with those in one that need nothing of each other, lie alike and are launches for the most part."""
+    done: list[_Growing] = []
+    for group in found:
+        at = None
+        for place, other in reversed([*enumerate(done)]):
+            if not group.needed.isdisjoint(other.made):
+                break
+            at = place if _lie_alike(other, group, cascade, extents) else at
+        if at is None:
+            done.append(group)
+        else:
+            merged = _Growing.of((*done[at].statements, *group.statements), None)
+            done[at] = dataclasses.replace(merged, closed=group.closed)
+    return done
+
+
+def _lie_alike(first: _Growing, then: _Growing, cascade: Cascade, extents: Mapping[str, int]) -> bool:
+    """Whether two groups without products lie over programs in one way, and move less than a launch takes."""
+    statements = (*first.statements, *then.statements)
+    if first.reason or then.reason or first.closed is not then.closed or any(map(matrix_product, statements)):
+        return False
+    lying = [arrange(each, cascade, extents) for each in (first.statements, then.statements, statements)]
+    if any(_row_order(each, cascade) for each in statements) or len({*lying}) > 1 or lying[0] is None:
+        return False
+    stream = lying[0].stream
+    return (stream is None or fold_along(statements, stream, cascade) is None) and _moved(statements, extents) <= LAUNCH
 
 
 def leads(first: Sequence[Stmt], then: Sequence[Stmt], cascade: Cascade, extents: Mapping[str, int]) -> bool:
@@ -262,9 +292,13 @@ def _is_short(statements: Sequence[Stmt], together: Arrangement | None, extents:
     """Whether what statements read and write takes less time than a launch, by programs that keep a GPU busy."""
     if together is None or together.stream is not None or _coordinates(together.shared, extents) < MANY:
         return False
+    return _moved(statements, extents) <= LAUNCH
+
+
+def _moved(statements: Sequence[Stmt], extents: Mapping[str, int]) -> int:
+    """The bytes that statements read and write, were nothing of it kept."""
     written = sum(_coordinates(target.ranks, extents) for stmt in statements for target in targets(stmt))
-    moved = written + sum(_coordinates(ranks, extents) for _, ranks in set(_accesses(statements)))
-    return moved * ELEMENT <= LAUNCH
+    return ELEMENT * (written + sum(_coordinates(ranks, extents) for _, ranks in set(_accesses(statements))))
 
 
 def _ahead(at: int, needed: Set[str], found: Sequence[_Growing]) -> list[int] | None:

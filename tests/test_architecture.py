@@ -69,7 +69,12 @@ TORCH_HOMES = {
 HOMES = {
     "lark": {"frontend"},
     "torch": TORCH_HOMES,
-    "triton": {"backends.triton.launch", "backends.triton.offline", "backends.triton.relaunch"},
+    "triton": {
+        "backends.triton.ahead",
+        "backends.triton.launch",
+        "backends.triton.offline",
+        "backends.triton.relaunch",
+    },
     "sympy": {"passes", "backends.systolic"},
     "networkx": {"passes"},
     "numpy": set(),

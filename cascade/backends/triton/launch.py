@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -29,6 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from cascade import __version__, interp
 from cascade.backends.placing import place_of
 from cascade.backends.share import at_most
+from cascade.backends.triton.ahead import Wanted, compile_beside
 from cascade.backends.triton.apart import elsewhere, parts
 from cascade.backends.triton.emit import Argument, Source, emit, permutation
 from cascade.backends.triton.joined import Joined
@@ -43,7 +44,7 @@ from cascade.backends.triton.relaunch import Relaunch, relaunch
 from cascade.backends.triton.restate import restated
 from cascade.backends.triton.rows import BLOCKS, SORTED
 from cascade.backends.triton.updates import Update, update_of
-from cascade.backends.triton.tune import Choice, Timer, choose
+from cascade.backends.triton.tune import Choice, Shortlist, Timer, shortlist, timed
 from cascade.errors import Diagnostic, UnsupportedError
 from cascade.inference import bind_sizes, infer_dtypes, infer_shapes
 from cascade.ir import Cascade, DType
@@ -60,6 +61,7 @@ ROOM_ALONG = 8  # the same where something is reduced along it: tiles that are t
 ALIGNED = 16  # elements: what Triton asks strides for
 LONG = 4096  # extent that one is supposed to reach along which something is reduced: a stream loses little by that
 MANY = 4  # tilings that cannot be launched, from which on a line says what takes so long
+NOWHERE = torch.device("meta")  # where tensors have a shape and no memory
 TOLD = 200  # characters of the compiler's words in an error
 
 
@@ -197,6 +199,8 @@ class Launcher:
             steps.append(step)
             if bench is not None:
                 bench.advance(step)
+        if bench is not None and bench.effort == "none":
+            bench.compile(bench.wanted(steps, bench.tensors))
         copied = {result: self.in_place[result] for result in self.copied}
         return CallPlan(results, tuple(steps), device, self.in_place, copied)
 
@@ -258,8 +262,10 @@ class Launcher:
     def steps(self, planner: Planner, name: str, bench: Bench | None) -> Iterator[Step]:
         """What computes a cascade, in order."""
         groups = planner.groups()
-        for number, group in enumerate(groups):
-            label = name if len(groups) == 1 else f"{name}_{number}"
+        labels = [name if len(groups) == 1 else f"{name}_{number}" for number in range(len(groups))]
+        if bench is not None and bench.effort != "none":
+            self.look_ahead(planner, labels, groups, bench)
+        for label, group in zip(labels, groups, strict=True):
             if isinstance(group, Rest):
                 yield outside(planner, group)
                 continue
@@ -269,6 +275,37 @@ class Launcher:
             except UnsupportedError as error:
                 made = (outside(planner, Rest(group.plain, error.diagnostics[0].message)),)
             yield from made
+
+    def look_ahead(self, planner: Planner, labels: Sequence[str], groups: Groups, bench: Bench) -> None:
+        """Compiles what is about to be timed, beside each other: what that is, is known before any of it runs."""
+        tensors, wanted = dict(bench.tensors), list[Wanted]()
+        for label, group in zip(labels, groups, strict=True):
+            if isinstance(group, Group):
+                for tiling in self.considered(planner, label, group, groups, bench):
+                    with contextlib.suppress(UnsupportedError):
+                        found = bench.built[label, tiling] = tuple(
+                            self.built(planner, label, group, groups, tiling, bench)
+                        )
+                        wanted += bench.wanted(found, tensors)
+            elif group.names[0] in planner.views:
+                bench.wanted([outside(planner, group)], tensors)
+            for name in planner.stored(group, groups):
+                lies = place(planner.written(name, groups), planner)
+                tensors.setdefault(name, allocated(name, *lies, NOWHERE, bench.results))
+        bench.compile(wanted)
+
+    def considered(
+        self, planner: Planner, label: str, group: Group, groups: Groups, bench: Bench
+    ) -> tuple[Tiling, ...]:
+        """The tilings of a kernel of which one will be chosen, or has been."""
+        known = self.tilings.get(self.bucket(planner, label, group))
+        if known is not None:
+            return (known,)
+        try:
+            found = bench.shortlists[label] = self.shortlist(planner, label, group, groups, bench)
+        except UnsupportedError:
+            return ()
+        return (found.tiling,) if isinstance(found, Choice) else tuple(one.tiling for one in found.few)
 
     def built(
         self, planner: Planner, label: str, group: Group, groups: Groups, tiling: Tiling, bench: Bench | None
@@ -328,10 +365,14 @@ class Launcher:
         """The tiles of a group's kernel: the planner's own in the interpreter, else by the model or by timing."""
         if bench is None:
             return planner.default_tiling(group)
-        bucket = (label, self.refused_of(label), *planner.bucket(group))
+        bucket = self.bucket(planner, label, group)
         if bucket not in self.tilings:
             self.tilings[bucket] = self.chosen(planner, label, group, groups, bench)
         return self.tilings[bucket]
+
+    def bucket(self, planner: Planner, label: str, group: Group) -> tuple[object, ...]:
+        """What the choice of a kernel's tiles depends on."""
+        return (label, self.refused_of(label), *planner.bucket(group))
 
     def refused_of(self, label: str) -> frozenset[Tiling]:
         """The tilings of a kernel that could not be launched."""
@@ -342,14 +383,21 @@ class Launcher:
         results, failed = planner.stored(group, groups), self.failed.setdefault(label, set())
 
         def steps(tiling: Tiling) -> Sequence[Step]:
-            return tuple(self.built(planner, label, group, groups, tiling, bench))
+            known = bench.built.pop((label, tiling), None)
+            return tuple(self.built(planner, label, group, groups, tiling, bench)) if known is None else known
 
-        self.choices[label] = choose(
-            planner, label, group, groups, bench.machine, bench.effort, bench.timer(label, steps, results, failed),
-            settings().cache_dir / "tuned", (triton.__version__, __version__), refused=self.refused_of(label) | failed,
-            others=elsewhere(planner, label, group, groups, bench.machine),
-        )  # fmt: skip
+        found = bench.shortlists.pop(label, None) or self.shortlist(planner, label, group, groups, bench)
+        timer = bench.timer(label, steps, results, failed)
+        self.choices[label] = found if isinstance(found, Choice) else timed(found, timer)
         return self.choices[label].tiling
+
+    def shortlist(self, planner: Planner, label: str, group: Group, groups: Groups, bench: Bench) -> Shortlist | Choice:
+        """What is to be timed of a kernel; the choice where nothing is."""
+        return shortlist(
+            planner, label, group, groups, bench.machine, bench.effort, settings().cache_dir / "tuned",
+            (triton.__version__, __version__), self.refused_of(label) | self.failed.get(label, set()),
+            elsewhere(planner, label, group, groups, bench.machine),
+        )  # fmt: skip
 
 
 def typed(cascade: Cascade, source: Cascade | None, inputs: Mapping[str, DType]) -> Cascade:
@@ -533,7 +581,8 @@ class KernelStep:
         if self.source.resident:
             device = next(iter(tensors.values())).device
             self.grid = (min(self.grid[0], self.source.resident * multiprocessors(device)), 1, 1)
-        return found, {"num_warps": self.source.num_warps, "num_stages": self.source.num_stages}
+        fused = {"enable_fp_fusion": True}  # as up to Triton 3.9, which warns where nobody says so
+        return found, {"num_warps": self.source.num_warps, "num_stages": self.source.num_stages, **fused}
 
     def fixed(self, argument: Argument, tensors: Mapping[str, Tensor]) -> int:
         """What is the same in every call of this kind."""
@@ -660,6 +709,8 @@ class Bench:
     effort: str
     tensors: dict[str, Tensor]
     results: tuple[str, ...] = ()  # of the call
+    shortlists: dict[str, Shortlist | Choice] = field(default_factory=dict)  # by kernel: what is to be timed
+    built: dict[tuple[str, Tiling], tuple[Step, ...]] = field(default_factory=dict)  # and the steps of that
 
     def __post_init__(self) -> None:
         if self.effort != "none" and torch.cuda.is_current_stream_capturing():
@@ -682,15 +733,33 @@ class Bench:
                 self.tensors |= {item[0]: self.unset(*item) for item in step.made}
                 step(self.tensors)
 
+    def wanted(self, steps: Iterable[Step], tensors: dict[str, Tensor]) -> list[Wanted]:
+        """The launches of steps, with tensors that lie as theirs will; what they make is added to those there are."""
+        found: list[Wanted] = []
+        for step in steps:
+            for item in step.made:
+                tensors[item[0]] = allocated(*item, NOWHERE, self.results)
+            with contextlib.suppress(KeyError):  # what no kernel makes, which another step reads
+                if isinstance(step, ViewStep):
+                    step(tensors)
+                if isinstance(step, KernelStep) and step.again is None:
+                    found.append(Wanted(step.function, step.grid, *step.arguments(tensors)))
+        return found
+
+    def compile(self, wanted: Sequence[Wanted]) -> None:
+        """Compiles what launches want, where there are several and no graph is captured."""
+        if len(wanted) > 1 and not torch.cuda.is_current_stream_capturing():
+            driver().join()
+            with torch.cuda.device(self.device):
+                compile_beside(wanted)
+
     def timer(
         self, label: str, build: Callable[[Tiling], Sequence[Step]], results: Sequence[str], failed: set[Tiling]
-    ) -> Timer | None:
+    ) -> Timer:
         """Times the kernels of a tiling; None of one that cannot run or gives other results than the first did.
 
         What cannot be launched is added to those that `failed`: nobody compiles it again.
         """
-        if self.effort == "none":
-            return None
         first: dict[str, Tensor] = {}
         began, tried = time.monotonic(), 0
 

@@ -4,6 +4,7 @@
     ranked(planner, name, ...)          -->  them with their Estimate, the fastest first, without those that cannot run
     choose(planner, name, ..., effort)  -->  Choice: `none` takes the model's first, in milliseconds; `quick` times the
                                              best few, `full` all of them
+    shortlist(...), timed(found, timer)      the same in two steps: what is to be timed is known, and compiled, before
 
 A timed choice is kept on disk under everything that it depends on: the text of the cascade, the statements of the
 group, how large the tensors are (to a power of two) and how they lie, the device, and the versions of Triton and of
@@ -434,7 +435,7 @@ def _late(machine: Machine, work: Work, found: Estimate, rounds: float) -> float
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 
-def choose(  # long because it is the order in which everything is tried
+def choose(
     planner: Planner,
     name: str,
     group: Group,
@@ -451,11 +452,45 @@ def choose(  # long because it is the order in which everything is tried
 ) -> Choice:
     """The tiles of a group's kernel.
 
-    `effort` is `none`, `quick` or `full`; a `deterministic` choice is one of effort `none`: the same on every run.
-    `timer` measures a candidate, without one the best are compiled for the machine and what spills is left out.
-    `cache` is the folder of timed choices, `versions` what they depend on besides the cascade and the call. Candidates
-    that were `refused` by the device are not taken again. The `others`, which are no kernel with tiles, are taken where
-    they are clearly faster.
+    `timer` measures a candidate, without one the best are compiled for the machine and what spills is left out. The
+    rest is as `shortlist` has it.
+    """
+    effort = "none" if deterministic else effort
+    found = shortlist(planner, name, group, groups, machine, effort, cache, versions, refused, others)
+    if isinstance(found, Choice):
+        return found
+    if timer is None:
+        compiled = _compiled(planner, name, group, groups, machine, found.few, compiler)
+        return _chosen(compiled or found.order, 0, f"the model's first of {len(found.few)} that were compiled")
+    return timed(found, timer)
+
+
+@dataclass(frozen=True, slots=True)
+class Shortlist:
+    """Candidates that are to be timed, among all in the model's order, and where the choice will be kept."""
+
+    order: tuple[Candidate, ...]
+    few: tuple[Candidate, ...]
+    path: Path | None
+
+
+def shortlist(
+    planner: Planner,
+    name: str,
+    group: Group,
+    groups: Sequence[Group | Rest],
+    machine: Machine,
+    effort: str,
+    cache: Path | None = None,
+    versions: tuple[str, ...] = (),
+    refused: Collection[Tiling] = (),
+    others: Others = lambda own_us: (),
+) -> Shortlist | Choice:
+    """What is to be timed before there is a choice; the choice where nothing is.
+
+    `effort` is `none`, `quick` or `full`. `cache` is the folder of timed choices, `versions` what they depend on
+    besides the cascade and the call. Candidates that were `refused` by the device are not taken again. The `others`,
+    which are no kernel with tiles, are taken where they are clearly faster.
     """
     considered = tuple(tiling for tiling in candidates(planner, group) if tiling not in refused)
     by_model = ranked(planner, name, group, groups, machine, considered)
@@ -469,24 +504,26 @@ def choose(  # long because it is the order in which everything is tried
     ]
     clearly.sort(key=lambda one: one.estimate.time_us)
     order = [*clearly, *order, *(one for one in beside if one not in clearly)]
-    if effort == "none" or deterministic:
+    if effort == "none":
         return _chosen(order, 0, f"the model's first of {len(order)}")
     path = None if cache is None else cache / f"{_digest(planner, group, machine, versions)}.json"
     kept = None if path is None or not path.exists() else _kept(path, order)
     if kept is not None:
         return kept
     few = order if effort == "full" else [*order[:QUICK], *(one for one in order[QUICK:] if one.tiling.elsewhere)]
-    if timer is None:
-        compiled = _compiled(planner, name, group, groups, machine, few, compiler)
-        return _chosen(compiled or order, 0, f"the model's first of {len(few)} that were compiled")
-    timed = [dataclasses.replace(one, milliseconds=timer(one.tiling)) for one in few]
-    running = [one for one in timed if one.milliseconds is not None]
+    return Shortlist(tuple(order), tuple(few), path)
+
+
+def timed(found: Shortlist, timer: Timer) -> Choice:
+    """The fastest of those on a shortlist, which is kept on disk; the model's first of the rest where none runs."""
+    measured = [dataclasses.replace(one, milliseconds=timer(one.tiling)) for one in found.few]
+    running = [one for one in measured if one.milliseconds is not None]
     if not running:
-        rest = [one for one in order if one.tiling not in {tried.tiling for tried in few}]
-        return _chosen(rest or order, 0, "the model's first: none of those timed ran")
+        rest = [one for one in found.order if one.tiling not in {tried.tiling for tried in found.few}]
+        return _chosen(rest or found.order, 0, "the model's first: none of those timed ran")
     running.sort(key=lambda one: (one.milliseconds or 0.0) / (1 - CLEARLY if one.tiling.elsewhere else 1.0))
-    if path is not None:
-        store(path, _entry(running[0]))
+    if found.path is not None:
+        store(found.path, _entry(running[0]))
     return _chosen(running, 0, f"the fastest of {len(running)} timed: {running[0].milliseconds:.4g} ms")
 
 

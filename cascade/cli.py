@@ -38,8 +38,8 @@ from cascade.files import write_whole
 from cascade.inference import infer_shapes
 from cascade.ir import Cascade, DType, Param, Result
 from cascade.parameters import (
-    BUG, COMMAND_WRONG, DONE, DTYPE, INTERRUPTED, JSON, MACHINE, PROGRAM_WRONG, SIZES, STATIC, LevelsType, MachineType,
-    PassType, ProgramType, SizesType,
+    BUG, COMMAND_WRONG, DONE, DTYPE, IN_PLACE, INTERRUPTED, JSON, MACHINE, PROGRAM_WRONG, SIZES, STATIC, LevelsType,
+    MachineType, PassType, ProgramType, SizesType,
 )  # fmt: skip
 from cascade.passes import PASSES
 from cascade.passes.base import parse_pass
@@ -217,8 +217,9 @@ def show_steps(steps: list[tuple[str, bool, str]]) -> None:
 @commands.command()
 @about_program
 @MACHINE
+@IN_PLACE
 @STATIC
-def explain(options: Options, name: str | None, static: bool) -> None:
+def explain(options: Options, name: str | None, in_place: tuple[tuple[str, str], ...], static: bool) -> None:
     """Explain a cascade: passes with their witness, what is lifted, what is not and why; on a machine, what it costs.
 
     On a GPU these are the kernels in order: what each fuses, moves and computes, its predicted time, what bounds it and
@@ -230,7 +231,7 @@ def explain(options: Options, name: str | None, static: bool) -> None:
       cascadec explain examples/attention.cascade
       cascadec explain examples/block.cascade --machine h200 -s T=4096 -s D=4096 -s F=14336
     """
-    request = explanation.Request(options.sizes, options.dtype, name, static)
+    request = explanation.Request(options.sizes, options.dtype, name, static, dict(in_place))
     told = explanation.explanation(pipeline.run_pipeline(load_typed(options)), request)
     emit(told, lambda: views.explanation(told), options.json)
 

@@ -41,6 +41,7 @@ class Request:
     dtype: DType | None = None
     machine: str | None = None
     static: bool = False
+    in_place: Mapping[str, str] = field(default_factory=dict)  # results that take the memory of a parameter
 
 
 # --- the cascade itself ----------------------------------------------------------------------------------------------
@@ -144,9 +145,10 @@ def _nested(body: Sequence[Stmt], groups: Sequence[_Group]) -> list[dict[str, An
 def explanation(trace: pipeline.Trace, request: Request) -> dict[str, Any]:
     """What is known of a cascade and, where a machine is named, what it costs to run there."""
     told: dict[str, Any] = {"sizes": dict(request.sizes), "dtype": request.dtype.value if request.dtype else None}
-    if request.static and (request.machine is None or family(request.machine) != "gpu"):
+    asked = "--static compiles" if request.static else "--in-place is of" if request.in_place else None
+    if asked and (request.machine is None or family(request.machine) != "gpu"):
         gpus = ", ".join(families()["gpu"])
-        message = "--static compiles kernels, and kernels are those of a GPU"
+        message = f"{asked} kernels, and kernels are those of a GPU"
         raise CommandError(Diagnostic("C604", message, help=f"name one with --machine: {gpus}"))
     if request.machine is not None:
         told |= MODELS[family(request.machine)](trace, request)
@@ -180,6 +182,7 @@ def _on_gpu(trace: pipeline.Trace, request: Request) -> dict[str, Any]:
     forecaster = importlib.import_module("cascade.backends.triton.forecast")
     writer = importlib.import_module("cascade.backends.triton.standalone")
     machine = importlib.import_module("cascade.backends.triton.machine").machine(request.machine)
+    importlib.import_module("cascade.arguments").check_in_place(trace.source, request.in_place)
     dtype = request.dtype or DType.BF16
     types = trial.param_types(trace.source, dtype)
     if empty := [name for name, size in request.sizes.items() if not size]:
@@ -187,7 +190,7 @@ def _on_gpu(trace: pipeline.Trace, request: Request) -> dict[str, Any]:
             Diagnostic("C323", f"{empty[0]} is 0: nothing is launched then", help=f"give -s {empty[0]}=1")
         )
     sizes = writer.default_sizes(trace.final, types, request.sizes)
-    found, views = forecaster.steps(trace.final, sizes, types, machine)
+    found, views = forecaster.steps(trace.final, sizes, types, machine, request.in_place)
     kernels = [step for step in found if isinstance(step, forecaster.Forecast)]
     plans = [None if kernel.tiling.library else kernel.kernel for kernel in kernels]
     compiled = forecaster.static_facts(plans, machine) if request.static else [None] * len(kernels)

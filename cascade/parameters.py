@@ -142,6 +142,20 @@ class SizeType(click.ParamType[tuple[str, int]]):
         return []
 
 
+class MemoryType(click.ParamType[tuple[str, str]]):
+    """`RESULT=PARAM`, a result that takes the memory of a parameter."""
+
+    name = "RESULT=PARAM"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        result, equals, of = value.partition("=")
+        if not (result and equals and of):
+            self.fail(f"{value!r} is not RESULT=PARAM, such as K_new=K", param, ctx)
+        return result, of
+
+
 class LevelsType(click.ParamType[tuple[str, tuple[str, ...]]]):
     """`NAME=RANK,RANK`, the levels of a partitioned rank, outermost first."""
 
@@ -187,6 +201,10 @@ JSON: Decorator = click.option("--json", "as_json", is_flag=True, help="One JSON
 MACHINE: Decorator = click.option(
     "--machine", "name", metavar="NAME|FILE", type=MachineType("gpu", "several", "spatial"),
     help="A GPU, a machine of several devices, or a modelled spatial machine; none needs to be there.",
+)  # fmt: skip
+IN_PLACE: Decorator = click.option(
+    "--in-place", "in_place", type=MemoryType(), multiple=True,
+    help="On a GPU: a result that takes the memory of a parameter, K_new=K; as often as there are such.",
 )  # fmt: skip
 STATIC: Decorator = click.option(
     "--static", is_flag=True, help="Compile the kernels, and tell what machine code shows."

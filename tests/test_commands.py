@@ -241,6 +241,19 @@ def test_explain_compiles_where_it_is_asked_to(told: Any) -> None:
     assert kernel["static"]["registers"] > 0 and kernel["static"]["spills"] == 0 and kernel["failure"] is None
 
 
+def test_explain_writes_into_a_cache_where_it_is_told_to(told: Any) -> None:
+    sizes = {"B": 8, "N": 8192, "D": 1024, "E": 128, "H": 8, "G": 2, "F": 2048}
+    words = [str(ROOT / "examples/decoder_step.cascade"), "--machine", "h200"]
+    words += [word for name, size in sizes.items() for word in ("-s", f"{name}={size}")]
+    cache = 2 * 8 * 2 * 8192 * 128  # bytes
+    apart, within = (
+        told("explain", *words, *more)["kernels"] for more in ((), ("--in-place", "K_new=K", "--in-place", "V_new=V"))
+    )
+    written = [sum(kernel["write_bytes"] for kernel in kernels) for kernels in (apart, within)]
+    assert written[0] > 2 * cache > 20 * written[1]
+    assert all(kernel["of_bound"] <= 1 for kernel in (*apart, *within))
+
+
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
@@ -249,6 +262,9 @@ def test_explain_compiles_where_it_is_asked_to(told: Any) -> None:
         (("explain", SOFTMAX, "--machine", "fusemax"), "C323", "give -s M=... -s N=..."),
         (("explain", SOFTMAX, "--machine", "h100", "-s", "N=0"), "C323", "nothing is launched"),
         (("explain", SOFTMAX, "--static"), "C604", "--machine: h200"),
+        (("explain", SOFTMAX, "--in-place", "Y=X"), "C604", "--machine: h200"),
+        (("explain", SOFTMAX, "--in-place", "Y"), "C604", "RESULT=PARAM, such as K_new=K"),
+        (("explain", SOFTMAX, "--machine", "h200", "--in-place", "Y=Z"), "C343", "has no parameter 'Z'"),
         (("explain", SOFTMAX, "--static", "--machine", "fusemax"), "C604", "--machine: h200"),
         (("explain", SOFTMAX, "-s", "Z=1"), "C613", "its shape symbols are M, N"),
         (("diff", SOFTMAX), "C604", "give either OTHER"),

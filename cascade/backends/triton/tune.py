@@ -361,7 +361,8 @@ def ranked(
             longer = (
                 0.0 if tiling.even else (1 - AVERAGE) / max(1.0, predicted.waves)
             )  # the last wave has a longest row
-            predicted = dataclasses.replace(predicted, time_us=predicted.time_us * (AVERAGE + longer))
+            busy = tuple((unit, us if unit == "launch" else AVERAGE * us) for unit, us in predicted.parts)
+            predicted = dataclasses.replace(predicted, time_us=predicted.time_us * (AVERAGE + longer), parts=busy)
         if tiling.parts > 1:
             launches = machine.launch_us * (1 + tiling.even)
             predicted = dataclasses.replace(predicted, time_us=predicted.time_us + launches)

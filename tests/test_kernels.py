@@ -16,6 +16,7 @@ from torch import Tensor
 import cascade
 from cascade import trial
 from cascade.backends.triton import planner
+from cascade.backends.triton.launch import Launcher
 from cascade.frontend.build import parse_cascade
 from cascade.interp import Precision, run
 from cascade.ir import Cascade
@@ -23,7 +24,7 @@ from cascade.pipeline import run_pipeline
 from cascade.verify import verify
 from tests.kernel_programs import PROGRAMS, RECIPES, RECURRENCES, Program
 from tests.planned import Chosen, call_of, final
-from tests.tolerance import Draw, confirmed, filled_with_nan, judge, judge_all, same_bits, standard
+from tests.tolerance import Draw, confirmed, filled_with_nan, judge, judge_all, same_bits, standard, verdict_on
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALL_RECIPES = (
@@ -94,6 +95,20 @@ def test_partial_sums_far_from_the_whole_cost_no_digits(
     program = PROGRAMS[name]
     call = call_of(Chosen(final(program.text), tile=64))
     check(program, Draw(program, {"M": rows, "N": 8000}, recipe, device=DEVICE), call)
+
+
+@pytest.mark.parametrize("recipe", ["rising", "falling"])
+@pytest.mark.parametrize("length", [16, 64, 128, 300])
+def test_rows_that_are_short_for_their_kernel_pass_on_every_draw(length: int, recipe: str) -> None:
+    """In f32, where lengths change: what a tile has of a row is summed as if there were more of it."""
+    program = PROGRAMS["variance"]
+    call = call_of(Launcher(final(program.text)))
+    for before in (100, 3000):
+        call(**Draw(program, {"M": 5, "N": before}, device=DEVICE).inputs(0))
+    for seed in range(8):
+        draw = Draw(program, {"M": 5, "N": length}, recipe, device=DEVICE)
+        verdict = verdict_on(call, source(program.name), draw, 1000 * seed)
+        assert verdict.ok, f"draw {seed}: {verdict}"
 
 
 @pytest.mark.parametrize("name", ["causal", "softmax", "gemm", "decayed_state"])

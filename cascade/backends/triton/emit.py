@@ -674,15 +674,16 @@ class _Emitter:
 
         Triton would add up a chain of all elements of a thread, then neighbours: along a row that rises or falls sums
         of neighbours are large, and so are their roundings. The many chains of threads round independently, which
-        averages out; the few additions that join them would each be seen in the whole. What is short and done once has
-        such additions only; for every tile of a stream it is summed as it is.
+        averages out; the few additions that join them, and neighbours, would each be seen in the whole. What is short
+        has such additions only; between products, whose operands have the registers, it is summed as it is.
         """
         place, block, tile = axes.index(rank), self.block(rank), self.kernel.axis(rank).tile
-        plain = f"tl.sum({text}, {place})"
-        if tile <= WARP * VECTOR and self.around is not None:
-            return plain
+        multiplies = any(isinstance(each, Dot) for each in every_op(self.kernel.ops))
+        if tile <= WARP * VECTOR and self.around is not None and multiplies:
+            return f"tl.sum({text}, {place})"
+        short = f"tl.sum({text if text.isidentifier() else f'({text})'}.to(tl.float64), {place}).to(tl.float32)"
         if tile <= WARP * VECTOR:
-            return f"tl.sum({text if text.isidentifier() else f'({text})'}.to(tl.float64), {place}).to(tl.float32)"
+            return short
         threads = min(WARP * self.kernel.options.num_warps, tile // VECTOR)
         levels = [min(CHAIN, tile // (threads * VECTOR))]
         while (left := tile // (threads * VECTOR * math.prod(levels))) > 1:
@@ -692,10 +693,10 @@ class _Emitter:
         summed = f"tl.reshape({text}, [{', '.join(shape)}])"
         for _ in levels:
             summed = f"tl.sum({summed}, {place})"
-        summed = f"tl.sum(tl.sum({summed}, {place + 1}).to(tl.float64), {place}).to(tl.float32)"
+        summed = f"tl.sum(tl.sum({summed}.to(tl.float64), {place + 1}), {place}).to(tl.float32)"
         axis = self.kernel.axis(rank)
         varies = axis.role is Role.WHOLE and not isinstance(axis.extent, int)  # a file has tiles for other lengths too
-        return f"({summed} if {block} >= {least} else {plain})" if varies else summed
+        return f"({summed} if {block} >= {least} else {short})" if varies else summed
 
     def scan(self, op: Scan) -> None:
         """Steps composed along a dimension, in order."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -433,6 +434,24 @@ def test_what_will_be_launched_is_compiled_before_anything_is(
     found.fits = ()
     launcher(inputs, {})
     assert len(found.ahead) == before
+
+
+@pytest.mark.parametrize("effort", ["none", "quick"])
+@pytest.mark.parametrize("seconds", [0.0, 0.2])
+def test_what_is_compiled_for_long_is_said(
+    effort: str,
+    seconds: float,
+    compiler: Callable[[Exception, int | None], Compiler],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    compiler(RuntimeError(), None)
+    monkeypatch.setattr(launch, "SILENT", 0.1)
+    monkeypatch.setattr(launch, "compile_beside", lambda wanted: time.sleep(seconds))
+    launcher = launch.Launcher(run_pipeline(parse_cascade(TWO), check=0).final, effort)
+    launcher({"X": torch.zeros(256, 128), "W": torch.zeros(256, 128), "V": torch.zeros(128, 256)}, {})
+    said = re.findall(r"cascade: compiling \d+ kernels\n", capsys.readouterr().err)
+    assert len(said) == (effort == "quick" and seconds > 0.1)
 
 
 @pytest.mark.parametrize("effort", ["none", "quick"])

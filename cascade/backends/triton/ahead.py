@@ -29,9 +29,10 @@ class Wanted:
 def compile_beside(wanted: Sequence[Wanted], workers: int | None = None) -> None:
     """Compiles what launches want, in as many threads as there are processors, or `workers`.
 
-    What does not compile is left to its launch, which says why.
+    What does not compile is left to its launch, which says why; all of it, where a caller has Triton compile its way.
     """
     with (
+        contextlib.suppress(RuntimeError),  # another such mode is active
         ThreadPoolExecutor(workers or os.cpu_count()) as pool,
         triton.AsyncCompileMode(pool, ignore_errors=True),
     ):

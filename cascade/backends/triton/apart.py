@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cascade.backends.triton.library import WIDTH, Multiplied, candidate, estimated, multiplied
+from cascade.backends.triton.lower import unsupported
 from cascade.backends.triton.machine import Estimate, Machine
 from cascade.backends.triton.partition import Group, Rest, all_ranks
-from cascade.backends.triton.lower import unsupported
 from cascade.backends.triton.planner import Planner, Tiling
 from cascade.backends.triton.split import numbered
 from cascade.backends.triton.tune import Choice, Others, choose

@@ -61,6 +61,7 @@ ROOM_ALONG = 8  # the same where something is reduced along it: tiles that are t
 ALIGNED = 16  # elements: what Triton asks strides for
 LONG = 4096  # extent that one is supposed to reach along which something is reduced: a stream loses little by that
 MANY = 4  # tilings that cannot be launched, from which on a line says what takes so long
+SILENT = 1.0  # seconds of tuning, after which it is said what takes so long
 NOWHERE = torch.device("meta")  # where tensors have a shape and no memory
 TOLD = 200  # characters of the compiler's words in an error
 
@@ -748,10 +749,17 @@ class Bench:
 
     def compile(self, wanted: Sequence[Wanted]) -> None:
         """Compiles what launches want, where there are several and no graph is captured."""
-        if len(wanted) > 1 and not torch.cuda.is_current_stream_capturing():
+        if len(wanted) < 2 or torch.cuda.is_current_stream_capturing():
+            return
+        told = threading.Timer(SILENT, sys.stderr.write, (f"cascade: compiling {len(wanted)} kernels\n",))
+        if self.effort != "none":
+            told.start()
+        try:
             driver().join()
             with torch.cuda.device(self.device):
                 compile_beside(wanted)
+        finally:
+            told.cancel()
 
     def timer(
         self, label: str, build: Callable[[Tiling], Sequence[Step]], results: Sequence[str], failed: set[Tiling]
@@ -766,7 +774,7 @@ class Bench:
         def timed(tiling: Tiling) -> float | None:
             nonlocal tried
             tried += 1
-            if time.monotonic() - began > 1.0:
+            if time.monotonic() - began > SILENT:
                 sys.stderr.write(f"cascade: timing kernel {label}, candidate {tried}\n")
             try:
                 with torch.cuda.device(self.device):

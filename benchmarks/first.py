@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention, products, reductions
+from benchmarks import attention, layers, products, reductions
 from benchmarks.workload import Workload
 
 CASES: dict[str, tuple[Callable[[torch.device, Any], Iterator[Workload]], str]] = {
@@ -22,7 +22,11 @@ CASES: dict[str, tuple[Callable[[torch.device, Any], Iterator[Workload]], str]] 
     "rmsnorm": (reductions.table, "rmsnorm 16384"),
     "matmul": (products.table, "matmul 8192 4096"),
     "attention": (attention.forward, "causal 4 32 4096 128"),
+    "decoder layer": (layers.table, "decoder layer"),
+    "decoder step": (layers.table, "decoder step"),
 }
+LAYERS = ("decoder layer", "decoder step")
+"""Those of more kernels than one."""
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import attention, emulated, launching, overlap, row, splitting, timing
+from benchmarks import attention, compiling, emulated, launching, overlap, row, splitting, timing
 from benchmarks.__main__ import OTHERS, SECONDS, WORKLOADS, main
 from benchmarks.row import OURS, Result, apart, errors, judged, measure_row
 from benchmarks.timing import Budget, measure
@@ -148,6 +148,15 @@ def test_the_compile_table_in_fresh_processes(tmp_path: Path) -> None:
     (line,) = data["rows"]
     assert code == 0, text
     assert line["cold"]["first"] >= line["cold"]["loaded"] > 0 and line["cold"]["error"] < 1e-2
+
+
+def test_the_compile_table_judges_what_has_a_bar() -> None:
+    runs = {"cold": {"first": 4.0, "error": 0.0}, "quick": {"first": 9.0, "error": 0.0}}
+    assert compiling.judged(runs, {"cold": 3.0, "quick": 30.0}, False) == "short"
+    assert compiling.judged(runs, {"quick": 30.0}, False) == "pass"
+    assert compiling.judged(runs, {"quick": 30.0}, True) == "-"
+    assert compiling.judged(runs | {"quick": {"failed": "late"}}, {"quick": 30.0}, False) == "failed"
+    assert compiling.judged(runs | {"quick": {"first": 1.0, "error": 1.0}}, {"quick": 30.0}, False) == "wrong"
 
 
 def test_no_row_and_no_time(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,7 +105,7 @@ def test_the_time_is_that_of_all_kernels() -> None:
         assert estimate.why.count("by the library") == len(tiling.apart)
 
 
-def chosen(effort: str, ratio: float = 1.0, by_model: float = 1.0) -> Choice:
+def chosen(effort: str, ratio: float = 1.0, by_model: float = 1.0, cache: Path | None = None) -> Choice:
     """The choice where parts take `ratio` of the time of tiles, and the model says that of its own they take so much."""
     plans, group, groups = of_gated()
     found = elsewhere(plans, "c", group, groups, H200)
@@ -115,13 +116,15 @@ def chosen(effort: str, ratio: float = 1.0, by_model: float = 1.0) -> Choice:
     def timer(tiling: Tiling) -> float:
         return ratio if tiling.apart else 1.0
 
-    return choose(plans, "c", group, groups, H200, effort, timer, others=said)  # type: ignore[arg-type]
+    return choose(plans, "c", group, groups, H200, effort, timer, cache, others=said)  # type: ignore[arg-type]
 
 
-def test_they_are_taken_where_that_is_clearly_faster() -> None:
+def test_they_are_taken_where_that_is_clearly_faster(tmp_path: Path) -> None:
     assert not chosen("none", by_model=1 - UNTIMED / 2).tiling.apart
     assert chosen("none", by_model=1 - 2 * UNTIMED).tiling.apart
-    assert chosen("quick", 1 - 2 * CLEARLY, by_model=1.05).tiling.apart
+    taken = chosen("quick", 1 - 2 * CLEARLY, by_model=1.05, cache=tmp_path)
+    kept = chosen("quick", 9.0, by_model=1.05, cache=tmp_path)
+    assert taken.tiling.apart and kept.tiling == taken.tiling and "earlier run" in kept.how
     assert not chosen("quick", 1 - CLEARLY / 2, by_model=0.5).tiling.apart
 
 

@@ -248,6 +248,24 @@ def test_fastest_is_kept(tmp_path: Path) -> None:
     assert len(asked) == 2 * tune.QUICK and len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_kept_choice_has_as_many_parts(place: int, tmp_path: Path) -> None:
+    """Candidates that differ in nothing else: the one that was the fastest is found again."""
+    plans, group, groups = planner(KINDS["packed"])
+    alike: dict[Tiling, list[Tiling]] = {}
+    for tiling in candidates(plans, group):
+        alike.setdefault(dataclasses.replace(tiling, parts=1), []).append(tiling)
+    fastest = next(tilings for tilings in alike.values() if len(tilings) > 1)[place]
+
+    def found() -> Choice:
+        return choose(
+            plans, "c", group, groups, H100, "full", lambda tiling: 1.0 if tiling == fastest else 2.0, tmp_path
+        )
+
+    first, again = found(), found()
+    assert first.tiling == again.tiling == fastest and "earlier run" in again.how
+
+
 def test_damaged_entry_is_a_miss_and_a_warning(tmp_path: Path) -> None:
     plans, group, groups = planner(KINDS["causal"])
     timer, asked = stopwatch({})

@@ -272,7 +272,8 @@ class Launcher:
                 continue
             try:
                 tiling = self.tiling(planner, label, group, groups, bench)
-                made = tuple(self.built(planner, label, group, groups, tiling, bench))
+                known = None if bench is None else bench.built.pop((label, tiling), None)
+                made = tuple(self.built(planner, label, group, groups, tiling, bench)) if known is None else known
             except UnsupportedError as error:
                 made = (outside(planner, Rest(group.plain, error.diagnostics[0].message)),)
             yield from made
@@ -306,7 +307,10 @@ class Launcher:
             found = bench.shortlists[label] = self.shortlist(planner, label, group, groups, bench)
         except UnsupportedError:
             return ()
-        return (found.tiling,) if isinstance(found, Choice) else tuple(one.tiling for one in found.few)
+        if isinstance(found, Choice):
+            self.choices[label] = found
+            return (found.tiling,)
+        return tuple(one.tiling for one in found.few)
 
     def built(
         self, planner: Planner, label: str, group: Group, groups: Groups, tiling: Tiling, bench: Bench | None

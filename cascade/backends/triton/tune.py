@@ -553,13 +553,11 @@ def _compiled(
     """The candidates that compile without spills or waits, by what the model says of their true registers."""
     if machine.arch not in LIMITS:
         return list(order)
-    plans = [planned(planner, name, group, groups, one.tiling) for one in order]
+    own = [one for one in order if not one.tiling.elsewhere]
+    plans = [planned(planner, name, group, groups, one.tiling) for one in own]
     answers = compiler([request(kernel, emit(kernel)) for kernel, _ in plans], machine.arch)
-    found: list[Candidate] = []
-    for one, (kernel, sizes), answer in zip(order, plans, answers, strict=True):
-        if one.tiling.elsewhere:  # nothing of it is compiled here
-            found.append(one)
-            continue
+    found = [one for one in order if one.tiling.elsewhere]  # nothing of it is compiled here
+    for one, (kernel, sizes), answer in zip(own, plans, answers, strict=True):
         if isinstance(answer, Failure) or answer.spills or answer.serialized or not answer.blocks_per_sm:
             continue
         known = predict(machine, kernel, sizes, answer.registers, answer.shared_bytes)
@@ -587,7 +585,7 @@ def _digest(planner: Planner, group: Group, machine: Machine, versions: Sequence
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 
-def _entry(chosen: Candidate) -> object:
+def _entry(chosen: Candidate) -> tuple[object, ...]:
     """A candidate as the numbers that are written."""
     options = dataclasses.astuple(chosen.tiling.options)
     tiling = chosen.tiling
@@ -600,10 +598,18 @@ def is_entry(value: object) -> bool:
 
 
 def _kept(path: Path, order: Sequence[Candidate]) -> Choice | None:
-    """The choice that an entry holds, where it is one of the candidates; tiles of anything else are not believed."""
+    """The choice that an entry holds, where it is one of the candidates; tiles of anything else are not believed.
+
+    In how many parts a stream goes follows from its extent, which may be another one of about the same size: the
+    candidate with as many, else the first with such tiles.
+    """
     entry = load(path)
-    for place, one in enumerate(order):
-        if is_entry(entry) and entry[:-2] == _entry(one)[:-2]:  # type: ignore[index]
-            known = [*order[:place], dataclasses.replace(one, milliseconds=entry[-1]), *order[place + 1 :]]
-            return _chosen(known, place, f"kept from an earlier run: {entry[-1]:.4g} ms there")
-    return None
+    if not is_entry(entry):
+        return None
+    *tiles, parts, milliseconds = entry
+    alike = [place for place, one in enumerate(order) if [*_entry(one)[:-2]] == tiles]
+    place = next((place for place in alike if order[place].tiling.parts == parts), next(iter(alike), None))
+    if place is None:
+        return None
+    known = [*order[:place], dataclasses.replace(order[place], milliseconds=milliseconds), *order[place + 1 :]]
+    return _chosen(known, place, f"kept from an earlier run: {milliseconds:.4g} ms there")

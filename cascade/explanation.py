@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cascade import pipeline
-from cascade.errors import CommandError, Diagnostic
+from cascade.errors import CallError, CommandError, Diagnostic
 from cascade.inference import infer_shapes
 from cascade.ir import Cascade, DType, Fold, Fuse, GroupBy, Stmt
 from cascade.modelled import cost_on, families, family, plan_on
@@ -182,7 +182,10 @@ def _on_gpu(trace: pipeline.Trace, request: Request) -> dict[str, Any]:
     forecaster = importlib.import_module("cascade.backends.triton.forecast")
     writer = importlib.import_module("cascade.backends.triton.standalone")
     machine = importlib.import_module("cascade.backends.triton.machine").machine(request.machine)
-    importlib.import_module("cascade.arguments").check_in_place(trace.source, request.in_place)
+    try:
+        importlib.import_module("cascade.arguments").check_in_place(trace.source, request.in_place)
+    except CallError as error:  # what is wrong is the command, not the program
+        raise CommandError(error.diagnostics) from None
     dtype = request.dtype or DType.BF16
     types = trial.param_types(trace.source, dtype)
     if empty := [name for name, size in request.sizes.items() if not size]:

@@ -63,8 +63,8 @@ def results(made: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_step_asks_what_a_tensor_holds(name: str) -> None:
-    """In Triton's interpreter, where the steps around kernels are those of a GPU."""
-    compiled, given, _ = chosen(name, "cpu")
+    """Without a GPU in Triton's interpreter, where the steps around kernels are those of a GPU."""
+    compiled, given, _ = chosen(name, "cuda" if GPU else "cpu")
     compiled(**given)
     with Asked() as asked:
         compiled(**given)

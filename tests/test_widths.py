@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from cascade.backends.triton.spell import HELPERS, MANTISSA
 from cascade.backends.triton.widths import fits, values_of
 from cascade.frontend.build import parse_cascade
 from cascade.interp import Precision, run
 from cascade.intervals import interval
 from cascade.ir import Apply, Cast, Const, DType, Expr, Rank
-from tests.planned import Chosen, call_of, final
+from tests.planned import Chosen, all_kernels, call_of, emitted, final, planner_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EDGES = (-(2**31), 1 - 2**31, -65537, -65536, -46341, -3, 0, 1, 2, 46341, 65536, 65537, 2**30, 2**31 - 2, 2**31 - 1)
@@ -37,6 +40,16 @@ PROGRAMS = {
     "a power": ("J: i32[M]", "A: i64[M]", "A[m] = pow(J[m], 2)"),
     "a power that becomes a float": ("J: i32[M]", "A: f32[M]", "A[m] = pow(J[m], 2) * 0.5"),
     "remainders": ("J: i32[M], K: i32[N]", "A: i64[M,N]", "A[m,n] = (J[m] + K[n]) % 7 + (J[m] + K[n]) // 5"),
+    "quotients of what is not negative": (
+        "S: i8[M], R: i8[N]",
+        "A: i64[M,N]",
+        "T[m,n] = max(S[m] * R[n], 0)\n    U[m] = sum[n] T[m,n]\n    A[m,n] = U[m] // (T[m,n] + 3) + U[m] % (T[m,n] + 5)",
+    ),
+    "quotients of a sum": (
+        "S: i8[M], R: i8[N]",
+        "A: i64[M,N]",
+        "T[m,n] = S[m] * R[n]\n    U[m] = sum[n] T[m,n]\n    A[m,n] = U[m] // (abs(R[n]) + 3) + U[m] % (abs(R[n]) + 5)",
+    ),
     "short integers": ("S: i8[M], R: i8[N]", "A: i64[M,N]", "A[m,n] = S[m] * R[n] - S[m]"),
     "short integers in a filter": ("S: i8[M], R: i8[N], X[N]", "A[M]", "A[m] = sum[n] X[n] where S[m] * R[n] < 300"),
     "a short integer and a number": ("S: i8[M]", "A: i64[M]", "A[m] = S[m] * 300"),
@@ -46,6 +59,60 @@ PROGRAMS = {
     "a comparison": ("J: i32[M]", "A: bool[M]", "A[m] = J[m] + 5000000000 > 5000000003"),
     "a large number": ("J: i32[M]", "A: i64[M]", "A[m] = 5000000000 where m < M and J[m] > 0"),
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "rounds"), [("quotients of what is not negative", False), ("quotients of a sum", True)]
+)
+def test_division_rounds_down_where_it_can_be_told_apart(name: str, rounds: bool) -> None:
+    params, result, lines = PROGRAMS[name]
+    cascade = final(f"cascade c({params}) -> {result} {{\n    {lines}\n}}")
+    (kernel,) = all_kernels(planner_for(cascade, {param.name: DATA[param.name] for param in cascade.params}))
+    assert ("floor_divide(" in emitted(kernel)) is ("floor_modulo(" in emitted(kernel)) is rounds
+
+
+class Bits:
+    """A tensor of torch with the methods that helpers of kernels call."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __sub__(self, other: float) -> Bits:
+        return Bits(self.tensor - other)
+
+    def __or__(self, other: int) -> Bits:
+        return Bits(self.tensor | other)
+
+    def to(self, dtype: torch.dtype, bitcast: bool = False) -> Bits:
+        return Bits(self.tensor.view(dtype) if bitcast else self.tensor.to(dtype))
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(DType.BF16, torch.bfloat16), (DType.F16, torch.float16)])
+def test_integers_of_few_values_are_floats_without_conversion(kind: DType, dtype: torch.dtype) -> None:
+    """The text of the helper, run by torch on every stretch of integers that it is written for."""
+    name, count = f"short_{kind.value}", 1 << MANTISSA[kind]
+    types = SimpleNamespace(int16=torch.int16, bfloat16=torch.bfloat16, float16=torch.float16, constexpr=int)
+    scope: dict[str, Any] = {"triton": SimpleNamespace(jit=lambda it: it), "tl": types}
+    exec(HELPERS[name], scope)
+    for low in {-count, 1 - count, -count // 2, -8, -1, 0, 1}:
+        integers = torch.arange(low, low + count, dtype=torch.int32)
+        assert torch.equal(scope[name](Bits(integers), low).tensor, integers.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expr", "short"),
+    [
+        ("bf16", "W[f,d] % 16 - 8", True), ("bf16", "W[f,d]", False), ("f16", "W[f,d]", True),
+        ("bf16", "W[f,d] % 128", True), ("bf16", "W[f,d] % 129", False), ("f32", "W[f,d] % 16", False),
+        ("bf16", "W[f,d] % 16 + 1000", False),
+    ],
+)  # fmt: skip
+def test_others_are_converted(kind: str, expr: str, short: bool) -> None:
+    text = f"cascade c(X[T,D], W: i8[F,D]) -> Y[T,F] {{ Q[f,d] = cast({expr}, {kind})\n Y[t,f] = X[t,d] * Q[f,d] }}"
+    kinds = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.bfloat16}
+    inputs = {"X": torch.empty(16, 256, dtype=kinds[kind]), "W": torch.empty(64, 256, dtype=torch.int8)}
+    (kernel,) = all_kernels(planner_for(final(text), inputs))
+    assert (f"short_{kind}(" in emitted(kernel)) is short
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

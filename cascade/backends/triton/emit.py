@@ -20,7 +20,9 @@ from cascade.backends.triton.plan import (
 )  # fmt: skip
 from cascade.backends.triton.spell import ATOM, COMPARE, PRODUCT, SPELLINGS, SUM, TYPES, UNARY
 from cascade.backends.triton.units import scaled_by
+from cascade.backends.triton.widths import values_of
 from cascade.inference import FLOATS
+from cascade.intervals import ANY, Interval, Known, interval
 from cascade.ir import Apply, Cast, Const, DType, Expr, Extent, Local, Rank
 from cascade.ops import OPS, Kind
 from cascade.walk import walk
@@ -94,6 +96,7 @@ class _Emitter:
     assumed: list[str] = field(default_factory=list)  # lines that stand before all loops
     wide: bool = False  # what is written goes to a variable in f64, or is rounded as a whole
     grouped_by: tuple[str, int] | None = None  # the rank that the load at hand has divided by a number, and the number
+    reached: dict[str, Interval] = field(default_factory=dict)  # by integer variables that are set once
 
     # --- the whole ---------------------------------------------------------------------------------------------------
 
@@ -374,13 +377,25 @@ class _Emitter:
                 if not inner.axes and expr.dtype not in FLOATS:  # of a number or an argument as well
                     return _Piece(f"tl.cast({inner.text}, {TYPES[expr.dtype]})", (), ATOM, False)
                 atom = inner.text if inner.level == ATOM else f"({inner.text})"
-                text = self.converted(atom, expr.dtype)
+                text = self.short(expr, inner, atom) or self.converted(atom, expr.dtype)
                 short = expr.dtype in FLOATS and expr.dtype is not DType.F32
                 return _Piece(f"{text}.to(tl.float32)" if short else text, inner.axes, ATOM, expr.dtype in FLOATS)
             case Apply():
                 return self.apply(expr)
             case _:
                 raise AssertionError(f"{type(expr).__name__} is lowered before it is written")
+
+    def short(self, expr: Cast, inner: _Piece, atom: str) -> str | None:
+        """Integers of few values as floats of 16 bits; None of others, which the hardware converts, slowly."""
+        if inner.real or not inner.axes or self.portable or expr.dtype not in spell.MANTISSA:
+            return None
+        low, high = interval(expr.arg, self.values_of)
+        count = 1 << spell.MANTISSA[expr.dtype]
+        if low < -count or high > count or high - low >= count:
+            return None
+        helper = f"short_{expr.dtype.value}"
+        self.helpers.setdefault(helper)
+        return f"{helper}({atom}, {low})"
 
     def before_cast(self, expr: Cast) -> _Piece:
         """What is brought to a type: to f32 from f64, an expression is rounded as a whole."""
@@ -466,12 +481,14 @@ class _Emitter:
         """An operation on integers; division of what may be negative rounds down, unlike Triton's."""
         words = [piece.text for piece in pieces]
         if expr.op in ("floordiv", "mod"):
-            if never_negative(expr.args[0]) and never_negative(expr.args[1]):
+            by = expr.args[1].value if isinstance(expr.args[1], Const) else 0
+            power = by > 0 and int(by).bit_count() == 1
+            learned = any(isinstance(node, Local) for node in walk(expr))
+            if all(never_negative(arg, self.values_of) for arg in expr.args) and not (power and learned):
                 row = spell.NATURAL[expr.op]
                 words = [self.bracketed(piece, row, position) for position, piece in enumerate(pieces)]
                 return _Piece(row.text.format(*words), axes, row.infix, False)
-            by = expr.args[1].value if isinstance(expr.args[1], Const) else 0
-            if by > 0 and int(by).bit_count() == 1:  # shifts and bits round down
+            if power:  # shifts and bits round down
                 lower = words[0] if pieces[0].level == ATOM else f"({words[0]})"
                 bits = f">> {int(by).bit_length() - 1}" if expr.op == "floordiv" else f"& {int(by) - 1}"
                 return _Piece(f"({lower} {bits})", axes, ATOM, False)
@@ -493,6 +510,7 @@ class _Emitter:
     # --- ops ---------------------------------------------------------------------------------------------------------
 
     def op(self, op: Op) -> None:  # long because every kind of op has its arm
+        self.learn(op)
         match op:
             case Load():
                 self.load(op)
@@ -529,6 +547,31 @@ class _Emitter:
                 self.store(op)
             case _:
                 assert_never(op)
+
+    def learn(self, op: Op) -> None:
+        """Remembers what an integer variable can be that is set once: division of what is never negative is short."""
+        known = self.variable(op.name) if isinstance(op, (Let, Fold)) else None
+        if not isinstance(op, (Let, Fold)) or known is None or known[1] in FLOATS or op.name in changing(self.kernel):
+            return
+        low, high = interval(op.expr, self.values_of)
+        if isinstance(op, Let):
+            self.reached[op.name] = low, high
+        elif op.reducer in ("sum", "max", "min") and low >= 0:
+            self.reached[op.name] = 0 if op.reducer == "sum" else low, ANY[1]
+
+    def values_of(self, expr: Expr) -> Interval:
+        """What a coordinate, a size or a variable can be, as far as it holds for every call."""
+        match expr:
+            case Rank():
+                return 0, ANY[1]
+            case Extent():
+                return 1, ANY[1]  # nothing is launched for an extent of 0
+            case Local() if expr.name in self.reached:
+                return self.reached[expr.name]
+            case Local() if (known := self.variable(expr.name)) is not None and known[1] not in FLOATS:
+                return values_of(known[1])
+            case _:
+                return ANY
 
     def let(self, op: Let) -> None:
         """A variable for an expression, spread over the dimensions that it has not."""
@@ -1189,12 +1232,13 @@ class _Emitter:
             )
             return
         tests = [*(test for rank in op.axes for test in self.own(rank)), *op.only]
-        mask = f", mask={self.all_of(tests, op.axes)}" if tests else ""
+        more = f", mask={self.all_of(tests, op.axes)}" if tests else ""
+        more += ', cache_modifier=".cs"' if op.passing else ""
         place = self.address(tensor, op.index, op.axes)
         if op.axes:
             self.line(f"{op.tensor}_place = {place}")
             place = f"{op.tensor}_place"
-        self.line(f"tl.store({place}, {value}{mask})")
+        self.line(f"tl.store({place}, {value}{more})")
 
     def own(self, rank: str) -> Iterator[Expr]:
         """The tests that a coordinate of a tile is one of the program's."""
@@ -1269,25 +1313,31 @@ def wrapped(head: str, words: Sequence[str], tail: str, width: int = 110) -> lis
     return [*lines, current.rstrip(), tail]
 
 
-def never_negative(expr: Expr) -> bool:
-    """Whether an integer expression is made of coordinates and sizes in a way that cannot fall below 0."""
+def never_negative(expr: Expr, known: Known) -> bool:
+    """Whether an integer expression cannot fall below 0; a divisor of it is not 0, whatever is known of it."""
     match expr:
-        case Rank() | Extent():
-            return True
-        case Const():
-            return expr.value >= 0
         case Cast():
-            return never_negative(expr.arg)
+            return never_negative(expr.arg, known)
+        case Apply(op="floordiv" | "mod"):
+            return all(never_negative(arg, known) for arg in expr.args)
+        case Apply(op="add" | "mul" | "min"):
+            return all(never_negative(arg, known) for arg in expr.args) or interval(expr, known)[0] >= 0
         case Apply(op="max"):
-            return any(map(never_negative, expr.args))
-        case Apply(op="add" | "mul" | "min" | "floordiv" | "mod"):
-            return all(map(never_negative, expr.args))
-        case Apply(op="sub"):
-            return isinstance(expr.args[0], Extent) and expr.args[1] == Const(
-                1
-            )  # nothing is launched for an extent of 0
+            return any(never_negative(arg, known) for arg in expr.args)
         case _:
-            return False
+            return interval(expr, known)[0] >= 0
+
+
+def changing(kernel: Kernel) -> frozenset[str]:
+    """The variables that are set more than once: what loops carry."""
+    found: set[str] = set()
+    for op in every_op(kernel.ops):
+        match op:
+            case Start():
+                found.add(op.name)
+            case Carry():
+                found |= {target for target, _ in op.pairs}
+    return frozenset(found)
 
 
 def short_sources(kernel: Kernel) -> frozenset[str]:

@@ -20,6 +20,7 @@ from typing import assert_never
 
 from cascade.bounds import always, conjuncts, loop_bounds, never_empty
 from cascade.backends.triton.index import Entry, widest
+from cascade.backends.triton.machine import WARP
 from cascade.backends.triton.partition import Group, Trips, reduced_ranks
 from cascade.backends.triton.plan import (
     BYTES, Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Options, Partial, Redo, Role, Scan, Seen,
@@ -40,13 +41,15 @@ from cascade.ir import (
 from cascade.ops import OPS, REDUCERS, Kind
 from cascade.passes.scalars import evaluate
 from cascade.text import render_stmt
-from cascade.walk import children, defines, reads, rewrite, substitute, targets, walk, with_children
+from cascade.walk import children, defines, expressions, reads, rewrite, substitute, targets, walk, with_children
 
 SAMPLES = (0.75, -1.25, 3.5)  # stand for any finite number where it is asked what an expression comes to
 LARGEST_TILE = 1 << 20  # elements
 SMALLEST_SIDE = 16  # of a matrix product
 EXACT = 1 << 53  # no integer beyond it is told from its neighbours as a float
+PASSING = 64 << 20  # bytes of a result from which on no cache holds it until it is read
 MOST_FACTORS = 4  # of a power that is written as a product
+LIGHT = 16  # elements of a tile that a thread has, up to which there is room for as many sums
 SHORT_CHAIN = 32  # additions one after the other whose roundings are not worth to be kept
 
 
@@ -319,9 +322,12 @@ class _Lowering:
 
         Nothing may need them before. Fewer roundings are as large as the whole sum, and no trip waits for a tree of
         additions. A third would take the registers that loads in flight need, and so would one where a stream is gone
-        through again, in tiles as large as a program can hold; products are accumulated as they are.
+        through again in tiles as large as a program can hold; products are accumulated as they are.
         """
-        if trips.count > 1 or not all(is_plain(stmt, self.setting.dtypes) for stmt in self.group.statements):
+        stream = self.group.arrangement.stream
+        assert stream is not None
+        full = self.axis(stream).tile > LIGHT * WARP * self.setting.options.num_warps
+        if (trips.count > 1 and full) or not all(is_plain(stmt, self.setting.dtypes) for stmt in self.group.statements):
             return set()
         needed = {name for stmt in statements for name in reads(stmt)}
         needed |= {node.tensor.rstrip("'") for stmt in statements for node in self.merge_reads(stmt)
@@ -1647,10 +1653,15 @@ class _Lowering:
     def eviction(self, read: Read) -> str:
         """Whether a tile is read again: by a later trip, by other programs, or by nobody."""
         there = {rank for index in read.index for rank in ranks_of(index)}
-        if not set(self.group.arrangement.shared) <= there or not self.spread(there):
+        if not set(self.group.arrangement.shared) <= there or not self.spread(there) or self.elsewhere(read):
             return ""
         again = self.trips is not None and self.streaming and self.trips.read_after(read.tensor, self.at)
         return "evict_last" if again else "evict_first"
+
+    def elsewhere(self, read: Read) -> bool:
+        """Whether the group has a tensor at other coordinates as well: what one takes, another finds in the cache."""
+        nodes = (node for stmt in self.group.statements for expr in expressions(stmt) for node in walk(expr))
+        return len({node for node in nodes if isinstance(node, Read) and node.tensor == read.tensor}) > 1
 
     def load_axes(self, read: Read, tensor: Tensor) -> tuple[str, ...]:
         """The dimensions of a loaded tile in the order of memory."""
@@ -1716,14 +1727,19 @@ class _Lowering:
         return tuple(found)
 
     def store(self, name: str, ranks: tuple[str, ...]) -> None:
-        """Writes a value of the cascade to memory."""
+        """Writes a value of the cascade to memory: by boxes where it comes of products, whose elements lie scattered.
+
+        What is only mapped or reduced lies in registers as it was loaded; a program would wait for its boxes to be
+        taken. A large result does not push out of the cache what is still to be read.
+        """
         value, result = self.values[name], self.setting.results[name]
         tensor = self.setting.tensors[name]
         axes = self.spread(ranks)
         there = self.setting.scattered.get(name)
         index = tuple(map(Rank, ranks)) if there is None else tuple(self.expression(part).expr for part in there)
         whole = there is None and not any(self.axis(rank).step for rank in axes)
-        box = self.box(tensor, index, axes) if whole else None
+        multiplies = any(isinstance(op, Dot) for block in (*self.outer, self.ops) for op in every_op(block))
+        box = self.box(tensor, index, axes) if whole and multiplies else None
         if box is not None:  # a box has its dimensions in the order of memory
             axes = tuple(rank for rank in ranks if rank in axes)
         beyond = tuple(self.tail(rank) for rank in axes if not self.axis(rank).exact)
@@ -1738,7 +1754,9 @@ class _Lowering:
             only = (Apply("ge", (self.values[self.setting.row].expr, Const(0))),)
         elif there is not None:  # a part of a tensor: elsewhere it stays as it is
             only, lowered = lowered, ()
-        self.ops.append(Store(name, index, axes, value.expr, lowered, result.fill.value, box, only))
+        size = BYTES[tensor.dtype] * math.prod(self.setting.actual.get(rank, 1) for rank in ranks)
+        passing = not multiplies and size >= PASSING
+        self.ops.append(Store(name, index, axes, value.expr, lowered, result.fill.value, box, only, passing))
 
 
 # --- small things ----------------------------------------------------------------------------------------------------

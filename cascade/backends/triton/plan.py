@@ -269,6 +269,7 @@ class Store:
     fill: float | int | bool
     box: tuple[int, ...] | None
     only: tuple[Expr, ...] = ()  # elsewhere nothing is written at all
+    passing: bool = False  # whether it leaves the cache first, for what is still read there
 
 
 Op: TypeAlias = Load | Let | Mask | Keep | Dot | Fold | Scan | Redo | Seen | TopKept | Carry | Start | Loop | Store

@@ -69,6 +69,7 @@ class Tiling:
     even: bool = False  # where data says how much a coordinate has: so many on average, each with as many tiles
     library: bool = False  # no kernel: a library multiplies (`library.py`)
     apart: tuple[str, ...] = ()  # no one kernel: a library makes these, others the rest (`apart.py`)
+    in_trips: bool = False  # a rank that a program could hold whole is gone through in trips
 
     @property
     def elsewhere(self) -> bool:
@@ -261,12 +262,35 @@ class Planner:
             return group
         if any(isinstance(stmt, TopK) for stmt in group.statements):
             return group
-        rest = tuple(other for other in whole if other != rank)
+        found = self.along(group, rank)
+        return found if Trips.of(found).count == 1 else group
+
+    def along(self, group: Group, rank: str) -> Group:
+        """A group with a rank streamed that it holds whole."""
+        rest = tuple(other for other in group.arrangement.whole if other != rank)
         arrangement = dataclasses.replace(group.arrangement, stream=rank, whole=rest)
-        found = dataclasses.replace(
+        return dataclasses.replace(
             group, arrangement=arrangement, fold=fold_along(group.statements, rank, self.cascade)
         )
-        return found if Trips.of(found).count == 1 else group
+
+    def in_trips(self, group: Group) -> Group | None:
+        """A group that holds rows whole, which it reads once, as one that reads them in trips; None of any other one.
+
+        Of a short tile more programs are resident, and what is read again is still in the cache.
+        """
+        whole = group.arrangement.whole
+        if group.arrangement.stream is not None or len(whole) != 1 or group.rows is not None or self.products(group):
+            return None
+        if stepped(group.statements) or any(isinstance(stmt, TopK) for stmt in group.statements):
+            return None
+        found = self.along(group, whole[0])
+        return found if Trips.of(found).count > 1 else None
+
+    def arranged(self, group: Group, tiling: Tiling) -> Group:
+        """A group as its ranks lie with these tiles."""
+        found = self.in_trips(group) if tiling.in_trips else group
+        assert found is not None, "tiles for trips are candidates of groups that can be gone through in trips"
+        return found
 
     def beside(self, group: Group, rank: str) -> bool:
         """Whether recurrences step along a rank with others side by side in memory: those make a tile together."""
@@ -400,7 +424,8 @@ class Planner:
 
     def kernel(self, name: str, group: Group, groups: Sequence[Group | Rest], tiling: Tiling) -> Kernel:
         """The kernel of a group with these tiles, the stream not shared."""
-        return self.lowered(name, group, groups, tiling)[0]
+        found = self.arranged(group, tiling)
+        return self.lowered(name, found, [found if one is group else one for one in groups], tiling)[0]
 
     def lowered(
         self,

@@ -86,6 +86,9 @@ ONCE_ROUNDED = Spelling("quotient({0}, {1})", helper="quotient")
 BY_COMMON = Spelling("divided({0}, {1})", helper="divided")
 """The same where many are divided by one number."""
 
+MANTISSA = {DType.BF16: 7, DType.F16: 10}
+"""The bits behind the first of a float that an integer of as few bits can be put into."""
+
 NATURAL = {"floordiv": Spelling("{0} // {1}", PRODUCT), "mod": Spelling("{0} % {1}", PRODUCT)}
 """The same of integers that are never negative."""
 
@@ -193,6 +196,16 @@ def float_divide(a, b):
 def float_modulo(a, b):
     rest = a % b
     return tl.where((rest != 0) & ((rest < 0) != (b < 0)), rest + b, rest)
+""",
+    "short_bf16": """@triton.jit
+def short_bf16(x, low: tl.constexpr):
+    # integers as the last bits of 128 to 255, which are taken off again: no conversion
+    return ((x - low).to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True) - (128.0 - low)
+""",
+    "short_f16": """@triton.jit
+def short_f16(x, low: tl.constexpr):
+    # integers as the last bits of 1024 to 2047, which are taken off again: no conversion
+    return ((x - low).to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 - low)
 """,
     "larger": """@triton.jit
 def larger(a, b):
@@ -348,5 +361,11 @@ PORTABLE = {
     def sigmoid_base_two(x):
         return 1.0 / (1.0 + tl.exp2(x))
 """,
+    "short_bf16": """if triton.knobs.runtime.interpret:  # whose floats of 16 bits have 32
+
+    @triton.jit
+    def short_bf16(x, low: tl.constexpr):
+        return x.to(tl.bfloat16)
+""",
 }
-"""What takes the place of a helper with assembly where a file runs in Triton's interpreter."""
+"""What takes the place of a helper where a file runs in Triton's interpreter."""

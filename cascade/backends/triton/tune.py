@@ -40,13 +40,14 @@ from cascade.passes.memo import load, store
 from cascade.text import render, render_stmt
 from cascade.walk import targets
 
-VERSION = "9"  # of entries on disk; another one whenever a choice may change
+VERSION = "10"  # of entries on disk; another one whenever a choice may change
 QUICK = 6  # candidates that are timed with little effort
 SHOWN = 4  # candidates besides the chosen one that a choice remembers
 SMALLEST = 16  # side of a matrix product
 EDGE_TILE = 32  # of a stream where tests stand and a thread has no registers left for those of more
 CROWDED = 160  # results of products that a thread holds: with more of them it has none left
 THREAD = (8, 64)  # elements of a row that one thread should have, at least and at most
+TRIPS = (4096, 2048)  # elements of a row that is gone through in trips though it would fit
 SINGLY = (1, 4)  # the same where each step is of one coordinate
 MANY = 1024  # programs: where there are more, tiles smaller than they must be are not worth a try
 UNTIMED = 0.1  # by what share of the time parts must be faster where only the model says so: it errs by as much
@@ -137,11 +138,13 @@ def candidates(planner: Planner, group: Group) -> tuple[Tiling, ...]:
     """Tilings that suit how the ranks of a group lie; the planner's own first choice is one of them."""
     base = planner.default_tiling(group)
     found: Iterable[Tiling] = (_with_products if planner.products(group) else _rows)(planner, group, base)
+    again = planner.in_trips(group)
+    found = [*found, *(() if again is None else _trips(planner, again))]
     shared: list[Tiling] = []
     uneven = planner.uneven(group)
     tabled = uneven is not None and planner.ranks[uneven.rank] <= TABLED
     for tiling in (*found, base):
-        for each in _parts(planner, group, tiling):
+        for each in (1,) if tiling.in_trips else _parts(planner, group, tiling):
             if tabled:
                 shared.append(dataclasses.replace(tiling, parts=max(each, 2), even=True))
             shared.append(dataclasses.replace(tiling, parts=each))
@@ -280,6 +283,15 @@ def _all_rows(planner: Planner, group: Group, base: Tiling) -> Iterator[Tiling]:
                     yield Tiling(tuple(tiles.items()), Options(warps, 2))
 
 
+def _trips(planner: Planner, group: Group) -> Iterator[Tiling]:
+    """Tiles for rows that are gone through again though they fit: two trips or more, one wide load of each thread."""
+    stream = group.arrangement.stream
+    assert stream is not None
+    for tile in TRIPS:
+        if tile < planner.ranks[stream]:
+            yield Tiling(((stream, tile),), Options(tile // (WARP * THREAD[0]), 2), in_trips=True)
+
+
 def _stream_tiles(extent: int, beside: bool, again: bool, steps: bool) -> list[int]:
     """Tiles of a stream without products: short beside a tile of rows, else a good part of a row.
 
@@ -345,8 +357,9 @@ def ranked(
     plans: dict[object, Kernel | None] = {}
     found: list[tuple[Tiling, Estimate]] = []
     for tiling in considered:
-        axes = _axes(planner, group, tiling)
-        key = _form(planner, group, axes, tiling)
+        arranged = planner.arranged(group, tiling)
+        axes = _axes(planner, arranged, tiling)
+        key = tiling.in_trips, _form(planner, arranged, axes, tiling)
         if key not in plans:
             try:
                 plans[key] = planner.kernel(name, group, groups, dataclasses.replace(tiling, parts=1, even=False))
@@ -496,6 +509,7 @@ def shortlist(
     considered = tuple(tiling for tiling in candidates(planner, group) if tiling not in refused)
     by_model = ranked(planner, name, group, groups, machine, considered)
     order = [Candidate(tiling, found) for tiling, found in by_model]
+    order.sort(key=lambda one: one.tiling.in_trips)  # the model does not tell what is read again: a stopwatch does
     if not order:
         return _last_resort(planner, name, group, groups, machine)
     own_us = order[0].estimate.time_us
@@ -511,7 +525,9 @@ def shortlist(
     kept = None if path is None or not path.exists() else _kept(path, order)
     if kept is not None:
         return kept
-    few = order if effort == "full" else [*order[:QUICK], *(one for one in order[QUICK:] if one.tiling.elsewhere)]
+    others_too = [one for one in order[QUICK:] if one.tiling.elsewhere]
+    trips = [one for one in order[QUICK:] if one.tiling.in_trips]
+    few = order if effort == "full" else [*order[:QUICK], *others_too, *trips]
     return Shortlist(tuple(order), tuple(few), path)
 
 

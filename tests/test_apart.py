@@ -13,11 +13,10 @@ from cascade.backends.triton import forecast, planner
 from cascade.backends.triton.apart import NEAR, elsewhere, parts, planner_of_parts
 from cascade.backends.triton.explain import describe
 from cascade.backends.triton.launch import Bench, Groups, Launcher, LibraryStep
-from cascade.backends.triton.library import CLEARLY
 from cascade.backends.triton.machine import MACHINES
 from cascade.backends.triton.partition import Group
 from cascade.backends.triton.planner import Planner, Tiling
-from cascade.backends.triton.tune import UNTIMED, Choice, choose
+from cascade.backends.triton.tune import NARROWLY, UNTIMED, Choice, choose
 from cascade.errors import UnsupportedError
 from cascade.frontend.build import parse_cascade
 from cascade.ir import DType
@@ -122,10 +121,10 @@ def chosen(effort: str, ratio: float = 1.0, by_model: float = 1.0, cache: Path |
 def test_they_are_taken_where_that_is_clearly_faster(tmp_path: Path) -> None:
     assert not chosen("none", by_model=1 - UNTIMED / 2).tiling.apart
     assert chosen("none", by_model=1 - 2 * UNTIMED).tiling.apart
-    taken = chosen("quick", 1 - 2 * CLEARLY, by_model=1.05, cache=tmp_path)
+    taken = chosen("quick", 1 - 2 * NARROWLY, by_model=1.05, cache=tmp_path)
     kept = chosen("quick", 9.0, by_model=1.05, cache=tmp_path)
     assert taken.tiling.apart and kept.tiling == taken.tiling and "earlier run" in kept.how
-    assert not chosen("quick", 1 - CLEARLY / 2, by_model=0.5).tiling.apart
+    assert not chosen("quick", 1 - NARROWLY / 2, by_model=0.5).tiling.apart
 
 
 class InParts(Launcher):

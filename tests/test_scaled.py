@@ -18,6 +18,7 @@ from cascade.text import render_stmt
 from cascade.verify import verify
 from tests.tolerance import judge_all, standard
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NORMS = """cascade both(Q[M,H,E], g[E], K[N,H,E], k[E], V[N,H,E]) -> O[H,M,E] {
     A[m,h,e] = rmsnorm[e](Q[m,h,e], g[e]); C[n,h,e] = rmsnorm[e](K[n,h,e], k[e])
     S[h,m,n] = A[m,h,e] * C[n,h,e] / sqrt(E) where n <= m
@@ -115,6 +116,7 @@ def test_kernels_of_what_it_makes(text: str, dtype: torch.dtype) -> None:
     kind = DType.F32 if dtype is torch.float32 else DType.BF16
     found = with_scaled_operands(final(text), LARGE, types(final(text), kind), LARGE)
     tensors = given(text, dtype)
-    results = cascade.compile(found, backend="triton")(**tensors)
-    verdict = judge_all(results, standard(parse_cascade(text), tensors, {}))
+    on_device = {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
+    results = cascade.compile(found, backend="triton")(**on_device)
+    verdict = judge_all(results.cpu(), standard(parse_cascade(text), tensors, {}))
     assert verdict.ok, verdict

@@ -51,3 +51,16 @@ def test_a_tensor_that_is_read_elsewhere_as_well_stays_in_the_cache() -> None:
     for text, policy in ((MAP, {"evict_first"}), (TURNED, {""})):
         kernel = kernel_of(text, M=256, N=128)
         assert {op.evict for op in every_op(kernel.ops) if isinstance(op, Load)} == policy
+
+
+def test_programs_that_run_together_are_neighbours_in_memory() -> None:
+    text = "cascade c(X[T,H,E], C[T,E]) -> Y[T,H,E] { Y[t,h,e] = X[t,h,e] * C[t,e] }"
+    kernel = kernel_of(text, T=8192, H=32, E=128)
+    assert [axis.rank for axis in kernel.axes] == ["t", "h", "e"]
+    assert [axis.rank for axis in kernel.grid] == ["e", "h", "t"]
+    assert emitted(kernel).index("e_tile = pid %") < emitted(kernel).index("h_tile = pid %")
+
+
+def test_programs_of_products_keep_their_order() -> None:
+    kernel = kernel_of(PRODUCT, M=4096, N=4096, K=128)
+    assert [axis.rank for axis in kernel.grid] == [axis.rank for axis in kernel.axes if axis.rank != "k"]

@@ -702,6 +702,7 @@ def descriptor(tensor: Tensor, box: Sequence[int]) -> TensorDescriptor:
 # --- timing ----------------------------------------------------------------------------------------------------------
 
 LAUNCHES = 10  # that are timed of each candidate
+AHEAD = 4  # times the cache is swept for each launch to be timed: a slow host has enqueued it by then
 LONGEST = 100.0  # milliseconds of one launch, from which on fewer are timed
 LOOSE = 0.02  # difference from the first candidate's results, against their size: tiles round differently
 
@@ -811,7 +812,8 @@ class Bench:
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size
         other = torch.empty(2 * cache, dtype=torch.uint8, device=self.device)
         for number in range(2 + LAUNCHES):
-            other.zero_()
+            for _ in range(AHEAD * len(steps)):
+                other.zero_()
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
             for step in steps:

@@ -1755,7 +1755,7 @@ class _Lowering:
         elif there is not None:  # a part of a tensor: elsewhere it stays as it is
             only, lowered = lowered, ()
         size = BYTES[tensor.dtype] * math.prod(self.setting.actual.get(rank, 1) for rank in ranks)
-        passing = not multiplies and size >= PASSING
+        passing = not multiplies and not self.setting.within and size >= PASSING
         self.ops.append(Store(name, index, axes, value.expr, lowered, result.fill.value, box, only, passing))
 
 

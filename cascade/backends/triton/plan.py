@@ -322,7 +322,7 @@ class Kernel:
 
     name: str
     statements: tuple[str, ...]  # as text, in the order of the cascade
-    axes: tuple[Axis, ...]  # grid order: the first axis varies fastest
+    axes: tuple[Axis, ...]  # in the order of a tile's dimensions; `grid` has the order of programs
     tensors: tuple[Tensor, ...]
     ops: tuple[Op, ...]
     variables: tuple[tuple[str, tuple[str, ...], DType], ...]  # every local: its axes and type
@@ -345,9 +345,16 @@ class Kernel:
 
     @property
     def grid(self) -> tuple[Axis, ...]:
-        """The axes that programs are spread over."""
+        """The axes that programs are spread over, the first varying fastest.
+
+        Without products these are the last of the tile: programs that run together are neighbours in memory.
+        """
         spread = (axis for axis in self.axes if not axis.told)
-        return tuple(axis for axis in spread if axis.role in (Role.POINT, Role.TILE) or axis.parts > 1)
+        found = tuple(axis for axis in spread if axis.role in (Role.POINT, Role.TILE) or axis.parts > 1)
+        if any(isinstance(op, Dot) for op in every_op(self.ops)):
+            return found
+        tiles = [axis for axis in found if axis.role is Role.TILE]
+        return (*reversed(tiles), *(axis for axis in found if axis.role is not Role.TILE))
 
 
 def every_op(ops: Sequence[Op]) -> Iterator[Op]:

@@ -51,6 +51,7 @@ TRIPS = (4096, 2048)  # elements of a row that is gone through in trips though i
 SINGLY = (1, 4)  # the same where each step is of one coordinate
 MANY = 1024  # programs: where there are more, tiles smaller than they must be are not worth a try
 UNTIMED = 0.1  # by what share of the time parts must be faster where only the model says so: it errs by as much
+NARROWLY = 0.01  # by what share of the time parts must be faster where they are timed: they take memory between them
 ALIKE = 0.01  # a difference below which the model does not tell plans apart: then the earlier candidate is taken
 FETCH_US = 0.45  # from a request to the first byte of an operand that is in L2
 
@@ -538,7 +539,8 @@ def timed(found: Shortlist, timer: Timer) -> Choice:
     if not running:
         rest = [one for one in found.order if one.tiling not in {tried.tiling for tried in found.few}]
         return _chosen(rest or found.order, 0, "the model's first: none of those timed ran")
-    running.sort(key=lambda one: (one.milliseconds or 0.0) / (1 - CLEARLY if one.tiling.elsewhere else 1.0))
+    margin = {one.tiling: CLEARLY if one.tiling.library else NARROWLY if one.tiling.apart else 0.0 for one in running}
+    running.sort(key=lambda one: (one.milliseconds or 0.0) / (1 - margin[one.tiling]))
     if found.path is not None:
         store(found.path, _entry(running[0]))
     return _chosen(running, 0, f"the fastest of {len(running)} timed: {running[0].milliseconds:.4g} ms")

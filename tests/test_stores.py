@@ -64,3 +64,11 @@ def test_programs_that_run_together_are_neighbours_in_memory() -> None:
 def test_programs_of_products_keep_their_order() -> None:
     kernel = kernel_of(PRODUCT, M=4096, N=4096, K=128)
     assert [axis.rank for axis in kernel.grid] == [axis.rank for axis in kernel.axes if axis.rank != "k"]
+
+
+def test_what_goes_round_in_a_size_is_loaded_wide() -> None:
+    kernel = kernel_of(TURNED, M=256, N=128)
+    text = emitted(kernel)
+    assert "% N" in text and '"N"' not in text.partition("do_not_specialize=[")[2].partition("]")[0]
+    known = "c(X[M,N]) -> Y[M,N] { Y[m,n] = X[m,n] + X[m,n] }"
+    assert '"N"' in emitted(kernel_of(f"cascade {known}", M=256, N=128))

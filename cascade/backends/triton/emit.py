@@ -196,10 +196,12 @@ class _Emitter:
         """The first lines of the kernel function."""
         found = sorted(self.arguments.values(), key=_argument_order)
         words = [f"{a.name}: tl.constexpr" if a.kind == "constant" else a.name for a in found]
-        # Sizes change from call to call: that they are divisible serves only where lanes are tested against them.
+        # Sizes change from call to call: that they are divisible serves only where lanes are tested against them, or
+        # where coordinates go round in them: what is neighbours stays neighbours then.
         ragged = {axis.extent for axis in self.kernel.axes if axis.role is not Role.POINT and not axis.exact}
         tested = set() if any(isinstance(op, Dot) for op in every_op(self.kernel.ops)) else ragged
-        sizes = [a.name for a in found if a.kind == "size" and a.symbol not in tested]
+        special = tested | gone_round(self.kernel)
+        sizes = [a.name for a in found if a.kind == "size" and a.symbol not in special]
         jit = "@triton.jit"
         if sizes:
             jit = f"@triton.jit(do_not_specialize={sizes!r})".replace("'", '"')
@@ -1326,6 +1328,13 @@ def never_negative(expr: Expr, known: Known) -> bool:
             return any(never_negative(arg, known) for arg in expr.args)
         case _:
             return interval(expr, known)[0] >= 0
+
+
+def gone_round(kernel: Kernel) -> frozenset[str]:
+    """The sizes that coordinates in memory are remainders by."""
+    places = (part for op in every_op(kernel.ops) if isinstance(op, (Load, Store)) for part in op.index)
+    rests = (node for part in places for node in walk(part) if isinstance(node, Apply) and node.op == "mod")
+    return frozenset(node.name for rest in rests for node in walk(rest) if isinstance(node, Extent))
 
 
 def changing(kernel: Kernel) -> frozenset[str]:

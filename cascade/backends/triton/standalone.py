@@ -378,9 +378,12 @@ class _Writer:
         for tensor in launch.kernel.tensors:
             strides[tensor.name] = contiguous([_number(s, extents) for s in tensor.shape], tensor.dtype).strides
         asked = request(launch.kernel, launch.source, strides)
-        if "do_not_specialize" not in launch.source.text:  # sizes that are multiples of 16 are compiled as such
-            sizes = [a for a in launch.source.arguments if a.kind == "size" and extents[a.symbol] % 16 == 0]
-            asked = dataclasses.replace(asked, aligned=(*asked.aligned, *(size.name for size in sizes)))
+        general = re.findall(
+            r"do_not_specialize=\[(.*?)\]", launch.source.text
+        )  # of others Triton sees multiples of 16
+        sizes = (a for a in launch.source.arguments if a.kind == "size" and f'"{a.name}"' not in "".join(general))
+        aligned = (size.name for size in sizes if extents[size.symbol] % 16 == 0)  # Triton compiles these as such
+        asked = dataclasses.replace(asked, aligned=(*asked.aligned, *aligned))
         return Emitted(f"{one.name}.py", launch.kernel, count, asked, extents)
 
     def inputs(self, one: Unit) -> list[str]:

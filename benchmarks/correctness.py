@@ -1,10 +1,11 @@
 """The correctness campaign: every program of `tests/kernel_programs.py` against the reference, by the tolerance rule.
 
-    python -m benchmarks.correctness [--seconds N] [--only NAME] [--kind KIND] [--huge] [--interp] [--jobs N]
+    python -m benchmarks.correctness [--seconds N] [--only NAME] [--kind KIND] [--blocks] [--huge] [--interp] [--jobs N]
 
 On a GPU: types, recipes, all lengths to 300, primes, 8k and 128k, head sizes, strided, expanded and unaligned inputs,
 every rank in turn empty, 70,000 independent outputs, 100 repeats with the same bits; `--huge` adds a tensor of more
-than 2^31 elements. Without one, small sizes through Triton's interpreter; `--interp` lets the interpreter stand in for
+than 2^31 elements. `--blocks` takes the programs of `tests/block_programs.py` instead: layers at the widths that they
+have. Without a GPU, small sizes through Triton's interpreter; `--interp` lets the interpreter stand in for
 the kernels, which tries the campaign itself. Programs take turns, each first with the cases that say most, so a short
 campaign has seen all of them; `--jobs` shares the programs among processes, as most of the time is spent on compiling.
 A case that raises is a failure with its first line; where the device is lost, the
@@ -35,12 +36,14 @@ from torch import Tensor
 
 import cascade
 from cascade.ir import Cascade
+from tests.block_programs import BLOCKS
 from tests.kernel_programs import PROGRAMS, Program, Sizes, Tensors
 from tests.tolerance import Draw, Verdict, confirmed, filled_with_nan, judge_all, same_bits, standard
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 RESULTS = Path(__file__).parent / "results"
+EVERY = PROGRAMS | BLOCKS
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
 PRIMES = (1, 2, 3, 5, 7, 13, 17, 31, 61, 127, 131, 257, 509, 1021)
 EDGES = (15, 16, 33, 63, 64, 65, 128, 129, 255, 256)  # around the extents that tiles have
@@ -225,8 +228,8 @@ def _many_and_long(program: Program, small: Draw) -> Iterator[Case]:
 @functools.cache
 def compiled(name: str, interp: bool) -> tuple[Callable[..., Any], Cascade]:
     """The kernels of a program, or the interpreter, and its cascade as written."""
-    call = cascade.compile(PROGRAMS[name].text, backend="interp" if interp else "triton")
-    return call, cascade.compile(PROGRAMS[name].text).cascade
+    text = EVERY[name].text
+    return cascade.compile(text, backend="interp" if interp else "triton"), cascade.compile(text).cascade
 
 
 def outcome(case: Case, interp: bool) -> Verdict:
@@ -321,10 +324,11 @@ def device_answers() -> bool:
 
 def campaign(options: argparse.Namespace, progress: Progress) -> None:
     """Programs take turns with their cases until all are done or time is up."""
-    names = [name for name in PROGRAMS if options.only in (None, name)][options.share :: options.jobs]
+    programs = EVERY if options.only else BLOCKS if options.blocks else PROGRAMS
+    names = [name for name in programs if options.only in (None, name)][options.share :: options.jobs]
     lists = {}
     for name in names:
-        wanted = (case for case in cases(PROGRAMS[name], options.huge) if options.kind in (None, case.kind))
+        wanted = (case for case in cases(EVERY[name], options.huge) if options.kind in (None, case.kind))
         lists[name] = itertools.islice(wanted, progress.tried.setdefault(name, 0), None)
         progress.tallies.setdefault(name, Tally())
     while lists:
@@ -389,7 +393,8 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m benchmarks.correctness", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--seconds", type=float, default=480, help="when to stop (480)")
-    parser.add_argument("--only", choices=list(PROGRAMS), metavar="NAME", help="one program")
+    parser.add_argument("--only", choices=list(EVERY), metavar="NAME", help="one program")
+    parser.add_argument("--blocks", action="store_true", help="layers, in the place of the programs of kernels")
     parser.add_argument("--kind", help="one kind of case: recipe, empty rank, layout, large, length, long, ...")
     parser.add_argument("--huge", action="store_true", help="a tensor of more than 2^31 elements as well")
     parser.add_argument("--interp", action="store_true", help="the interpreter in the place of the kernels")
@@ -415,7 +420,8 @@ def main(argv: list[str] | None = None) -> int:
         print(text, end="")
     if CUDA and not options.only and not options.kind and not options.keep:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"correctness-{device.replace(' ', '-').lower()}.txt").write_text(text, encoding="utf-8")
+        name = "-".join(["correctness", *(["blocks"] if options.blocks else []), *device.lower().split()])
+        (RESULTS / f"{name}.txt").write_text(text, encoding="utf-8")
     return int(any(tally.failures for tally in progress.tallies.values()))
 
 

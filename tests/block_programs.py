@@ -163,6 +163,12 @@ BLOCKS: dict[str, Program] = {
             {"X": X, "W": Input("F D", make=bytes_of("F D")), "s": Input("F", make=scales_of("F"))},
         ),
         linear(
+            "bytes_as_floats",
+            "cascade c(X[T,D], W: i8[F,D], s[F]) -> Y[T,F] {\n"
+            " Q[f,d] = cast(W[f,d], f16)\n Y[t,f] = X[t,d] * Q[f,d] * s[f]\n}",
+            {"X": X, "W": Input("F D", make=bytes_of("F D")), "s": Input("F", make=scales_of("F"))},
+        ),
+        linear(
             "four_bits",
             "cascade c(X[T,D], W: i8[F,E], s[F,G]) -> Y[T,F] {\n"
             " Q[f,d] = select(d % 2 == 0, W[f,d // 2] % 16, W[f,d // 2] // 16 % 16) - 8\n"

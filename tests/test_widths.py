@@ -91,12 +91,16 @@ class Bits:
 def test_integers_of_few_values_are_floats_without_conversion(kind: DType, dtype: torch.dtype) -> None:
     """The text of the helper, run by torch on every stretch of integers that it is written for."""
     name, count = f"short_{kind.value}", 1 << MANTISSA[kind]
-    types = SimpleNamespace(int16=torch.int16, bfloat16=torch.bfloat16, float16=torch.float16, constexpr=int)
+    types = SimpleNamespace(
+        int16=torch.int16, int32=torch.int32, bfloat16=torch.bfloat16, float16=torch.float16, constexpr=int
+    )
     scope: dict[str, Any] = {"triton": SimpleNamespace(jit=lambda it: it), "tl": types}
     exec(HELPERS[name], scope)
     for low in {-count, 1 - count, -count // 2, -8, -1, 0, 1}:
-        integers = torch.arange(low, low + count, dtype=torch.int32)
-        assert torch.equal(scope[name](Bits(integers), low).tensor, integers.to(dtype))
+        for kind_of in (torch.int64, torch.int32, torch.int8):
+            integers = torch.arange(low, low + count, dtype=torch.int32)
+            integers = integers[integers == integers.to(kind_of)].to(kind_of)
+            assert torch.equal(scope[name](Bits(integers), low).tensor, integers.to(dtype))
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,10 @@ class _Emitter:
     wide: bool = False  # what is written goes to a variable in f64, or is rounded as a whole
     grouped_by: tuple[str, int] | None = None  # the rank that the load at hand has divided by a number, and the number
     reached: dict[str, Interval] = field(default_factory=dict)  # by integer variables that are set once
+    carried: frozenset[str] = field(init=False)  # the variables that loops set anew
+
+    def __post_init__(self) -> None:
+        self.carried = carried_in(self.kernel)
 
     # --- the whole ---------------------------------------------------------------------------------------------------
 
@@ -553,7 +557,7 @@ class _Emitter:
     def learn(self, op: Op) -> None:
         """Remembers what an integer variable can be that is set once: division of what is never negative is short."""
         known = self.variable(op.name) if isinstance(op, (Let, Fold)) else None
-        if not isinstance(op, (Let, Fold)) or known is None or known[1] in FLOATS or op.name in changing(self.kernel):
+        if not isinstance(op, (Let, Fold)) or known is None or known[1] in FLOATS or op.name in self.carried:
             return
         low, high = interval(op.expr, self.values_of)
         if isinstance(op, Let):
@@ -1337,8 +1341,8 @@ def gone_round(kernel: Kernel) -> frozenset[str]:
     return frozenset(node.name for rest in rests for node in walk(rest) if isinstance(node, Extent))
 
 
-def changing(kernel: Kernel) -> frozenset[str]:
-    """The variables that are set more than once: what loops carry."""
+def carried_in(kernel: Kernel) -> frozenset[str]:
+    """The variables that loops carry, which are set in every round."""
     found: set[str] = set()
     for op in every_op(kernel.ops):
         match op:

@@ -200,12 +200,12 @@ def float_modulo(a, b):
     "short_bf16": """@triton.jit
 def short_bf16(x, low: tl.constexpr):
     # integers as the last bits of 128 to 255, which are taken off again: no conversion
-    return ((x - low).to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True) - (128.0 - low)
+    return ((x.to(tl.int32) - low).to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True) - (128.0 - low)
 """,
     "short_f16": """@triton.jit
 def short_f16(x, low: tl.constexpr):
     # integers as the last bits of 1024 to 2047, which are taken off again: no conversion
-    return ((x - low).to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 - low)
+    return ((x.to(tl.int32) - low).to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 - low)
 """,
     "larger": """@triton.jit
 def larger(a, b):

@@ -378,10 +378,8 @@ class _Writer:
         for tensor in launch.kernel.tensors:
             strides[tensor.name] = contiguous([_number(s, extents) for s in tensor.shape], tensor.dtype).strides
         asked = request(launch.kernel, launch.source, strides)
-        general = re.findall(
-            r"do_not_specialize=\[(.*?)\]", launch.source.text
-        )  # of others Triton sees multiples of 16
-        sizes = (a for a in launch.source.arguments if a.kind == "size" and f'"{a.name}"' not in "".join(general))
+        general = "".join(re.findall(r"do_not_specialize=\[(.*?)\]", launch.source.text))
+        sizes = (a for a in launch.source.arguments if a.kind == "size" and f'"{a.name}"' not in general)
         aligned = (size.name for size in sizes if extents[size.symbol] % 16 == 0)  # Triton compiles these as such
         asked = dataclasses.replace(asked, aligned=(*asked.aligned, *aligned))
         return Emitted(f"{one.name}.py", launch.kernel, count, asked, extents)

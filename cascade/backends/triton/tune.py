@@ -352,7 +352,8 @@ def ranked(
 
     Plans that differ in nothing but numbers are made once: lowering takes far longer than counting. Of a shared stream
     the programs are counted, not what merges their states: that is one short launch more. Where data says how long
-    rows are, even parts take another one, and as long as rows do on average; others wait for the longest row.
+    rows are, even parts take another one, and as long as rows do on average; others wait for the longest row. What goes
+    through rows again comes last: how much of them is still in the cache only a stopwatch tells.
     """
     uneven = planner.uneven(group) is not None
     plans: dict[object, Kernel | None] = {}
@@ -382,7 +383,7 @@ def ranked(
             predicted = dataclasses.replace(predicted, time_us=predicted.time_us + launches)
         if predicted.blocks_per_sm:
             found.append((tiling, predicted))
-    return sorted(found, key=lambda pair: round(math.log(pair[1].time_us) / ALIKE))
+    return sorted(found, key=lambda pair: (pair[0].in_trips, round(math.log(pair[1].time_us) / ALIKE)))
 
 
 def _axes(planner: Planner, group: Group, tiling: Tiling) -> dict[str, Axis]:
@@ -510,7 +511,6 @@ def shortlist(
     considered = tuple(tiling for tiling in candidates(planner, group) if tiling not in refused)
     by_model = ranked(planner, name, group, groups, machine, considered)
     order = [Candidate(tiling, found) for tiling, found in by_model]
-    order.sort(key=lambda one: one.tiling.in_trips)  # the model does not tell what is read again: a stopwatch does
     if not order:
         return _last_resort(planner, name, group, groups, machine)
     own_us = order[0].estimate.time_us
@@ -580,7 +580,7 @@ def _compiled(
             continue
         known = predict(machine, kernel, sizes, answer.registers, answer.shared_bytes)
         found.append(dataclasses.replace(one, estimate=known))
-    return sorted(found, key=lambda one: one.estimate.time_us)
+    return sorted(found, key=lambda one: (one.tiling.in_trips, one.estimate.time_us))
 
 
 # --- on disk ---------------------------------------------------------------------------------------------------------

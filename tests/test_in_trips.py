@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from benchmarks import programs
-from cascade import interp
 from cascade.backends.triton.launch import Bench, Groups
 from cascade.backends.triton.machine import MACHINES
 from cascade.backends.triton.partition import Group
 from cascade.backends.triton.plan import Fold, Loop, Options, every_op
 from cascade.backends.triton.planner import Planner, Tiling
 from cascade.backends.triton.tune import TRIPS, Shortlist, candidates, choose, shortlist
+from cascade.frontend.build import parse_cascade
 from cascade.inference import infer_shapes
-from cascade.values import Precision
+from tests.kernel_programs import PROGRAMS
 from tests.planned import Chosen, call_of, final, only_group, planner_for
+from tests.tolerance import Draw, confirmed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 H200 = MACHINES["h200"]
@@ -54,20 +57,21 @@ def planner_of(text: str) -> tuple[Planner, Group]:
     return found, only_group(found)
 
 
-@pytest.mark.parametrize("length", [65, 300, 512])
-@pytest.mark.parametrize("name", AGAIN)
-def test_results_are_those_of_rows_that_are_read_once(name: str, length: int) -> None:
-    cascade = final(AGAIN[name])
-    generator = torch.Generator().manual_seed(3)
-    sizes = {"M": 5, "N": length}
-    inputs = {
-        param.name: torch.randn([sizes[str(size)] for size in param.shape], generator=generator) + 1
-        for param in cascade.params
-    }
-    wanted = interp.run(cascade, inputs, precision=Precision.REFERENCE)
-    found = call_of(InTrips(cascade, tile=64))(**{key: tensor.to(DEVICE) for key, tensor in inputs.items()})
-    for tensor, exact in zip(found, wanted.values(), strict=True):
-        torch.testing.assert_close(tensor.cpu().double(), exact, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["rmsnorm", "residual_norm", "layernorm", "softmax"])
+def test_results_are_as_right_as_those_of_rows_that_are_read_once(name: str, dtype: torch.dtype) -> None:
+    """By the tolerance rule, on all kinds of data; lengths that tiles divide, and that they do not."""
+    program = PROGRAMS[name]
+    call = call_of(InTrips(final(program.text), tile=64))
+
+    def results(**given: torch.Tensor | int) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        found = call(**given)
+        return found[0] if len(found) == 1 else found
+
+    for recipe, length in zip(program.recipes(), itertools.cycle((65, 300, 512))):
+        draw = Draw(program, {**program.small, "M": 5, "N": length}, recipe, dtype, DEVICE)
+        verdict = confirmed(results, parse_cascade(program.text), draw)
+        assert verdict.ok, f"{recipe}, {length}: {verdict}"
 
 
 @pytest.mark.parametrize("name", AGAIN)

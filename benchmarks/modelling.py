@@ -71,7 +71,7 @@ class Tried:
         """The tiles, warps, stages and parts, `m128 n64 w4 s2`."""
         options, parts = self.tiling.options, self.tiling.parts
         tiles = " ".join(f"{rank}{tile}" for rank, tile in self.tiling.tiles)
-        return f"{tiles} w{options.num_warps} s{options.num_stages}" + (f" p{parts}" if parts > 1 else "")
+        return f"{tiles} w{options.num_warps} s{options.num_stages}" + (f" p{parts}" if self.tiling.shared else "")
 
 
 @dataclass(eq=False)

@@ -189,11 +189,20 @@ def test_stretches_in_even_parts() -> None:
         q, k, v = (torch.randn(5, 1, n, 8, generator=generator) for n in (3, 90, 90))
         return {"Q": q, "K": k, "V": v, "start": starts.int(), "stop": stops.int()}
 
-    for parts in (2, 7):
+    for parts in (1, 2, 7):
         evenly(STRETCH, draw, parts)
 
 
-@pytest.mark.parametrize("parts", [2, 6])
+def test_rows_of_one_length_are_a_part_each_and_two_rows_have_room_for_their_tables() -> None:
+    program = PROGRAMS["ragged"]
+    for rows in (2, 5):
+        draw = Draw(program, {**sizes_of(program), "B": rows})
+        for lengths in ([LONG["N"]] * rows, [LONG["N"] - 7] + [16] * (rows - 1), [0] * rows):
+            length = {"len": torch.tensor(lengths, dtype=torch.int32)}
+            evenly(program.text, lambda seed, draw=draw, length=length: draw.inputs(seed) | length, 1)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 6])
 def test_what_merges_even_parts_has_tiles_for_those_of_a_row(parts: int) -> None:
     """All rows have several times as many: a tile of those would read as much of other rows."""
     program = PROGRAMS["ragged"]
@@ -229,8 +238,8 @@ def test_the_tables_share_all_tiles_alike() -> None:
     shapes, types = {"start": ("B",), "stop": ("B",)}, {"start": DType.I32, "stop": DType.I32}
     shares = shares_of(uneven, "part", ())
     generator = torch.Generator().manual_seed(0)
-    for rows, each, tile in ((1, 2, 16), (2, 3, 4), (5, 2, 16), (7, 5, 8), (40, 2, 1)):
-        count = (each + 1) * rows
+    for rows, each, tile in ((1, 2, 16), (2, 3, 4), (5, 2, 16), (7, 5, 8), (40, 2, 1), (2, 1, 8), (30, 1, 4)):
+        count = max((each + 1) * rows, rows + 2)
         index = tables_of(shares, each, tile, {"b": "B", "part": "PARTS"}, count, shapes, types)
         verify(index.cascade)
         start, length = (torch.randint(0, most, (rows,), generator=generator) for most in (50, 200))

@@ -149,7 +149,7 @@ def tiles_text(tiling: Tiling) -> str:
         return f"{' and '.join(tiling.apart)} by the library, others after"
     tiles = " x ".join(f"{tile} {rank}" for rank, tile in tiling.tiles) or "one coordinate"
     even = " on average, all as long" if tiling.even else ""
-    parts = f", in {tiling.parts} parts{even}" if tiling.parts > 1 else ""
+    parts = f", in {plural(tiling.parts, 'part')}{even}" if tiling.shared else ""
     options = tiling.options
     order = f", {options.grouped} tiles beside each other" if options.grouped else ""
     order += f", {plural(options.resident, 'program')} of each SM for all" if options.resident else ""

@@ -108,7 +108,7 @@ def _launches(planner: Planner, label: str, machine: Machine) -> Iterator[Launch
             continue
         own, group, found = step
         yield Launch(found.kernel, found.sizes, found.choice)
-        if found.tiling.parts > 1:
+        if found.tiling.shared:
             _, merger, _ = own.split(found.name, group, own.groups(), found.tiling)
             yield from _launches(merger, f"{found.name}_merge", machine)
 

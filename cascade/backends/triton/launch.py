@@ -321,7 +321,7 @@ class Launcher:
             yield from self.in_parts(planner, label, group, groups, tiling, by_model)
             return
         shared = None
-        if tiling.parts > 1:
+        if tiling.shared:
             with contextlib.suppress(UnsupportedError):  # then one program has the whole stream
                 shared = planner.split(label, group, groups, tiling)
         if shared is not None:

@@ -72,6 +72,11 @@ class Tiling:
     in_trips: bool = False  # a rank that a program could hold whole is gone through in trips
 
     @property
+    def shared(self) -> bool:
+        """Whether programs share a stream: also where one has all of a row of average length."""
+        return self.parts > 1 or self.even
+
+    @property
     def elsewhere(self) -> bool:
         """Whether a group has no kernel with these tiles."""
         return self.library or bool(self.apart)
@@ -688,7 +693,8 @@ class Planner:
         stream = group.arrangement.stream
         assert stream is not None
         uneven = self.uneven(group) if tiling.even else None
-        count = tiling.parts if uneven is None else (tiling.parts + 1) * self.actual[uneven.rank]
+        rows = 0 if uneven is None else self.actual[uneven.rank]
+        count = tiling.parts if uneven is None else max((tiling.parts + 1) * rows, rows + 2)
         part, parts = fresh(f"{stream}_part", set(self.sizes)), fresh(f"{stream.upper()}_PARTS", set(self.extents))
         inner = copy.copy(self)
         inner.sizes, inner.ranks = {**self.sizes, part: parts}, {**self.ranks, part: count}
@@ -698,7 +704,7 @@ class Planner:
         try:
             kernel, fixed = inner.lowered(name, group, groups, tiling, part, shares)
         except UnsupportedError:
-            if shares is None:
+            if shares is None or tiling.parts == 1:
                 raise
             return self.split(name, group, groups, dataclasses.replace(tiling, even=False))
         stored = [

@@ -37,7 +37,7 @@ class Shares:
     """The tables of parts, by their number: whose part it is, its stretch.
 
     And which parts a coordinate c has: how many come before those of c stands at c + 1, so that up to c + 2 is read;
-    there are three parts a coordinate at least.
+    there are two parts more than coordinates at least.
     """
 
     uneven: Uneven

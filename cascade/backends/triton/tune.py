@@ -146,8 +146,8 @@ def candidates(planner: Planner, group: Group) -> tuple[Tiling, ...]:
     tabled = uneven is not None and planner.ranks[uneven.rank] <= TABLED
     for tiling in (*found, base):
         for each in (1,) if tiling.in_trips else _parts(planner, group, tiling):
-            if tabled:
-                shared.append(dataclasses.replace(tiling, parts=max(each, 2), even=True))
+            if tabled:  # of rows of one length one part is a row
+                shared += [dataclasses.replace(tiling, parts=count, even=True) for count in (max(each, 2), 1)]
             shared.append(dataclasses.replace(tiling, parts=each))
     return tuple(dict.fromkeys(shared))
 
@@ -326,7 +326,7 @@ def planned(
     planner: Planner, name: str, group: Group, groups: Sequence[Group | Rest], tiling: Tiling
 ) -> tuple[Kernel, Mapping[str, int]]:
     """The kernel of a group with these tiles, and the values of its shape symbols; the first one of a shared stream."""
-    if tiling.parts > 1:
+    if tiling.shared:
         kernel, merger, _ = planner.split(name, group, groups, tiling)
         return kernel, {**merger.extents, **(kernel.index.sizes if kernel.index else {})}
     kernel = planner.kernel(name, group, groups, tiling)
@@ -378,7 +378,7 @@ def ranked(
             )  # the last wave has a longest row
             busy = tuple((unit, us if unit == "launch" else AVERAGE * us) for unit, us in predicted.parts)
             predicted = dataclasses.replace(predicted, time_us=predicted.time_us * (AVERAGE + longer), parts=busy)
-        if tiling.parts > 1:
+        if tiling.shared:
             launches = machine.launch_us * (1 + tiling.even)
             predicted = dataclasses.replace(predicted, time_us=predicted.time_us + launches)
         if predicted.blocks_per_sm:

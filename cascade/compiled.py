@@ -101,9 +101,10 @@ class Compiled:
         values, options = split_options(given, parameters)
         if is_symbolic(values):
             return self._invoked(values, options)
-        trace = self._specialised(values, options)
         text = isinstance(self.source, Cascade)
         arrays = list(values.values()) if text else [leaf for value in values.values() for leaf in leaves(value)]
+        launch = self._kernels(arrays)
+        trace = self._specialised(values, options)
         inputs = bind(trace.source, arrays, sizes)
         if self.in_place:
             check_in_place(trace.source, self.in_place)
@@ -111,7 +112,7 @@ class Compiled:
         if self.constant:
             check_constant(trace.source, self.constant, self.in_place)
         self._last = trace
-        results = self._run_kernels(trace, inputs, sizes)
+        results = None if launch is None else self._run_kernels(launch, trace, inputs, sizes)
         if results is not None and not sizes and not options:
             self._remember(trace, tensors, named, inputs)
         if results is None:
@@ -121,11 +122,22 @@ class Compiled:
             results = tuple(found.values())
         return results[0] if len(results) == 1 else results
 
-    def _run_kernels(self, trace: Trace, inputs: Mapping[str, Any], sizes: Mapping[str, int]) -> tuple[Any, ...] | None:
-        """The results by kernels; None where the interpreter is to run: by choice, or on a device without kernels."""
-        if self.backend == "interp" or (self.backend == "auto" and not any(t.is_cuda for t in inputs.values())):
+    def _kernels(self, arrays: Collection[Any]) -> Any:
+        """The module that runs kernels, beginning to make ready; None where the interpreter is to run instead.
+
+        That is by choice, or on a device without kernels.
+        """
+        on_gpu = any(getattr(array, "is_cuda", False) for array in arrays)
+        if self.backend == "interp" or (self.backend == "auto" and not on_gpu):
             return None
         launch = importlib.import_module("cascade.backends.triton.launch")  # lazily: it needs Triton
+        launch.driver()
+        return launch
+
+    def _run_kernels(
+        self, launch: Any, trace: Trace, inputs: Mapping[str, Any], sizes: Mapping[str, int]
+    ) -> tuple[Any, ...] | None:
+        """The results by kernels; None where there is nothing to launch."""
         if not all(launch.runs_on(tensor.device) for tensor in inputs.values()):
             raise CallError(
                 Diagnostic(

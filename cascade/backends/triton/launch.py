@@ -68,11 +68,18 @@ TOLD = 200  # characters of the compiler's words in an error
 
 @functools.cache
 def driver() -> threading.Thread:
-    """Has Triton build what it talks to the device with, once and beside planning: C, where its cache is empty."""
+    """Has Triton make ready what is the same for all kernels, once and beside planning.
+
+    That is what it talks to the device with, in C where its cache is empty, and the digest of its own files, which
+    goes into the name of whatever it compiles.
+    """
 
     def build() -> None:
         with contextlib.suppress(Exception):  # whoever launches is told
+            digest = threading.Thread(target=triton.runtime.cache.triton_key, daemon=True)
+            digest.start()
             triton.runtime.driver.active.get_current_device()
+            digest.join()
 
     thread = threading.Thread(target=build if torch.cuda.is_available() and not interpreted() else None, daemon=True)
     thread.start()

@@ -25,6 +25,16 @@ def test_kernels_are_as_right_as_the_cascade_run_plainly(name: str) -> None:
     assert "no kernel" not in call.explain().replace("no kernel of its own", "")
 
 
+@pytest.mark.parametrize("name", [name for name, program in BLOCKS.items() if program.rows == "T"])
+def test_kernels_stay_right_where_sizes_change_from_call_to_call(name: str) -> None:
+    program = BLOCKS[name]
+    call = cascade.compile(program.text, backend="triton")
+    for rows, width, hidden in ((5, 40, 19), (37, 300, 131), (1, 521, 66)):
+        draw = Draw(program, {**program.small, "T": rows, "D": width, "F": hidden}, device=DEVICE)
+        verdict = confirmed(call, cascade.compile(program.text).cascade, draw)
+        assert verdict.ok, f"{rows} rows of {width}, {hidden}: {verdict}"
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_campaign_has_sizes_of_layers(name: str) -> None:
     """Large sizes bind every symbol that a small one does."""

@@ -21,7 +21,7 @@ from cascade.passes.split_tokens import dependencies
 from cascade.placed import Compute
 
 H200 = node("h200")
-MEASURED = Path(__file__).parents[1] / "benchmarks" / "results" / "experts-nvidia-h200.json"
+MEASURED = Path(__file__).parents[1] / "benchmarks" / "results" / "experts-witness-nvidia-h200.json"
 ROWS, WIDTH, HIDDEN, VALUES = 4096, 1024, 2048, 8
 SIZES = {"T": ROWS, "D": WIDTH, "F": HIDDEN, "N": VALUES}
 CHOSEN = """
@@ -94,7 +94,8 @@ def test_tiles_are_as_narrow_as_a_product() -> None:
 @pytest.mark.parametrize(("few", "limit"), [(True, 0.05), (False, 0.10)])
 def test_experts_take_what_was_measured_on_one_gpu(few: bool, limit: float) -> None:
     """Nothing was fitted to them. What memory bounds within 5 %, what products bound within 10 %, and never slower than
-    was measured: one GPU is said to sustain all of its matrix rate."""
+    was measured: one GPU is said to sustain all of its matrix rate. One run of the table, which later ones leave as it
+    is: rates of one GPU differ by some percent from run to run."""
     for row in json.loads(MEASURED.read_text(encoding="utf-8"))["rows"]:
         chosen, values, tokens, width, hidden = map(int, re.findall(r"\d+", row["name"]))
         if (tokens < 1024) == few:

@@ -15,6 +15,7 @@ from cascade.text import render_stmt
 from cascade.values import Precision
 from cascade.verify import verify
 from tests.planned import final
+from tests.tolerance import judge_all, standard
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALED = {
@@ -76,3 +77,28 @@ def test_a_product_of_one_round_keeps_its_scale() -> None:
     }"""
     plain = final(text)
     assert with_scales(plain, {"m": 4096, "n": 4096, "e": 256, "f": 128}) == plain
+
+
+IN_GROUPS = """cascade c(X[T,D], W: i8[V,D], s[V,G]) -> Y[T,V], L: f32[T] {
+    Y[t,v] = sum[d] X[t,d] * W[v,d] * s[v,d//128]
+    Z[t,v] = sum[d] X[t,d] * W[v,d] * s[v,d//128]
+    L[t] = logsumexp[v] Z[t,v]
+}"""
+"""A factor that is one number for a tile of the stream, and says which terms there are."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width", "words", "groups"), [(5, 300, 40, 3), (16, 512, 200, 4), (37, 700, 70, 2)])
+def test_a_scale_of_a_group_of_the_stream(rows: int, width: int, words: int, groups: int, dtype: torch.dtype) -> None:
+    """In two calls, so that the number of groups is no number in the second; the last shape lacks groups."""
+    call, source = cascade.compile(IN_GROUPS, backend="triton"), cascade.compile(IN_GROUPS).cascade
+    generator = torch.Generator().manual_seed(width)
+    for more in (0, 128):
+        inputs = {
+            "X": torch.randn(rows, width + more, generator=generator).to(dtype),
+            "W": torch.randint(-8, 8, (words, width + more), generator=generator).to(torch.int8),
+            "s": (torch.rand(words, groups + more // 128, generator=generator) / 16).to(dtype),
+        }
+        inputs = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
+        verdict = judge_all(call(**inputs), standard(source, inputs, {}))
+        assert verdict.ok, verdict

@@ -32,7 +32,7 @@ from cascade.backends.triton.plan import Dot, Kernel, Load, every_op
 from cascade.backends.triton.planner import Planner
 from cascade.backends.triton.standalone import contiguous
 from cascade.backends.triton.static import request
-from cascade.backends.triton.tune import candidates, choose
+from cascade.backends.triton.tune import candidates, choose, planned
 from cascade.frontend.build import parse_cascade
 from cascade.ir import DType
 from cascade.pipeline import run_pipeline
@@ -259,6 +259,23 @@ def test_products_of_f32_run_on_the_tensor_cores_in_f64(version: str) -> None:
         assert found.mma_f64 == found.mma > 0, f"{name} multiplies elsewhere"
         assert found.spills == 0, f"{name} spills {found.spills} bytes a thread"
         assert found.num_warps * found.blocks_per_sm >= 8, f"{name} has {found.blocks_per_sm} blocks"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_two_products_of_f32_fit_on_a_multiprocessor(version: str) -> None:
+    """Each with an operand that a tile has whole, in pieces, or where both would be too long goes through."""
+    sizes = [{"T": 37, "D": width, "E": width, "V": 131} for width in (300, 521, 1024)]
+    found = []
+    for one in sizes:
+        planner = planner_of(Shipped(f"KL {one['D']}", programs.LINEAR_KL, one), DType.F32)
+        ((group,), groups) = planner.groups(), planner.groups()
+        assert not isinstance(group, Rest)
+        kernel, _ = planned(planner, "c", group, groups, choose(planner, "c", group, groups, MACHINES["h200"]).tiling)
+        found.append(Built(kernel, emit(kernel)))
+    answers = facts([request(one.kernel, one.source) for one in found], "sm_90", python_of(version), 2)
+    for one, answer in zip(found, answers, strict=True):
+        assert isinstance(answer, StaticFacts), f"{one.kernel.statements}: {answer}"
+        assert answer.blocks_per_sm > 0, f"{one.kernel.axes} takes {answer.shared_bytes} bytes"
 
 
 @functools.cache

@@ -6,11 +6,11 @@
 Row by row each reads a matrix of its own. In the order of I the rows of one value make a matrix product with one
 operand, so that it is read once for many of them. Products of one index and of the same ranks that do not need each
 other are one group, with the maps that go on with what they give. A sum over ranks of the index and of the operand at
-once is taken apart: the product first, the sum over rows behind it; a weight goes with the product.
+once is taken apart: the product first, the weighted sum over rows behind it. What is stored of a row is rounded: with
+its weight, what cancels in a sum of equal rows would not.
 
     Y[t,d] = sum[j,f] G[t,j] * H[t,j,f] * V[I[t,j],f,d]  -->  Y_rows[t,j,d] = sum[f] H[t,j,f] * V[I[t,j],f,d]
-                                                              Y_rows_1[t,j,d] = G[t,j] * Y_rows[t,j,d]
-                                                              Y[t,d] = sum[j] Y_rows_1[t,j,d]
+                                                              Y[t,d] = sum[j] G[t,j] * Y_rows[t,j,d]
 
 Requires: inlined, canonical. Ensures: canonical. Rests on: a product is what it is in whatever order its rows are gone
 through. What does not pay stays as it is, and `judged` says why: an operand without a rank of its own is no matrix,
@@ -27,7 +27,7 @@ from typing import ClassVar
 
 from cascade.inference import infer_shapes, stated
 from cascade.ir import (
-    Apply, Cascade, Directive, Einsum, Expr, Fold, Fuse, GroupBy, Rank, Read, Reduce, Size, Stmt,
+    Apply, Cascade, Einsum, Expr, Fold, Fuse, GroupBy, Rank, Read, Reduce, Size, Stmt,
     Target,
 )  # fmt: skip
 from cascade.text import render_expr
@@ -44,7 +44,7 @@ class GroupRows:
     ensures: ClassVar[tuple[Invariant, ...]] = (canonical,)
 
     def __call__(self, cascade: Cascade) -> Cascade:
-        after = _weighted(_apart(cascade))
+        after = _apart(cascade)
         made = tuple(_groups(after))
         if not made:
             return cascade
@@ -182,55 +182,6 @@ def _parts(stmt: Stmt, shapes: Mapping[str, tuple[Size, ...]], taken: set[str]) 
     outside = [term for term in terms if term not in inside]
     whole = dataclasses.replace(stmt, expr=Reduce("sum", tuple(over), _product([*outside, read]), span=stmt.expr.span))
     return [dataclasses.replace(part, target=target), whole]
-
-
-def _weighted(cascade: Cascade) -> Cascade:
-    """The cascade with sums over rows of weighted products as maps that go on with the products, and plain sums."""
-    shapes, taken = infer_shapes(cascade), names(cascade)
-    products = {found.name: found for found in judged(cascade) if not found.reason}
-    ranks = {stmt.target.name: stmt.target.ranks for stmt in cascade.body if isinstance(stmt, Einsum)}
-    body: list[Stmt] = []
-    before: dict[str, str] = {}
-    for stmt in cascade.body:
-        named = _weighing(stmt, products, ranks, shapes.tensors)
-        if named is not None and isinstance(stmt, Einsum) and isinstance(stmt.expr, Reduce):
-            target = Target(fresh(f"{stmt.target.name}_rows", taken), ranks[named], span=stmt.span)
-            body.append(Einsum(target, stmt.expr.body, span=stmt.span))
-            read = Read(target.name, tuple(map(Rank, target.ranks)))
-            before[stmt.target.name] = target.name
-            stmt = dataclasses.replace(stmt, expr=dataclasses.replace(stmt.expr, body=read))
-        body.append(stmt)
-    if not before:
-        return cascade
-    schedule = tuple(_with_maps(item, before) for item in cascade.schedule)
-    return stated(dataclasses.replace(cascade, body=tuple(body), schedule=schedule), shapes.ranks)
-
-
-def _weighing(
-    stmt: Stmt, products: dict[str, Judged], ranks: dict[str, tuple[str, ...]], shapes: Mapping[str, tuple[Size, ...]]
-) -> str | None:
-    """The product that a statement sums over rows, each with a weight; None where it does something else."""
-    if not isinstance(stmt, Einsum) or not isinstance(stmt.expr, Reduce) or stmt.expr.reducer != "sum":
-        return None
-    terms = _factors(stmt.expr.body)
-    read = [term for term in terms if isinstance(term, Read) and term.tensor in products]
-    if len(terms) < 2 or len(read) != 1 or stmt.where is not None or stmt.inits:
-        return None
-    name, found = read[0].tensor, products[read[0].tensor]
-    inside = set(stmt.expr.ranks) <= set(free_ranks(found.key)) and set(free_ranks(stmt.expr.body)) <= set(ranks[name])
-    whole = read[0].index == tuple(map(Rank, ranks[name]))
-    return name if inside and whole and _plain(stmt, found, shapes) else None
-
-
-def _with_maps(item: Directive, before: dict[str, str]) -> Directive:
-    """A trip that computes a sum with the map that it now reads."""
-
-    def listed(members: Sequence[str]) -> tuple[str, ...]:
-        return tuple(one for name in members for one in ((before[name], name) if name in before else (name,)))
-
-    if isinstance(item, Fuse):
-        return dataclasses.replace(item, statements=listed(item.statements))
-    return dataclasses.replace(item, update=listed(item.update)) if isinstance(item, Fold) else item
 
 
 def _product(terms: Sequence[Expr]) -> Expr:

@@ -868,8 +868,8 @@ class _Lowering:
 
     def reaches(self, test: Expr, over: Collection[str]) -> bool:
         """Whether a test tells apart the elements that are reduced."""
-        ranks = self.test_ranks(test)
-        return bool(ranks & set(over)) or (self.streaming and self.group.arrangement.stream in ranks | ranks_of(test))
+        ranks, loops = self.test_ranks(test), {self.within, self.group.arrangement.stream if self.streaming else None}
+        return bool(ranks & set(over)) or bool(loops & (ranks | ranks_of(test)))
 
     def is_edge(self, test: Expr) -> bool:
         """Whether a test depends on the streamed rank: it is not needed in whole tiles."""
@@ -1117,7 +1117,7 @@ class _Lowering:
         (rank,) = stmt.expr.ranks
         axes = self.spread(stmt.target.ranks)
         terms = factors(stmt.expr.body)
-        within = [term for term in terms if rank in self.index_axes(term)]
+        within = [term for term in terms if self.concerns(term, (rank,))]
         rest = [self.expression(term) for term in terms if term not in within]
         summed = dataclasses.replace(stmt, expr=dataclasses.replace(stmt.expr, body=product(within)), where=None)
         dtype = self.accumulator(stmt.target.name, "sum")
@@ -1163,17 +1163,19 @@ class _Lowering:
         sides = self.sides(factors(stmt.expr.body), axes, over[0], stmt)
         if sides is None or (into is not None and sides[2]):
             return None
-        left_terms, right_terms, rest = sides
-        tests = merged(self.tests(conjuncts(stmt.where)), *map(self.peek, (*left_terms, *right_terms)))
+        filters = self.tests(conjuncts(stmt.where))
+        tests = merged(filters, *(self.peek(term) for side in sides for term in side))
         if any({*axes} <= self.test_ranks(test) and self.concerns(test, over) for test in tests):
             return None  # no side alone can be 0 where it fails
-        live: tuple[Expr, ...] = ()
+        live: tuple[Expr, ...] | None = None
         variable = into[0].name if into is not None else ""
         for number, (rank, start) in enumerate(self.setting.pieces.get(over[0], ((over[0], 0),))):
             place = Rank(rank) if start == 0 else Apply("add", (Rank(rank), Const(start)))
-            mine = [[substitute(term, {over[0]: place}) for term in terms] for terms in (left_terms, right_terms)]
-            left, right, tests, wide = self.operands(stmt, mine[0], mine[1], axes, rank)
-            live = merged(live, tests)
+            mine = [[substitute(term, {over[0]: place}) for term in terms] for terms in (*sides, filters)]
+            tests = merged(tuple(mine.pop()), *(self.peek(term) for side in mine for term in side))
+            inside = tuple(test for test in tests if self.concerns(test, (rank,)))
+            left, right, after, wide = self.operands(stmt, mine[0], mine[1], inside, axes, rank)
+            live = after if live is None else either(live, after)
             wide = tuple(test for test in wide if axes[1] not in self.test_ranks(test))
             present, edge = self.present(right, wide) if into is None else (None, False)
             exact = DType.F32 in (self.variables[left.name][1], self.variables[right.name][1])
@@ -1186,10 +1188,11 @@ class _Lowering:
             variable = variable or self.variable(name, axes, DType.F32)
             self.variables[variable] = axes, DType.F64 if exact else DType.F32
             self.ops.append(Dot(variable, axes, left.name, right.name, rank, onto, exact, present, edge))
+        assert live is not None
         if into is not None:
             return Value(into[0], live)
-        scale = [self.expression(term) for term in rest]
-        live = merged(live, *(value.live for value in scale))
+        scale = [self.expression(term) for term in sides[2]]
+        live = merged(live, *(tuple(t for t in value.live if not self.concerns(t, over)) for value in scale))
         found = self.rounded(stmt.target.name, Local(variable), [value.expr for value in scale])
         if isinstance(found, Local) or is_scaled(found):
             return Value(found, live)
@@ -1233,15 +1236,14 @@ class _Lowering:
         return self.type_of(product(terms)) in FLOATS
 
     def operands(
-        self, stmt: Einsum, left_terms: list[Expr], right_terms: list[Expr], axes: tuple[str, ...], over: str
-    ) -> tuple[Local, Local, tuple[Expr, ...], tuple[Expr, ...]]:
+        self, stmt: Einsum, left_terms: list[Expr], right_terms: list[Expr], inside: tuple[Expr, ...],
+        axes: tuple[str, ...], over: str,
+    ) -> tuple[Local, Local, tuple[Expr, ...], tuple[Expr, ...]]:  # fmt: skip
         """Both sides as variables of one type, zero where an element is absent; the tests of both.
 
-        The last are the tests along the reduced rank that the right side alone does not decide.
+        `inside` are the tests of all factors along the reduced rank: those of a factor that is one number for a tile
+        are tests of a side. The last are the tests along it that the right side alone does not decide.
         """
-        assert isinstance(stmt.expr, Reduce)
-        known = merged(self.tests(conjuncts(stmt.where)), *map(self.peek, (*left_terms, *right_terms)))
-        inside = tuple(test for test in known if self.concerns(test, stmt.expr.ranks))
         narrow = self.narrow(left_terms, right_terms)
         left, left_live = self.side(stmt, "left", left_terms, inside, (axes[0], over), narrow, over)
         right, right_live = self.side(stmt, "right", right_terms, inside, (over, axes[1]), narrow, over)
@@ -1254,7 +1256,7 @@ class _Lowering:
         if unmet:
             left = self.zero(stmt, left, unmet)
         inner = tuple(test for test in live if not self.reaches(test, (over,)))
-        after = merged(inner, self.present_after(wide, stmt.expr.ranks, stmt) if wide else ())
+        after = merged(inner, self.present_after(wide, (over,), stmt) if wide else ())
         return left, right, after, wide if set(wide) - covered else ()
 
     def present(self, right: Local, tests: tuple[Expr, ...]) -> tuple[str | None, bool]:

@@ -533,30 +533,39 @@ def _streamed(
     cascade: Cascade,
     extents: Mapping[str, int],
 ) -> Arrangement | None:
-    """With this rank as the stream; None where others are too long to be whole in a tile."""
-    inner = () if stream is None else _inner(stream, others, statements, cascade, extents)
-    whole = tuple(rank for rank in others if rank != stream and rank not in inner)
-    if any(extents[rank] > PRODUCT_LIMIT for rank in whole):
-        return None
-    widest = max((held(stmt, set(whole), extents) for stmt in statements), default=1)
-    arrangement = Arrangement(shared, stream, whole, inner)
-    if widest > PRODUCT_LIMIT * 2 or (inner and not _in_one_trip(statements, arrangement, cascade, extents)):
-        return None
-    return arrangement
+    """With this rank as the stream; None where others are too long to be whole in a tile.
+
+    Of several products that give tiles of the stream each has operands that lie whole: then all go through what is
+    long for one of them, if they can.
+    """
+    several = [stmt for stmt in statements if stream is not None and _gives_tiles(stmt, stream)]
+    for most in dict.fromkeys((PRODUCT_LIMIT // max(1, len(several)), PRODUCT_LIMIT)):
+        inner = () if stream is None else _inner(stream, others, statements, cascade, extents, most)
+        whole = tuple(rank for rank in others if rank != stream and rank not in inner)
+        if any(extents[rank] > PRODUCT_LIMIT for rank in whole):
+            continue
+        widest = max((held(stmt, set(whole), extents) for stmt in statements), default=1)
+        arrangement = Arrangement(shared, stream, whole, inner)
+        if widest <= PRODUCT_LIMIT * 2 and not (inner and not _in_one_trip(statements, arrangement, cascade, extents)):
+            return arrangement
+    return None
+
+
+def _gives_tiles(stmt: Stmt, stream: str) -> bool:
+    """Whether a statement is a product that a trip over the stream makes tiles of."""
+    product = matrix_product(stmt)
+    return product is not None and product.over != stream and stream in targets(stmt)[0].ranks
 
 
 def _inner(
-    stream: str, others: Sequence[str], statements: Sequence[Stmt], cascade: Cascade, extents: Mapping[str, int]
-) -> tuple[str, ...]:
+    stream: str, others: Sequence[str], statements: Sequence[Stmt], cascade: Cascade, extents: Mapping[str, int],
+    most: int,
+) -> tuple[str, ...]:  # fmt: skip
     """The reduced ranks of products that give tiles of the stream, too long for an operand to have them whole."""
     found: list[str] = []
     for rank in others:
         concerned = [stmt for stmt in statements if rank in all_ranks(stmt)]
-        if (
-            rank != stream
-            and extents[rank] > PRODUCT_LIMIT
-            and all(_gone_through(s, rank, stream, cascade) for s in concerned)
-        ):
+        if rank != stream and extents[rank] > most and all(_gone_through(s, rank, stream, cascade) for s in concerned):
             found.append(rank)
     return tuple(found)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from cascade.bounds import absent_tensors, conjuncts, loop_bounds
 from cascade.backends.triton.grid import suited
 from cascade.backends.triton.index import INTEGERS, Index, index_of
-from cascade.backends.triton.lower import InPieces, Setting, lower, unsupported
+from cascade.backends.triton.lower import SMALLEST_SIDE, InPieces, Setting, lower, unsupported
 from cascade.backends.triton.partition import (
     LAUNCH,
     Group, Rest, Trips, all_ranks, fold_along, held, partition, power_of_two, reduced_ranks, steps_singly,
@@ -572,18 +572,21 @@ class Planner:
         pieces: dict[str, tuple[tuple[str, int], ...]] = {}
         taken = set(self.sizes)
         for axis in setting.axes:
-            sizes = pieces_of(axis.extent, exact) if isinstance(axis.extent, int) else ()
-            whole = axis.role is Role.WHOLE and axis.rank in products - kept - summed
-            if not whole or len(sizes) < 2 or sizes[-1] < 16:
+            extent = axis.extent if axis.role is Role.WHOLE and isinstance(axis.extent, int) else 0
+            sizes = pieces_of(extent, exact) if axis.rank in products - kept - summed else ()
+            if len(sizes) < 2 or sizes[-1] < SMALLEST_SIDE:
                 axes.append(axis)
                 continue
             names = [axis.rank, *(fresh(axis.rank, taken) for _ in sizes[1:])]
-            pieces[axis.rank] = tuple(zip(names, (sum(sizes[:n]) for n in range(len(sizes))), strict=True))
-            axes.extend(Axis(name, Role.WHOLE, size, size, True) for name, size in zip(names, sizes, strict=True))
+            starts = [sum(sizes[:n]) for n in range(len(sizes))]
+            pieces[axis.rank] = tuple(zip(names, starts, strict=True))
+            for name, start, size in zip(names, starts, sizes, strict=True):
+                own = min(size, extent - start)
+                axes.append(Axis(name, Role.WHOLE, own, size, own == size))
         if not pieces:
             return setting
-        numbers = {**setting.numbers, **{axis.rank: axis.tile for axis in axes if axis.rank not in self.sizes}}
-        numbers |= {axis.rank: axis.tile for axis in axes if axis.rank in pieces}
+        cut = {name for found in pieces.values() for name, _ in found}
+        numbers = {**setting.numbers, **{a.rank: a.extent for a in axes if a.rank in cut and isinstance(a.extent, int)}}
         extents = {**setting.extents, **{axis.rank: axis.extent for axis in axes}}
         return dataclasses.replace(setting, axes=tuple(axes), pieces=pieces, numbers=numbers, extents=extents)
 
@@ -837,10 +840,13 @@ class Planner:
         return {rank: roles[rank] for rank in named}
 
     def products(self, group: Group) -> list[Stmt]:
-        streamed = group.arrangement.stream is not None
-        if streamed and not group.arrangement.inner and all(is_plain(stmt, self.dtypes) for stmt in group.statements):
+        """The statements that multiply matrices; one with a vector of few coordinates adds rows, but in a merge."""
+        stream, inner = group.arrangement.stream, group.arrangement.inner
+        if stream is not None and not inner and all(is_plain(stmt, self.dtypes) for stmt in group.statements):
             return []
-        return [stmt for stmt in group.statements if matrix_product(stmt) is not None]
+        found = {stmt: product for stmt in group.statements if (product := matrix_product(stmt)) is not None}
+        few = stream is None or (not inner and self.ranks[stream] < SMALLEST_SIDE)
+        return [stmt for stmt, product in found.items() if product.two_sided or self.merges or not few]
 
     def across(self, group: Group, whole: Mapping[str, int]) -> int:
         """The columns of all products of a group together, of which a row of a tile has all."""
@@ -1093,9 +1099,13 @@ def _told(axes: Sequence[Axis], shares: Shares) -> tuple[Axis, ...]:
 
 
 def pieces_of(extent: int, exact: bool) -> tuple[int, ...]:
-    """The tiles in which a product sums over an extent that no tile would hold well; none where one tile does."""
+    """The tiles in which a product sums over an extent that no tile would hold well; none where one tile does.
+
+    In full precision the last one may reach beyond.
+    """
     if exact:
-        return (*[EXACT_PIECE] * (extent // EXACT_PIECE), *powers(extent % EXACT_PIECE))
+        rest = -(-(extent % EXACT_PIECE) // SMALLEST_SIDE) * SMALLEST_SIDE
+        return (*[EXACT_PIECE] * (extent // EXACT_PIECE), *powers(rest))
     found = powers(extent)
     return found if len(found) <= MOST_PIECES else ()
 

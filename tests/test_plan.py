@@ -17,10 +17,9 @@ import torch
 
 import cascade
 from cascade.backends.triton.explain import Launch, describe
-from cascade.backends.triton.lower import SMALLEST_SIDE
 from cascade.backends.triton.partition import Arrangement, Group, Rest
 from cascade.backends.triton.plan import Dot, Fold, Kernel, Loop, Role, every_op, render_kernel
-from cascade.backends.triton.planner import pieces_of, powers
+from cascade.backends.triton.planner import powers
 from cascade.ir import DType
 from cascade.walk import reads
 from tests.kernel_programs import PROGRAMS
@@ -270,13 +269,6 @@ def test_the_powers_of_a_number() -> None:
         found = powers(extent)
         assert sum(found) == extent and all(a > b for a, b in itertools.pairwise(found))
         assert all(power & (power - 1) == 0 for power in found)
-
-
-def test_pieces_in_full_precision_reach_beyond_an_extent_by_less_than_a_side() -> None:
-    for extent in range(1, 1100):
-        found = pieces_of(extent, exact=True)
-        assert 0 <= sum(found) - extent < SMALLEST_SIDE <= min(found)
-        assert all(tile & (tile - 1) == 0 and a >= b for tile in found for a, b in itertools.pairwise(found))
 
 
 @pytest.mark.parametrize(("heads", "each"), [(8, 4), (16, 2), (8, 8)])

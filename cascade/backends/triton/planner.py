@@ -572,21 +572,18 @@ class Planner:
         pieces: dict[str, tuple[tuple[str, int], ...]] = {}
         taken = set(self.sizes)
         for axis in setting.axes:
-            extent = axis.extent if axis.role is Role.WHOLE and isinstance(axis.extent, int) else 0
-            sizes = pieces_of(extent, exact) if axis.rank in products - kept - summed else ()
-            if len(sizes) < 2 or sizes[-1] < SMALLEST_SIDE:
+            sizes = pieces_of(axis.extent, exact) if isinstance(axis.extent, int) else ()
+            whole = axis.role is Role.WHOLE and axis.rank in products - kept - summed
+            if not whole or len(sizes) < 2 or sizes[-1] < 16:
                 axes.append(axis)
                 continue
             names = [axis.rank, *(fresh(axis.rank, taken) for _ in sizes[1:])]
-            starts = [sum(sizes[:n]) for n in range(len(sizes))]
-            pieces[axis.rank] = tuple(zip(names, starts, strict=True))
-            for name, start, size in zip(names, starts, sizes, strict=True):
-                own = min(size, extent - start)
-                axes.append(Axis(name, Role.WHOLE, own, size, own == size))
+            pieces[axis.rank] = tuple(zip(names, (sum(sizes[:n]) for n in range(len(sizes))), strict=True))
+            axes.extend(Axis(name, Role.WHOLE, size, size, True) for name, size in zip(names, sizes, strict=True))
         if not pieces:
             return setting
-        cut = {name for found in pieces.values() for name, _ in found}
-        numbers = {**setting.numbers, **{a.rank: a.extent for a in axes if a.rank in cut and isinstance(a.extent, int)}}
+        numbers = {**setting.numbers, **{axis.rank: axis.tile for axis in axes if axis.rank not in self.sizes}}
+        numbers |= {axis.rank: axis.tile for axis in axes if axis.rank in pieces}
         extents = {**setting.extents, **{axis.rank: axis.extent for axis in axes}}
         return dataclasses.replace(setting, axes=tuple(axes), pieces=pieces, numbers=numbers, extents=extents)
 
@@ -1099,13 +1096,9 @@ def _told(axes: Sequence[Axis], shares: Shares) -> tuple[Axis, ...]:
 
 
 def pieces_of(extent: int, exact: bool) -> tuple[int, ...]:
-    """The tiles in which a product sums over an extent that no tile would hold well; none where one tile does.
-
-    In full precision the last one may reach beyond.
-    """
+    """The tiles in which a product sums over an extent that no tile would hold well; none where one tile does."""
     if exact:
-        rest = -(-(extent % EXACT_PIECE) // SMALLEST_SIDE) * SMALLEST_SIDE
-        return (*[EXACT_PIECE] * (extent // EXACT_PIECE), *powers(rest))
+        return (*[EXACT_PIECE] * (extent // EXACT_PIECE), *powers(extent % EXACT_PIECE))
     found = powers(extent)
     return found if len(found) <= MOST_PIECES else ()
 

@@ -16,7 +16,8 @@ from cascade.backends.triton import launch
 from cascade.backends.triton.launch import Bench, CallPlan, KernelStep, Launcher, allocated, layout
 from cascade.backends.triton.machine import Machine, machine_for
 from cascade.inference import bind_sizes
-from tests.kernel_programs import PROGRAMS
+from tests.block_programs import BLOCKS
+from tests.kernel_programs import PROGRAMS, Program
 from tests.tolerance import Draw, confirmed
 
 PRODUCT = "cascade product(X[T,D], W[D,F]) -> Y[T,F] { Y[t,f] = sum[d] X[t,d] * W[d,f] }"
@@ -135,6 +136,30 @@ def test_a_length_that_changes_is_compiled_three_times(name: str, monkeypatch: p
             tensors |= {key: allocated(key, shape, dtype, device.device, results) for key, shape, dtype in step.made}
             seen.add((step.source.text, step.source.num_warps, step.source.num_stages, *specialised(step, tensors)))
     assert len(seen) <= 3
+
+
+@pytest.mark.parametrize(
+    ("program", "changed"),
+    [
+        (PROGRAMS["shared_prefix"], {"B": 64, "H": 8, "L": 4096, "N": 512, "E": 128, "F": 128}),
+        (BLOCKS["gated_block"], {"T": 5, "D": 521, "F": 131}),
+        (BLOCKS["linear_divergence"], {"T": 37, "D": 1024, "F": 131}),
+    ],
+)
+def test_the_model_has_tiles_for_f32_that_fit(
+    program: Program, changed: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a call of other sizes, so that extents are none of the kernel's numbers."""
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    compiled = cascade.compile(program.text)
+    launcher = Launcher(compiled.trace.final, "none", compiled.cascade)
+    for sizes in (program.small, {**program.small, **changed}):
+        inputs = Draw(program, sizes).inputs(0)
+        extents = bind_sizes(launcher.cascade, {key: tuple(value.shape) for key, value in inputs.items()}, {})
+        planner = launcher.planner(extents, {key: layout(value) for key, value in inputs.items()}, descriptors=True)
+        assert list(launcher.steps(planner, program.name, OnAnH200(torch.device("meta"), "none", dict(inputs))))
+        for choice in launcher.choices.values():
+            assert choice.estimate.blocks_per_sm > 0 and "none that fits" not in choice.how, choice.tiling
 
 
 def specialised(step: KernelStep, tensors: dict[str, torch.Tensor]) -> Iterator[object]:

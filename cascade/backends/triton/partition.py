@@ -536,13 +536,15 @@ def _streamed(
     """With this rank as the stream; None where others are too long to be whole in a tile.
 
     Of several products that give tiles of the stream each has operands that lie whole: then all go through what is
-    long for one of them, if they can.
+    long for one of them, if they can. What one sums over and another has in its result lies there for both.
     """
     several = [stmt for stmt in statements if stream is not None and _gives_tiles(stmt, stream)]
+    products = [found for stmt in statements if (found := matrix_product(stmt)) is not None]
+    twice = {found.over for found in products} & {rank for found in products for rank in found.rows | found.columns}
     for most in dict.fromkeys((PRODUCT_LIMIT // max(1, len(several)), PRODUCT_LIMIT)):
         inner = () if stream is None else _inner(stream, others, statements, cascade, extents, most)
         whole = tuple(rank for rank in others if rank != stream and rank not in inner)
-        if any(extents[rank] > PRODUCT_LIMIT for rank in whole):
+        if any(extents[rank] > (PRODUCT_LIMIT // 2 if rank in twice else PRODUCT_LIMIT) for rank in whole):
             continue
         widest = max((held(stmt, set(whole), extents) for stmt in statements), default=1)
         arrangement = Arrangement(shared, stream, whole, inner)

@@ -842,7 +842,9 @@ class Planner:
         if stream is not None and not inner and all(is_plain(stmt, self.dtypes) for stmt in group.statements):
             return []
         found = {stmt: product for stmt in group.statements if (product := matrix_product(stmt)) is not None}
-        few = stream is None or (not inner and self.ranks[stream] < SMALLEST_SIDE)
+        few = stream is None or (
+            not inner and self.sizes[stream] not in self.moving and self.ranks[stream] < SMALLEST_SIDE
+        )
         return [stmt for stmt, product in found.items() if product.two_sided or self.merges or not few]
 
     def across(self, group: Group, whole: Mapping[str, int]) -> int:

@@ -40,13 +40,14 @@ from cascade.passes.memo import load, store
 from cascade.text import render, render_stmt
 from cascade.walk import targets
 
-VERSION = "10"  # of entries on disk; another one whenever a choice may change
+VERSION = "11"  # of entries on disk; another one whenever a choice may change
 QUICK = 6  # candidates that are timed with little effort
 SHOWN = 4  # candidates besides the chosen one that a choice remembers
 SMALLEST = 16  # side of a matrix product
 EDGE_TILE = 32  # of a stream where tests stand and a thread has no registers left for those of more
 CROWDED = 160  # results of products that a thread holds: with more of them it has none left
 THREAD = (8, 64)  # elements of a row that one thread should have, at least and at most
+MOST_WARPS = 32  # of a program
 TRIPS = (4096, 2048)  # elements of a row that is gone through in trips though it would fit
 SINGLY = (1, 4)  # the same where each step is of one coordinate
 MANY = 1024  # programs: where there are more, tiles smaller than they must be are not worth a try
@@ -269,18 +270,19 @@ def _all_rows(planner: Planner, group: Group, base: Tiling) -> Iterator[Tiling]:
     whole = {rank: base.of(rank) for rank, role in roles.items() if role is Role.WHOLE}
     singly, steps = planner.steps_singly(group), bool(stepped(group.statements))
     least, most = SINGLY if singly else (THREAD[0], THREAD[1] // 2) if in_pairs(group.statements) else THREAD
-    streams = (
-        [1]
-        if stream is None or singly
-        else _stream_tiles(planner.length(stream), bool(tiled), planner.goes_again(group), steps)
-    )
+    streams = [1]
+    if stream is not None and not singly:
+        streams = _stream_tiles(planner.length(stream), bool(tiled), planner.goes_again(group), steps)
+        across = planner.held(group, whole | dict.fromkeys((*tiled, stream), 1))
+        if streams[0] * across > MOST_WARPS * WARP * most // 4:  # what lies whole beside it is wide for long ones
+            streams += _stream_tiles(planner.length(stream), True, planner.goes_again(group), steps)
     for tile in streams:
         for lengths in _lengths([planner.ranks[rank] for rank in tiled]):
             tiles = whole | ({stream: tile} if stream is not None else {}) | dict(zip(tiled, lengths, strict=True))
             tiles |= {group.rows.rank: base.of(group.rows.rank)} if group.rows is not None else {}
             held = planner.held(group, tiles)
-            for warps in (1, 2, 4, 8, 16, 32):
-                if least <= held // (32 * warps) <= most:
+            for warps in (1, 2, 4, 8, 16, MOST_WARPS):
+                if least <= held // (WARP * warps) <= most:
                     yield Tiling(tuple(tiles.items()), Options(warps, 2))
 
 

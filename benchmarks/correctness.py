@@ -164,6 +164,8 @@ def cases(program: Program, huge: bool) -> Iterator[Case]:
         return
     for i, sizes in enumerate(program.large):
         for dtype, recipe in _diagonal(TYPES, recipes if i == 0 else recipes[:4]):
+            if dtype is torch.float16 and recipe in program.overflows:
+                continue
             yield Case("large", replace(small, sizes=sizes, dtype=dtype, recipe=recipe))
     for length, dtype in itertools.product((*PRIMES, *EDGES), TYPES):
         yield Case(

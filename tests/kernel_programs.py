@@ -51,7 +51,8 @@ class Program:
     `small` is for the CPU, `large` for a GPU, `long` has a rank of 131,072 and few of the others. `lengths` are the
     symbols that a sweep over lengths sets, `batch` the one that makes many independent outputs, `heads` those of head
     sizes, `rows` the first rank of every input along which the program is independent. `extra` are symbols that no
-    tensor binds. `exact`: integers give exact results. `reach` is how far scores run, `level` how negative they get;
+    tensor binds. `exact`: integers give exact results. `overflows` are the recipes whose numbers f16 does not hold at
+    large sizes, between two products. `reach` is how far scores run, `level` how negative they get;
     `tail` is where the last live element stands, from the end of the shortest of the lengths.
     """
 
@@ -69,6 +70,7 @@ class Program:
     complete: Callable[[Sizes], Sizes] = dict
     padding: Callable[[Tensors, Sizes], Tensors] | None = None
     exact: bool = False
+    overflows: frozenset[str] = frozenset()
     reach: float = 2.0
     level: float = 50.0
     tail: int = 1

@@ -18,6 +18,8 @@ WIDTHS = (4096, 5120, 7168)
 ROWS = (1, 16, 300)
 LINEAR: tuple[Sizes, ...] = (
     {"T": 37, "D": 97, "F": 131},
+    {"T": 37, "D": 700, "F": 131},
+    {"T": 5, "D": 1024, "F": 70},
     *({"T": rows, "D": width, "F": 131} for width in WIDTHS for rows in ROWS),
     {"T": 8192, "D": 4096, "F": 512},
 )
@@ -176,6 +178,13 @@ BLOCKS: dict[str, Program] = {
             " Y[t,f] = X[t,d] * Q[f,d] * s[f,d // 128]\n}",
             {"X": X, "W": Input("F E", make=bytes_of("F E")), "s": Input("F G", make=scales_of("F G"))},
             complete=lambda sizes: {**sizes, "E": -(-sizes["D"] // 2), "G": -(-sizes["D"] // 128)},
+        ),
+        linear(
+            "loss_of_bytes_in_groups",
+            "cascade c(X[T,D], W: i8[F,D], s[F,G]) -> L: f32[T] {\n"
+            " Z[t,v] = sum[d] X[t,d] * W[v,d] * s[v,d // 128]\n L[t] = logsumexp[v] Z[t,v]\n}",
+            {"X": X, "W": Input("F D", make=bytes_of("F D")), "s": Input("F G", make=scales_of("F G"))},
+            complete=lambda sizes: {**sizes, "G": -(-sizes["D"] // 128)},
         ),
         *map(experts, ("even", "skewed", "one", "empty")),
         layer(),

@@ -414,6 +414,19 @@ def test_a_drift_composes_without_its_factor() -> None:
     assert "drifted" in emitted(exact[0]) and "composed" in emitted(narrow[0])
 
 
+def test_levels_of_a_scan_leave_no_roundings() -> None:
+    """A large step at the end is added at every level, and each would round: two roundings are left, a product and H."""
+    generator, rows = torch.Generator().manual_seed(1), 150
+    x = torch.randn(rows, 100, generator=generator)
+    x[:, -1] = 500 * (1 + torch.rand(rows, generator=generator))
+    a, state = torch.tensor(0.1), torch.zeros(rows, dtype=torch.float64)
+    for n in range(100):
+        state = state + a.double() * (x[:, n].double() - state)
+    call = cascade.compile(PROGRAMS["moving_average"].text, backend="triton")
+    ours = call(X=x.to(DEVICE), a=a.to(DEVICE), h=torch.zeros(rows, device=DEVICE)).cpu()[:, -1]
+    assert ((ours - state) / state).abs().max() <= 2.01 * 2.0**-24
+
+
 def test_only_sums_in_full_precision_are_in_levels() -> None:
     exact, short = (kernels("row_sum", dtype, M=5, N=1000) for dtype in (torch.float32, torch.float16))
     assert "tl.reshape(" in emitted(exact[0]) and "tl.reshape(" not in emitted(short[0])

@@ -37,6 +37,7 @@ from cascade.frontend.build import parse_cascade
 from cascade.ir import DType
 from cascade.pipeline import run_pipeline
 from cascade.settings import settings
+from tests.block_programs import BLOCKS
 from tests.kernel_programs import PROGRAMS
 
 ROOT = Path(__file__).parent.parent
@@ -262,16 +263,23 @@ def test_products_of_f32_run_on_the_tensor_cores_in_f64(version: str) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_two_products_of_f32_fit_on_a_multiprocessor(version: str) -> None:
-    """Each with an operand that a tile has whole, in pieces, or where both would be too long goes through."""
-    sizes = [{"T": 37, "D": width, "E": width, "V": 131} for width in (300, 521, 1024)]
+def test_products_of_f32_fit_on_a_multiprocessor(version: str) -> None:
+    """Two, each with an operand that a tile has whole, in pieces, or where both would be too long goes through.
+
+    Or one whose operand is computed of others, which lie there too.
+    """
+    shipped = [
+        *(Shipped("KL", programs.LINEAR_KL, {"T": 37, "D": wide, "E": wide, "V": 131}) for wide in (300, 521, 1024)),
+        Shipped("in groups", BLOCKS["loss_of_bytes_in_groups"].text, {"T": 37, "D": 700, "F": 70, "G": 6}),
+    ]
     found = []
-    for one in sizes:
-        planner = planner_of(Shipped(f"KL {one['D']}", programs.LINEAR_KL, one), DType.F32)
-        ((group,), groups) = planner.groups(), planner.groups()
-        assert not isinstance(group, Rest)
-        kernel, _ = planned(planner, "c", group, groups, choose(planner, "c", group, groups, MACHINES["h200"]).tiling)
-        found.append(Built(kernel, emit(kernel)))
+    for planner in (planner_of(one, DType.F32) for one in shipped):
+        groups = planner.groups()
+        for group in groups:
+            assert not isinstance(group, Rest)
+            tiling = choose(planner, "c", group, groups, MACHINES["h200"]).tiling
+            kernel, _ = planned(planner, "c", group, groups, tiling)
+            found.append(Built(kernel, emit(kernel)))
     answers = facts([request(one.kernel, one.source) for one in found], "sm_90", python_of(version), 2)
     for one, answer in zip(found, answers, strict=True):
         assert isinstance(answer, StaticFacts), f"{one.kernel.statements}: {answer}"

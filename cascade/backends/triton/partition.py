@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from cascade.bounds import absent_tensors, conjuncts
-from cascade.backends.triton.products import matrix_product
+from cascade.backends.triton.products import MatrixProduct, matrix_product
 from cascade.backends.triton.recurrence import composition, is_last, refusal, stepped
 from cascade.backends.triton.rows import Rows
 from cascade.inference import infer_shapes
@@ -536,11 +536,13 @@ def _streamed(
     """With this rank as the stream; None where others are too long to be whole in a tile.
 
     Of several products that give tiles of the stream each has operands that lie whole: then all go through what is
-    long for one of them, if they can. What one sums over and another has in its result lies there for both.
+    long for one of them, if they can. What one sums over and another has in its result lies there for both, and an
+    operand that each trip computes of others lies there as it was and as it is.
     """
     several = [stmt for stmt in statements if stream is not None and _gives_tiles(stmt, stream)]
     products = [found for stmt in statements if (found := matrix_product(stmt)) is not None]
     twice = {found.over for found in products} & {rank for found in products for rank in found.rows | found.columns}
+    twice |= {found.over for stmt in several if stream is not None and (found := _computed_along(stmt, stream))}
     for most in dict.fromkeys((PRODUCT_LIMIT // max(1, len(several)), PRODUCT_LIMIT)):
         inner = () if stream is None else _inner(stream, others, statements, cascade, extents, most)
         whole = tuple(rank for rank in others if rank != stream and rank not in inner)
@@ -557,6 +559,16 @@ def _gives_tiles(stmt: Stmt, stream: str) -> bool:
     """Whether a statement is a product that a trip over the stream makes tiles of."""
     product = matrix_product(stmt)
     return product is not None and product.over != stream and stream in targets(stmt)[0].ranks
+
+
+def _computed_along(stmt: Stmt, stream: str) -> MatrixProduct | None:
+    """A product of which the operand that has the stream is computed of several tensors with the reduced rank."""
+    product = matrix_product(stmt)
+    if product is None:
+        return None
+    side = product.left if stream in product.rows else product.right
+    nodes = {node for term in side for node in walk(term) if isinstance(node, Read)}
+    return product if sum(product.over in free_ranks(node) for node in nodes) > 1 else None
 
 
 def _inner(

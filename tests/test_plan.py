@@ -424,7 +424,7 @@ def test_levels_of_a_scan_leave_no_roundings() -> None:
         state = state + a.double() * (x[:, n].double() - state)
     call = cascade.compile(PROGRAMS["moving_average"].text, backend="triton")
     ours = call(X=x.to(DEVICE), a=a.to(DEVICE), h=torch.zeros(rows, device=DEVICE)).cpu()[:, -1]
-    assert ((ours - state) / state).abs().max() <= 2.01 * 2.0**-24
+    assert ((ours - state) / state).abs().max() <= 2.1 * 2.0**-24
 
 
 def test_only_sums_in_full_precision_are_in_levels() -> None:

@@ -4,34 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 from lark import Lark, Token
 from lark.parsers.lalr_interactive_parser import InteractiveParser
 
 from cascade.errors import Source
+from cascade.frontend import tables
 from cascade.frontend.nodes import Mistake, Nodes
 from cascade.frontend.tokens import Word
 
 MAX_WORDS = 20_000  # of one statement: far above what anybody writes, far below what takes a second to parse
-STARTS = ("program", "header", "statement", "directive", "fold_head", "clause", "function")
-
-
-class KeepUnknown:
-    """Tells lark not to drop the terminal that no rule takes."""
-
-    always_accept = ("UNKNOWN",)
-
-    def process(self, stream: Iterator[Token]) -> Iterator[Token]:
-        return stream
 
 
 @functools.cache
 def grammar() -> Lark:
-    """The parser for `grammar.lark`. No table is cached on disk: lark would unpickle it."""
-    text = Path(__file__).with_name("grammar.lark").read_text(encoding="utf-8")
-    lark = Lark(text, parser="lalr", lexer="basic", start=list(STARTS), transformer=Nodes(), postlex=KeepUnknown())
+    """The parser for `grammar.lark`. Lark caches no table on disk: it would unpickle it."""
+    lark = tables.parser(Nodes())
     lark.lexer = lark._build_lexer()  # `Lark.lex` makes one for every text where there is none
     return lark
 

@@ -509,11 +509,10 @@ class _Count:
 
     def scan(self, op: Scan, run: _Run) -> None:
         """A scan: within each thread and once more with what stands before it, by exchanges between threads."""
-        words = BYTES[self.variables[op.names[0]][1]] // BYTES[DType.F32]  # an operation on f64 takes two of f32
-        each = words * {"sum": 1.0, "affine": 2.0, "drift": 2.0}.get(op.kind, EXTREME)
+        each = {"sum": 1.0, "affine": 2.0, "drift": 12.0}.get(op.kind, EXTREME)
         self.lanes(op.axes, 2 * each, run)
         rows = WARP * self.kernel.options.num_warps * run.times
-        self.vector += rows * math.log2(WARP) * (SHUFFLE * words * len(op.names) + each)
+        self.vector += rows * math.log2(WARP) * (SHUFFLE * len(op.names) + each)
 
     def dot(self, op: Dot, run: _Run) -> None:
         rows, columns, over = (self.kernel.axis(rank).tile for rank in (*op.axes, op.over))
@@ -749,9 +748,7 @@ def live_registers(kernel: Kernel) -> int:
     threads, stored = WARP * kernel.options.num_warps, _only_stored(kernel)
     taken = {
         name: -(
-            -_elements(kernel, axes)
-            * (min(stored.get(name, 8), _width(dtype)) if operands else max(4, _width(dtype)))
-            // (4 * threads)
+            -_elements(kernel, axes) * (min(stored.get(name, 8), _width(dtype)) if operands else 4) // (4 * threads)
         )
         for name, axes, dtype in kernel.variables
         if axes and name not in skipped and dtype is not DType.BOOL and (len(axes) > 1 or not operands)

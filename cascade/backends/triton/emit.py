@@ -384,8 +384,8 @@ class _Emitter:
                     return _Piece(f"tl.cast({inner.text}, {TYPES[expr.dtype]})", (), ATOM, False)
                 atom = inner.text if inner.level == ATOM else f"({inner.text})"
                 text = self.short(expr, inner, atom) or self.converted(atom, expr.dtype)
-                text = f"{text}.to(tl.float32)" if self.brought_to_f32(expr.dtype) else text
-                return _Piece(text, inner.axes, ATOM, expr.dtype in FLOATS)
+                short = expr.dtype in FLOATS and expr.dtype is not DType.F32
+                return _Piece(f"{text}.to(tl.float32)" if short else text, inner.axes, ATOM, expr.dtype in FLOATS)
             case Apply():
                 return self.apply(expr)
             case _:
@@ -409,10 +409,6 @@ class _Emitter:
         found, self.wide = self.piece(expr.arg), before
         return found
 
-    def brought_to_f32(self, dtype: DType) -> bool:
-        """Whether data of a type is computed with as f32: short floats, and f64 but for what is in f64 itself."""
-        return dtype in FLOATS and dtype is not DType.F32 and not (self.wide and dtype is DType.F64)
-
     def local(self, expr: Local) -> _Piece:
         """A variable; data of short types is widened where it is computed with."""
         known = self.variable(expr.name)
@@ -423,7 +419,7 @@ class _Emitter:
                 return _Piece("0" if end == "first" else f"({self.size(axis.extent)} - 1)", (), ATOM, False)
             return _Piece(f"{self.rank(rank)}_{end}", (), ATOM, False)
         axes, dtype = known
-        if self.brought_to_f32(dtype):
+        if dtype in FLOATS and dtype is not DType.F32 and not (self.wide and dtype is DType.F64):
             return _Piece(f"{expr.name}.to(tl.float32)", axes)
         if self.portable and dtype is DType.BOOL and not axes:  # else the interpreter spreads it as a number
             return _Piece(f"(tl.full([], True, tl.int1) & {expr.name})", axes, ATOM, False)
@@ -521,7 +517,6 @@ class _Emitter:
 
     def op(self, op: Op) -> None:  # long because every kind of op has its arm
         self.learn(op)
-        self.wide = isinstance(op, (Let, Fold, Start)) and self.in_f64(op.name)
         match op:
             case Load():
                 self.load(op)
@@ -558,12 +553,6 @@ class _Emitter:
                 self.store(op)
             case _:
                 assert_never(op)
-        self.wide = False
-
-    def in_f64(self, name: str) -> bool:
-        """Whether a variable has 64 bits: what gives it is computed in as many."""
-        known = self.variable(name)
-        return known is not None and known[1] is DType.F64
 
     def learn(self, op: Op) -> None:
         """Remembers what an integer variable can be that is set once: division of what is never negative is short."""
@@ -593,6 +582,7 @@ class _Emitter:
     def let(self, op: Let) -> None:
         """A variable for an expression, spread over the dimensions that it has not."""
         known = self.variable(op.name)
+        self.wide = known is not None and known[1] is DType.F64
         text = self.text(op.expr, op.axes)
         had = self.piece(op.expr).axes
         if set(had) != set(op.axes) and not had:
@@ -603,6 +593,7 @@ class _Emitter:
             text = self.converted(self.raw(op.expr, op.axes), op.dtype)
             text = f"{text}.to(tl.float32)" if self.portable and op.dtype is DType.BF16 else text
         self.line(f"{op.name} = {text}")
+        self.wide = False
 
     def guarded(self, edge: bool, text: str) -> None:
         """A line that runs only where a tile is not whole; neighbours share one test."""
@@ -790,9 +781,7 @@ class _Emitter:
             found = f"tl.sum(tl.where({chosen}, {tile}{'.to(tl.int32)' if truth else ''}, 0), {place})"
             self.line(f"{one} = {found}{' > 0' if truth else ''}")
         rows = tuple(other for other in op.axes if other != op.over)
-        self.wide = self.in_f64(op.after)
         self.line(f"{op.after} = {self.text(op.expr, rows)}")
-        self.wide = False
         step = self.aligned(self.piece(Local(op.after)), op.axes).text
         self.line(f"{op.name} = tl.where({self.aligned(here, op.axes).text}, {step}, {op.name})")
         self.depth -= 2

@@ -666,9 +666,9 @@ class _Lowering:
             return
         self.values[name] = Value(self.let(name, found.expr), live, found.absent, found.data)
 
-    def let(self, name: str, expr: Expr, axes: tuple[str, ...] | None = None, dtype: DType | None = None) -> Local:
-        """A variable for an expression, over its own dimensions or more, of its own type or another."""
-        axes, dtype = self.shape(expr) if axes is None else axes, dtype or self.type_of(expr)
+    def let(self, name: str, expr: Expr, axes: tuple[str, ...] | None = None) -> Local:
+        """A variable for an expression, over its own dimensions or more."""
+        axes, dtype = self.shape(expr) if axes is None else axes, self.type_of(expr)
         variable = self.variable(name, axes, dtype)
         self.ops.append(Let(variable, axes, expr))
         if dtype not in FLOATS:
@@ -995,17 +995,11 @@ class _Lowering:
         """What a recurrence carries before its first coordinate."""
         init, name = stmt.inits[0], stmt.target.name
         axes = self.spread([rank for rank in stmt.target.ranks if rank != init.rank])
-        dtype = self.carried_type(stmt)
+        dtype = computed(self.setting.dtypes[name])
         found = self.expression(init.expr)
         variable = self.variable(f"{name}_before", axes, dtype)
         self.ops.append(Start(variable, axes, self.typed(found.expr, dtype)))
         self.values[f"{name}'"] = Value(Local(variable), found.live)
-
-    def carried_type(self, stmt: Einsum) -> DType:
-        """The type in which steps are composed: pairs of full precision in f64, as every level of a scan rounds."""
-        dtype, found = computed(self.setting.dtypes[stmt.target.name]), composition(stmt)
-        pairs = found is not None and len(found.elements) > 1 and not self.axis(stmt.inits[0].rank).single
-        return DType.F64 if pairs and dtype is DType.F32 and self.full_precision() else dtype
 
     def typed(self, expr: Expr, dtype: DType) -> Expr:
         """An expression in a type."""
@@ -1051,19 +1045,19 @@ class _Lowering:
         found, name, rank = composition(stmt), stmt.target.name, stmt.inits[0].rank
         axes = self.spread(stmt.target.ranks)
         rows = tuple(axis for axis in axes if axis != rank)
-        dtype = self.carried_type(stmt)
+        dtype = computed(self.setting.dtypes[name])
         if found is None or dtype is DType.BOOL:
             raise unsupported(f"a recurrence along {rank} whose steps nothing composes, many at a time", stmt)
-        if dtype is DType.F64:
+        if dtype is DType.F32 and self.full_precision():
             found = drift(found) or found
-        fills = {"affine": (1, 0), "drift": (0, 0)}.get(found.kind) or (identity(found.kind, dtype),)
+        fills = {"affine": (1, 0), "drift": (0, 0, 0)}.get(found.kind) or (identity(found.kind, dtype),)
         elements = []
         for element, fill in zip(found.elements, fills, strict=True):
-            local = self.let(f"{name}_step", self.typed(self.expression(element).expr, dtype), axes, dtype)
+            local = self.let(f"{name}_step", self.typed(self.expression(element).expr, dtype), axes)
             filled = float(fill) if dtype in FLOATS else fill
             for edge in (False, True):
                 chosen = tuple(test for test in along if self.is_edge(test) == edge)
-                if chosen:
+                if chosen and element != Const(filled):
                     self.ops.append(Keep(local.name, axes, self.mask(chosen, edge).name, filled, edge))
             elements.append(local.name)
         names = tuple(self.variable(f"{name}_scan", axes, dtype) for _ in elements)
@@ -1073,15 +1067,16 @@ class _Lowering:
             self.ops.append(Fold(total, rows, "last", (rank,), Local(scanned)))
 
         def onto(parts: Sequence[str]) -> Expr:
-            first = Local(parts[0])
-            if len(parts) == 1:
+            first, *rest = map(Local, parts)
+            if not rest:
                 return join(found.kind, before, first)
-            moved = Apply("add", (Apply("mul", (first, before)), Local(parts[1])))
+            moved: Expr = Apply("mul", (first, before))
+            for part in reversed(rest):
+                moved = Apply("add", (moved, part))
             return moved if found.kind == "affine" else Apply("add", (before, moved))
 
-        whole = onto(names)
-        here = self.let(name, Cast(DType.F32, whole) if dtype is DType.F64 else whole, axes).name
-        after = self.let(f"{name}_after", onto(totals), rows, dtype).name
+        here = self.let(name, onto(names), axes).name
+        after = self.let(f"{name}_after", onto(totals), rows).name
         if len(names) > 1 and dtype in FLOATS:
             self.ops.append(self.redo(stmt, here, before.name, after))
         return here, after
@@ -1110,7 +1105,7 @@ class _Lowering:
             picks[one] = tile.name
             return Local(one)
 
-        expr = self.typed(self.expression(picked(stmt.expr)).expr, self.variables[after][1])
+        expr = self.typed(self.expression(picked(stmt.expr)).expr, self.variables[here][1])
         return Redo(here, self.variables[here][0], rank, before, after, tuple(picks.items()), expr)
 
     # --- matrix products ---------------------------------------------------------------------------------------------

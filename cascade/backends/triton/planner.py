@@ -261,8 +261,8 @@ class Planner:
         if group.arrangement.stream is not None or rank is None or self.products(group):
             return group
         rank = next((stmt.inits[0].rank for stmt in stepped(group.statements)), rank)
-        held = self.held(group, {rank: power_of_two(self.ranks[rank]) for rank in whole})
-        short = held <= LONG_ROW // self.words(group)
+        long = LONG_ROW // 2 if in_pairs(group.statements) else LONG_ROW
+        short = self.held(group, {rank: power_of_two(self.ranks[rank]) for rank in whole}) <= long
         if short and not self.beside(group, rank):
             return group
         if any(isinstance(stmt, TopK) for stmt in group.statements):
@@ -783,13 +783,6 @@ class Planner:
         fine = {DType.F32, DType.F64}
         return (bool(floats) and fine.isdisjoint(floats)) or fine.isdisjoint(written)
 
-    def words(self, group: Group) -> int:
-        """The registers that an element of a row takes at most: a scan has pairs, in full precision ones of f64."""
-        if not in_pairs(group.statements):
-            return 1
-        names = {name for stmt in group.statements for name in self.outside_reads(stmt, group)} | {*group.names}
-        return 4 if {self.dtypes[name] for name in names} & FLOATS == {DType.F32} else 2
-
     def outside_reads(self, stmt: Stmt, group: Group) -> list[str]:
         return [name for name in reads(stmt) if name not in group.names]
 
@@ -1023,7 +1016,7 @@ class Planner:
             if group.rows is not None and rank == group.rows.rank:
                 tiles[rank] = self.row_tile(group.rows)
             size *= tiles[rank]
-        warps = max(1, min(32, size // (1024 // self.words(group))))
+        warps = max(1, min(32, size // (512 if in_pairs(group.statements) else 1024)))
         return Tiling(tuple(tiles.items()), Options(warps, 2), self.default_parts(group, tiles))
 
     def nested_tiling(self, group: Group, tiles: dict[str, int], tiled: Sequence[str]) -> Tiling:

@@ -23,9 +23,10 @@ EXTREMES = ("max", "min")
 
 @dataclass(frozen=True, slots=True)
 class Composition:
-    """How steps compose: `sum`, `max` or `min` of one element each, or in two, `affine` or `drift`.
+    """How steps compose: `sum`, `max` or `min` of one element each, or `affine` or `drift` of more.
 
-    An `affine` step takes S to A * S + b, a `drift` to S + (a * S + b): its elements are A or a, and b.
+    An `affine` step takes S to A * S + b, a `drift` to S + (a * S + b): its elements are A or a, and b. A drift has a
+    third, which begins as 0: what roundings of sums of b leave over. Else a large b is rounded at each level of a scan.
     """
 
     kind: str
@@ -78,15 +79,15 @@ def drift(found: Composition) -> Composition | None:
     factor, term = found.elements
     match factor:
         case Apply(op="sub", args=(one, less)) if one == ONE:
-            return Composition("drift", (Apply("neg", (less,)), term))
+            return Composition("drift", (Apply("neg", (less,)), term, Const(0.0)))
         case Apply(op="add", args=(one, more)) if one == ONE:
-            return Composition("drift", (more, term))
+            return Composition("drift", (more, term, Const(0.0)))
         case _:
             return None
 
 
 def in_pairs(stmts: Collection[Stmt]) -> bool:
-    """Whether some recurrence among statements composes pairs, which take twice the registers."""
+    """Whether some recurrence among statements composes pairs or more, which take twice the registers."""
     return any(found.kind == "affine" for stmt in stepped(stmts) if (found := composition(stmt)) is not None)
 
 

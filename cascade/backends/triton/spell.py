@@ -299,9 +299,13 @@ def composed(a, b, later_a, later_b):
     return later_a * a, later_a * b + later_b
 """,
     "drifted": """@triton.jit
-def drifted(a, b, later_a, later_b):
-    # two steps as one: s becomes s + (a * s + b), then the same with what is later
-    return a + (later_a * a + later_a), b + (later_a * b + later_b)
+def drifted(a, b, rest, later_a, later_b, later_rest):
+    # two steps as one: s becomes s + (a * s + b), then the same with what is later; rest is what sums of b leave over
+    moved = b + later_a * b
+    total = moved + later_b
+    added = total - moved
+    left = (moved - (total - added)) + (later_b - added)
+    return a + (later_a * a + later_a), total, rest + (later_a * rest + later_rest) + left
 """,
     "power": """@triton.jit
 def power(x, y):

@@ -33,7 +33,7 @@ from cascade.backends.triton.partition import STEPS_LIMIT, Group, Rest, power_of
 from cascade.backends.triton.plan import Axis, Kernel, Loop, Options, Role
 from cascade.backends.triton.planner import ACCUMULATED, EXACT_ACCUMULATED, FEW_PROGRAMS, Planner, Tiling
 from cascade.backends.triton.products import matrix_product
-from cascade.backends.triton.recurrence import stepped
+from cascade.backends.triton.recurrence import in_pairs, stepped
 from cascade.backends.triton.static import request
 from cascade.errors import UnsupportedError
 from cascade.passes.memo import load, store
@@ -269,7 +269,7 @@ def _all_rows(planner: Planner, group: Group, base: Tiling) -> Iterator[Tiling]:
     tiled = [rank for rank, role in roles.items() if role is Role.TILE]
     whole = {rank: base.of(rank) for rank, role in roles.items() if role is Role.WHOLE}
     singly, steps = planner.steps_singly(group), bool(stepped(group.statements))
-    least, most = SINGLY if singly else (THREAD[0], THREAD[1] // planner.words(group))
+    least, most = SINGLY if singly else (THREAD[0], THREAD[1] // 2) if in_pairs(group.statements) else THREAD
     streams = [1]
     if stream is not None and not singly:
         streams = _stream_tiles(planner.length(stream), bool(tiled), planner.goes_again(group), steps)

@@ -159,3 +159,22 @@ def test_an_element_is_picked_where_that_is_less_than_storing_all() -> None:
     assert [stmt for stmt in planner_of(PLAIN).cascade.body if "Z_pick" in str(stmt)]
     few = planner_of(PLAIN, words=1024)  # to go through the reduced rank once a row is more
     assert not [stmt for stmt in few.cascade.body if "Z_pick" in str(stmt)]
+
+
+@pytest.mark.parametrize(
+    ("term", "width", "lies"),
+    [
+        ("W[v,d]", 1024, "whole"), ("W[v,d]", 1040, "inner"),
+        ("W[v,d] * g[d]", 512, "whole"), ("W[v,d] * g[d]", 528, "inner"),
+        ("W[v,d] * g[d//128]", 512, "whole"), ("W[v,d] * g[d//128]", 528, "stored"),
+    ],
+)  # fmt: skip
+def test_an_operand_that_each_trip_computes_lies_there_twice(term: str, width: int, lies: str) -> None:
+    """It is whole up to half the length; beyond, a loop goes through it, or where none can, the tiles are stored."""
+    text = "cascade c(X[T,D], W[V,D], g[G]) -> P: f32[T] { Z[t,v] = sum[d] X[t,d] * TERM; P[t] = logsumexp[v] Z[t,v] }"
+    plain = final(text.replace("TERM", term).replace("g[G]", "g[D]" if "[d]" in term else "g[G]"))
+    extents = {"t": 64, "d": width, "v": 9000}
+    groups = [group for group in partition.partition(plain, extents) if isinstance(group, Group)]
+    (first, *others) = [group.arrangement for group in groups]
+    assert "d" in {"whole": first.whole, "inner": first.inner, "stored": (first.stream,)}[lies]
+    assert bool(others) == (lies == "stored")

@@ -542,9 +542,11 @@ def _streamed(
     several = [stmt for stmt in statements if stream is not None and _gives_tiles(stmt, stream)]
     products = [found for stmt in statements if (found := matrix_product(stmt)) is not None]
     twice = {found.over for found in products} & {rank for found in products for rank in found.rows | found.columns}
-    twice |= {found.over for stmt in several if stream is not None and (found := _computed_along(stmt, stream))}
+    computed = {found.over for stmt in several if stream is not None and (found := _computed_along(stmt, stream))}
+    twice |= computed
     for most in dict.fromkeys((PRODUCT_LIMIT // max(1, len(several)), PRODUCT_LIMIT)):
-        inner = () if stream is None else _inner(stream, others, statements, cascade, extents, most)
+        limits = {rank: min(most, PRODUCT_LIMIT // 2) if rank in computed else most for rank in others}
+        inner = () if stream is None else _inner(stream, limits, statements, cascade, extents)
         whole = tuple(rank for rank in others if rank != stream and rank not in inner)
         if any(extents[rank] > (PRODUCT_LIMIT // 2 if rank in twice else PRODUCT_LIMIT) for rank in whole):
             continue
@@ -572,12 +574,11 @@ def _computed_along(stmt: Stmt, stream: str) -> MatrixProduct | None:
 
 
 def _inner(
-    stream: str, others: Sequence[str], statements: Sequence[Stmt], cascade: Cascade, extents: Mapping[str, int],
-    most: int,
-) -> tuple[str, ...]:  # fmt: skip
+    stream: str, limits: Mapping[str, int], statements: Sequence[Stmt], cascade: Cascade, extents: Mapping[str, int]
+) -> tuple[str, ...]:
     """The reduced ranks of products that give tiles of the stream, too long for an operand to have them whole."""
     found: list[str] = []
-    for rank in others:
+    for rank, most in limits.items():
         concerned = [stmt for stmt in statements if rank in all_ranks(stmt)]
         if rank != stream and extents[rank] > most and all(_gone_through(s, rank, stream, cascade) for s in concerned):
             found.append(rank)

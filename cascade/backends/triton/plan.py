@@ -165,8 +165,8 @@ class Fold:
 class Scan:
     """`names` := the steps of a recurrence from the beginning of the tile to each coordinate of it, composed.
 
-    A step is one element, composed by `sum`, `max` or `min`, or a factor and a term, composed as `affine` maps or as
-    a `drift`.
+    A step is one element, composed by `sum`, `max` or `min`, or a factor and a term, composed as `affine` maps, or
+    these and what sums of terms leave over, as a `drift`.
     """
 
     names: tuple[str, ...]

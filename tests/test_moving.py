@@ -139,23 +139,26 @@ def test_a_length_that_changes_is_compiled_three_times(name: str, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("program", "changed"),
+    ("program", "changed", "dtype"),
     [
-        (PROGRAMS["shared_prefix"], {"B": 64, "H": 8, "L": 4096, "N": 512, "E": 128, "F": 128}),
-        (BLOCKS["gated_block"], {"T": 5, "D": 521, "F": 131}),
-        (BLOCKS["linear_divergence"], {"T": 37, "D": 1024, "F": 131}),
+        (PROGRAMS["shared_prefix"], {"B": 64, "H": 8, "L": 4096, "N": 512, "E": 128, "F": 128}, torch.float32),
+        (BLOCKS["gated_block"], {"T": 5, "D": 521, "F": 131}, torch.float32),
+        (BLOCKS["linear_divergence"], {"T": 37, "D": 1024, "F": 131}, torch.float32),
+        (PROGRAMS["strided_convolution"], {"S": 300, "T": 150, "D": 65}, torch.float16),
     ],
 )
-def test_the_model_has_tiles_for_f32_that_fit(
-    program: Program, changed: dict[str, int], monkeypatch: pytest.MonkeyPatch
+def test_the_model_has_tiles_that_fit(
+    program: Program, changed: dict[str, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a call of other sizes, so that extents are none of the kernel's numbers."""
     monkeypatch.setattr(launch, "interpreted", lambda: False)
     compiled = cascade.compile(program.text)
     launcher = Launcher(compiled.trace.final, "none", compiled.cascade)
     for sizes in (program.small, {**program.small, **changed}):
-        inputs = Draw(program, sizes).inputs(0)
-        extents = bind_sizes(launcher.cascade, {key: tuple(value.shape) for key, value in inputs.items()}, {})
+        draw = Draw(program, sizes, dtype=dtype)
+        inputs = draw.inputs(0)
+        shapes = {key: tuple(value.shape) for key, value in inputs.items()}
+        extents = bind_sizes(launcher.cascade, shapes, draw.given())
         planner = launcher.planner(extents, {key: layout(value) for key, value in inputs.items()}, descriptors=True)
         assert list(launcher.steps(planner, program.name, OnAnH200(torch.device("meta"), "none", dict(inputs))))
         for choice in launcher.choices.values():

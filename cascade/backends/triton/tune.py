@@ -153,6 +153,23 @@ def candidates(planner: Planner, group: Group) -> tuple[Tiling, ...]:
     return tuple(dict.fromkeys(shared))
 
 
+def smaller(planner: Planner, group: Group) -> Iterator[Tiling]:
+    """The planner's own tiles with the longest side halved, again and again: for what the tables have too wide ones.
+
+    Such are sums over several ranks that lie whole beside two sides.
+    """
+    base = planner.default_tiling(group)
+    fixed = {*planner.packed(group), *((group.rows.rank,) if group.rows is not None else ())}
+    cut = {Role.TILE, Role.STREAM, Role.INNER}
+    sides = [rank for rank, role in planner.roles(group).items() if role in cut and rank not in fixed]
+    tiles = dict(base.tiles)
+    while (longest := max(sides, key=lambda rank: tiles[rank], default=None)) and tiles[longest] > SMALLEST:
+        tiles[longest] //= 2
+        for warps in (8, 4, 2, 1):
+            options = dataclasses.replace(base.options, num_warps=warps)
+            yield dataclasses.replace(base, tiles=tuple(tiles.items()), options=options)
+
+
 def _parts(planner: Planner, group: Group, tiling: Tiling) -> Iterator[int]:
     """By how many programs a stream may be shared: where tiles of it take long, also by more than fill a GPU once."""
     parts, stream = planner.default_parts(group, dict(tiling.tiles)), group.arrangement.stream
@@ -510,8 +527,10 @@ def shortlist(
     besides the cascade and the call. Candidates that were `refused` by the device are not taken again. The `others`,
     which are no kernel with tiles, are taken where they are clearly faster.
     """
-    considered = tuple(tiling for tiling in candidates(planner, group) if tiling not in refused)
-    by_model = ranked(planner, name, group, groups, machine, considered)
+    by_model: list[tuple[Tiling, Estimate]] = []
+    for tilings in (candidates, smaller):
+        considered = tuple(tiling for tiling in tilings(planner, group) if tiling not in refused)
+        by_model = by_model or ranked(planner, name, group, groups, machine, considered)
     order = [Candidate(tiling, found) for tiling, found in by_model]
     if not order:
         return _last_resort(planner, name, group, groups, machine)

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from cascade.bounds import absent_tensors, conjuncts
-from cascade.backends.triton.products import MatrixProduct, matrix_product
+from cascade.backends.triton.products import matrix_product
 from cascade.backends.triton.recurrence import composition, is_last, refusal, stepped
 from cascade.backends.triton.rows import Rows
 from cascade.inference import infer_shapes
@@ -542,7 +542,7 @@ def _streamed(
     several = [stmt for stmt in statements if stream is not None and _gives_tiles(stmt, stream)]
     products = [found for stmt in statements if (found := matrix_product(stmt)) is not None]
     twice = {found.over for found in products} & {rank for found in products for rank in found.rows | found.columns}
-    computed = {found.over for stmt in several if stream is not None and (found := _computed_along(stmt, stream))}
+    computed = {rank for stmt in several if stream is not None and (rank := _computed_along(stmt, stream))}
     twice |= computed
     for most in dict.fromkeys((PRODUCT_LIMIT // max(1, len(several)), PRODUCT_LIMIT)):
         limits = {rank: min(most, PRODUCT_LIMIT // 2) if rank in computed else most for rank in others}
@@ -563,14 +563,14 @@ def _gives_tiles(stmt: Stmt, stream: str) -> bool:
     return product is not None and product.over != stream and stream in targets(stmt)[0].ranks
 
 
-def _computed_along(stmt: Stmt, stream: str) -> MatrixProduct | None:
-    """A product of which the operand that has the stream is computed of several tensors with the reduced rank."""
+def _computed_along(stmt: Stmt, stream: str) -> str | None:
+    """What a product sums over, if its operand that has the stream is computed of several tensors with that rank."""
     product = matrix_product(stmt)
     if product is None:
         return None
     side = product.left if stream in product.rows else product.right
     nodes = {node for term in side for node in walk(term) if isinstance(node, Read)}
-    return product if sum(product.over in free_ranks(node) for node in nodes) > 1 else None
+    return product.over if sum(product.over in free_ranks(node) for node in nodes) > 1 else None
 
 
 def _inner(

@@ -40,7 +40,7 @@ from cascade.passes.memo import load, store
 from cascade.text import render, render_stmt
 from cascade.walk import targets
 
-VERSION = "11"  # of entries on disk; another one whenever a choice may change
+VERSION = "12"  # of entries on disk; another one whenever a choice may change
 QUICK = 6  # candidates that are timed with little effort
 SHOWN = 4  # candidates besides the chosen one that a choice remembers
 SMALLEST = 16  # side of a matrix product
@@ -527,11 +527,12 @@ def shortlist(
     besides the cascade and the call. Candidates that were `refused` by the device are not taken again. The `others`,
     which are no kernel with tiles, are taken where they are clearly faster.
     """
-    by_model: list[tuple[Tiling, Estimate]] = []
-    for tilings in (candidates, smaller):
-        considered = tuple(tiling for tiling in tilings(planner, group) if tiling not in refused)
-        by_model = by_model or ranked(planner, name, group, groups, machine, considered)
-    order = [Candidate(tiling, found) for tiling, found in by_model]
+
+    def fitting(tilings: Iterable[Tiling]) -> list[Candidate]:
+        considered = tuple(tiling for tiling in tilings if tiling not in refused)
+        return [Candidate(*one) for one in ranked(planner, name, group, groups, machine, considered)]
+
+    order = fitting(candidates(planner, group)) or fitting(smaller(planner, group))
     if not order:
         return _last_resort(planner, name, group, groups, machine)
     own_us = order[0].estimate.time_us

@@ -1,21 +1,25 @@
 """The correctness campaign: every program of `tests/kernel_programs.py` against the reference, by the tolerance rule.
 
-    python -m benchmarks.correctness [--seconds N] [--only NAME] [--kind KIND] [--blocks] [--huge] [--interp] [--jobs N]
+    python -m benchmarks.correctness [--seconds N] [--jobs N] [--only NAME ...] [--kind KIND]
+                                     [--blocks] [--huge] [--interp]
 
 On a GPU: types, recipes, all lengths to 300, primes, 8k and 128k, head sizes, strided, expanded and unaligned inputs,
-every rank in turn empty, 70,000 independent outputs, 100 repeats with the same bits; `--huge` adds a tensor of more
-than 2^31 elements. `--blocks` takes the programs of `tests/block_programs.py` instead: layers at the widths that they
-have. Without a GPU, small sizes through Triton's interpreter; `--interp` lets the interpreter stand in for
-the kernels, which tries the campaign itself. Programs take turns, each first with the cases that say most, so a short
+every rank in turn empty, 70,000 independent outputs, 100 repeats with the same bits. `--huge` tries what takes tens of
+gigabytes instead: a tensor of more than 2^31 elements, by its independent outputs and by its longest rank. `--blocks`
+takes the programs of `tests/block_programs.py`: layers at the widths that they have. Without a GPU, small sizes
+through Triton's interpreter; `--interp` lets the interpreter stand in for the kernels, which tries the campaign itself.
+Programs take turns, each first with the cases that say most, so a short
 campaign has seen all of them; `--jobs` shares the programs among processes, as most of the time is spent on compiling.
 A case that raises is a failure with its first line; where the device is lost, the
-campaign starts itself again behind that case. A verdict on rounding fails if it does on three draws of inputs. The last
+campaign starts itself again behind that case. A verdict on rounding fails if it does on six draws of inputs. The last
 thing printed is a table, written to `benchmarks/results/` on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import functools
 import itertools
 import json
@@ -53,8 +57,10 @@ MANY = 70_000  # independent outputs: more than a dimension of a grid holds
 KEPT = 2 << 30  # bytes of free memory that torch may hold on to
 REPEATS = 100
 GRACE = 45.0  # seconds after which a process that should have ended is ended: a case may take long to compile
-HUGE = (70_001, 32_768)  # rows and their length: more than 2^31 elements
-EDGE_ROWS = 32  # rows at both ends of a huge tensor that are compared
+HUGE = 1 << 31  # elements that the largest tensor of a huge case has more than
+PERIOD = 127  # independent outputs of a huge case that differ: no rank of `large` has as many coordinates
+BY_PLACE = frozenset({"triangle_logsumexp"})  # programs whose outputs depend on their coordinate along `batch`
+CHUNK = 1 << 28  # elements that are compared at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +156,8 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 # --- the cases of a program, those that say most first ---------------------------------------------------------------
 
 
-def cases(program: Program, huge: bool) -> Iterator[Case]:
-    """Every case of a program."""
+def cases(program: Program) -> Iterator[Case]:
+    """Every case of a program, but those with a huge tensor."""
     small = Draw(program, program.small, device=DEVICE)
     recipes = program.recipes()
     for dtype, recipe in _diagonal(TYPES, recipes):
@@ -180,8 +186,19 @@ def cases(program: Program, huge: bool) -> Iterator[Case]:
         for length, dtype in itertools.product(range(1, 301), TYPES):
             sizes = _of_length(program, length)
             yield Case("length", replace(small, sizes=sizes, dtype=dtype, recipe=_rotating(recipes, length + 1)))
-    if huge and program.rows == "M" and "N" in program.small:
-        yield Case("huge", replace(small, sizes={**program.small, "M": HUGE[0], "N": HUGE[1]}, dtype=torch.float16))
+
+
+def huge_cases(program: Program) -> Iterator[Case]:
+    """A tensor of more than 2^31 elements: of independent outputs, which repeat, and of a rank that long."""
+    few = Draw(program, program.large[0], dtype=torch.float16, device=DEVICE)
+    if program.batch and program.name not in BY_PLACE:
+        yield Case("huge", replace(few, sizes={**few.sizes, program.batch: PERIOD}))
+    if program.long is not None:
+        longest = max(program.long, key=program.long.__getitem__)
+        having = [given for given in program.inputs.values() if longest in given.shape.split()]
+        times = HUGE // max(math.prod(given.extents(program.long)) for given in having) + 1
+        sizes = {**program.long, longest: program.long[longest] * times}
+        yield Case("huge rank", replace(few, sizes=sizes))
 
 
 def _diagonal(types: tuple[torch.dtype, ...], recipes: tuple[str, ...]) -> Iterator[tuple[torch.dtype, str]]:
@@ -241,7 +258,8 @@ def outcome(case: Case, interp: bool) -> Verdict:
         poison()
     if case.kind == "repeats":
         return repeated(call, case.draw)
-    return at_the_edges(call, source, case.draw) if case.kind == "huge" else confirmed(call, source, case.draw)
+    judged = {"huge": over_and_over, "huge rank": at_length}.get(case.kind, confirmed)
+    return judged(call, source, case.draw)
 
 
 def poison() -> None:
@@ -275,17 +293,71 @@ def _listed(results: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     return [results] if isinstance(results, Tensor) else list(results)
 
 
-def at_the_edges(call: Callable[..., Any], source: Cascade, draw: Draw) -> Verdict:
-    """The verdict on the first and the last rows of a program that treats its rows alike."""
-    inputs, given = draw.inputs(0), draw.given()
+def over_and_over(call: Callable[..., Any], source: Cascade, draw: Draw) -> Verdict:
+    """The verdict on every output of a program that is given its independent inputs again and again.
+
+    Outputs of a later turn have the bits of the first, or pass by themselves.
+    """
+    inputs, given, batch = draw.inputs(0), draw.given(), draw.program.batch
+    by = standard(source, inputs, given)
+    largest = max(t.numel() for t in (*inputs.values(), *by.gold.values()) if PERIOD in t.shape)
+    turns = HUGE // largest + 1
+    for name, spec in draw.program.inputs.items():
+        if batch in spec.shape.split():
+            axis = spec.shape.split().index(batch)
+            inputs[name] = inputs[name].repeat([turns if i == axis else 1 for i in range(inputs[name].dim())])
     with filled_with_nan():
         ours = _listed(call(**inputs, **given))
-    for rows in (slice(0, EDGE_ROWS), slice(-EDGE_ROWS, None)):
-        ends = {n: t[rows] if draw.program.inputs[n].shape.startswith("M") else t for n, t in inputs.items()}
-        verdict = judge_all([result[rows] for result in ours], standard(source, ends, given))
+    axes = [gold.shape.index(PERIOD) for gold in by.gold.values()]
+    taken = [t.unflatten(axis, (turns, PERIOD)).movedim(axis, 0) for t, axis in zip(ours, axes, strict=True)]
+    others = sorted({0, *(turn for t in taken for turn in _other_bits(t))})
+    for turn in others:
+        verdict = judge_all([t[turn] for t in taken], by)
         if not verdict.ok:
-            return replace(verdict, detail=f"{verdict.detail}, rows {rows.start}:{rows.stop}")
+            return replace(verdict, detail=f"{verdict.detail}, turn {turn} of {turns}")
     return Verdict()
+
+
+def _other_bits(turns: Tensor) -> list[int]:
+    """The turns, along the first rank, that have not the bits of the first."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[turns.element_size()]
+    found = []
+    step = max(1, CHUNK // max(1, turns[0].numel()))
+    for start in range(0, len(turns), step):
+        some = turns[start : start + step].contiguous().view(bits)
+        wrong = (some != turns[0].contiguous().view(bits)).flatten(1).any(1)
+        found.extend((wrong.nonzero().flatten() + start).tolist())
+    return found
+
+
+def at_length(call: Callable[..., Any], source: Cascade, draw: Draw) -> Verdict:
+    """The verdict on a program with a huge rank; of the processes that share a device one at a time holds the gold."""
+    with alone():
+        inputs, given = draw.inputs(0), draw.given()
+    with filled_with_nan():
+        ours = _listed(call(**inputs, **given))
+    with alone():
+        if not draw.program.rows:
+            return judge_all(ours, standard(source, inputs, given))
+        for row in range(draw.sizes[draw.program.rows]):
+            here = slice(row, row + 1)
+            shapes = {name: spec.shape.split() for name, spec in draw.program.inputs.items()}
+            one = {name: t[here] if draw.program.rows in shapes[name] else t for name, t in inputs.items()}
+            verdict = judge_all([result[here] for result in ours], standard(source, one, given))
+            if not verdict.ok:
+                return replace(verdict, detail=f"{verdict.detail}, row {row}")
+    return Verdict()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """While this holds, no other process of the campaign is in here; memory that torch holds on to goes back after."""
+    with (Path(tempfile.gettempdir()) / "cascade-correctness.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            torch.cuda.empty_cache()
 
 
 def try_case(case: Case, tally: Tally, interp: bool) -> bool:
@@ -326,11 +398,12 @@ def device_answers() -> bool:
 
 def campaign(options: argparse.Namespace, progress: Progress) -> None:
     """Programs take turns with their cases until all are done or time is up."""
-    programs = EVERY if options.only else BLOCKS if options.blocks else PROGRAMS
-    names = [name for name in programs if options.only in (None, name)][options.share :: options.jobs]
+    programs = options.only or list(BLOCKS if options.blocks else PROGRAMS)
+    names = programs[options.share :: options.jobs]
     lists = {}
     for name in names:
-        wanted = (case for case in cases(EVERY[name], options.huge) if options.kind in (None, case.kind))
+        every = huge_cases(EVERY[name]) if options.huge else cases(EVERY[name])
+        wanted = (case for case in every if options.kind in (None, case.kind))
         lists[name] = itertools.islice(wanted, progress.tried.setdefault(name, 0), None)
         progress.tallies.setdefault(name, Tally())
     while lists:
@@ -342,7 +415,10 @@ def campaign(options: argparse.Namespace, progress: Progress) -> None:
                 del lists[name]
                 continue
             progress.tried[name] += 1
+            began = time.time()
             works = try_case(case, progress.tallies[name], options.interp)
+            if options.huge:
+                print(f"{name}: {case}: {time.time() - began:.1f} s", flush=True)
             if options.keep:
                 progress.save(options.keep)
             if not works:
@@ -395,10 +471,10 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m benchmarks.correctness", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--seconds", type=float, default=480, help="when to stop (480)")
-    parser.add_argument("--only", choices=list(EVERY), metavar="NAME", help="one program")
+    parser.add_argument("--only", nargs="+", choices=list(EVERY), metavar="NAME", help="these programs")
     parser.add_argument("--blocks", action="store_true", help="layers, in the place of the programs of kernels")
     parser.add_argument("--kind", help="one kind of case: recipe, empty rank, layout, large, length, long, ...")
-    parser.add_argument("--huge", action="store_true", help="a tensor of more than 2^31 elements as well")
+    parser.add_argument("--huge", action="store_true", help="tensors of more than 2^31 elements, instead")
     parser.add_argument("--interp", action="store_true", help="the interpreter in the place of the kernels")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the programs (1)")
     parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
@@ -422,7 +498,8 @@ def main(argv: list[str] | None = None) -> int:
         print(text, end="")
     if CUDA and not options.only and not options.kind and not options.keep:
         RESULTS.mkdir(exist_ok=True)
-        name = "-".join(["correctness", *(["blocks"] if options.blocks else []), *device.lower().split()])
+        parts = [part for part in ("blocks", "huge") if getattr(options, part)]
+        name = "-".join(["correctness", *parts, *device.lower().split()])
         (RESULTS / f"{name}.txt").write_text(text, encoding="utf-8")
     return int(any(tally.failures for tally in progress.tallies.values()))
 

@@ -757,7 +757,7 @@ ROWS: tuple[Program, ...] = (
     ),
     rowwise("embedding", "cascade c(ids: i64[T], X[N,D]) -> Y[T,D] {\n Y[t,d] = X[ids[t],d]\n}",
         inputs={"ids": Input("T", make=tokens), "X": Input("N D")}, small={"T": 7, "N": 5, "D": 6},
-        large=({"T": 1000, "N": 3001, "D": 257},), long=None, lengths=("T", "D"), batch="T", rows="", exact=True),
+        large=({"T": 1000, "N": 3001, "D": 257},), long={"T": 1000, "N": 131_072, "D": 65}, lengths=("T", "D"), batch="T", rows="", exact=True),
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -114,6 +115,21 @@ class OnAnH200(Bench):
     @property
     def machine(self) -> Machine:
         return machine_for("NVIDIA H200", (9, 0))
+
+
+def test_few_outputs_after_many_are_shared_by_enough_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles that suit many outputs make one program of few: parts of what is summed over fill the device then."""
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    compiled = cascade.compile(PRODUCT)
+    launcher = Launcher(compiled.trace.final, "none", compiled.cascade)
+    for rows, over, columns in ((6_000_000, 333, 257), (16, 4_000_000, 64)):
+        x, w = (torch.empty(shape, dtype=torch.float16, device="meta") for shape in ((rows, over), (over, columns)))
+        extents = {"T": rows, "D": over, "F": columns}
+        planner = launcher.planner(extents, {"X": layout(x), "W": layout(w)}, descriptors=True)
+        bench = OnAnH200(torch.device("meta"), "none", {"X": x, "W": w})
+        steps = [step for step in launcher.steps(planner, "product", bench) if isinstance(step, KernelStep)]
+    assert [step.kernel.name for step in steps] == ["product", "product_merge"]
+    assert math.prod(steps[0].grid) >= 128
 
 
 @pytest.mark.parametrize("name", ["softmax", "attention"])

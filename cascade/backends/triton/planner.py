@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import operator
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
@@ -41,6 +42,7 @@ from cascade.walk import defines, expressions, fresh, map_expressions, map_fold,
 
 
 FEW_PROGRAMS = 128  # fewer leave multiprocessors without work: a stream is shared
+SPARSE = 16  # times fewer programs than a choice was made for, from which on a stream is shared by so many times more
 LONG_ROW = 8192  # elements; longer rows that are gone through once are streamed: several programs then hide latency
 ACCUMULATED = 65536  # numbers in 32 bits that a program can hold in registers at most
 EXACT_ACCUMULATED = 4096  # in full precision, of 64 bits: with 4 warps a quarter of the registers
@@ -1053,12 +1055,33 @@ class Planner:
         stream = group.arrangement.stream
         if stream is None or group.rows is not None or not self.divisible(group):
             return 1
-        programs = 1
-        for rank in group.arrangement.shared:
-            together = self.packed(group).get(rank) or tiles.get(rank, 1)
-            programs *= -(-self.ranks[rank] // together)
-        steps = -(-self.ranks[stream] // tiles[stream])
-        return max(1, min(FEW_PROGRAMS // programs, steps // 4)) if programs < FEW_PROGRAMS else 1
+        programs = math.prod(self.programs(group, tiles, self.ranks))
+        return max(1, min(FEW_PROGRAMS // programs, self.most_parts(stream, tiles))) if programs < FEW_PROGRAMS else 1
+
+    def programs(self, group: Group, tiles: Mapping[str, int], ranks: Mapping[str, int]) -> list[int]:
+        """How many programs lie along each shared rank, of these extents."""
+        packed = self.packed(group)
+        return [-(-ranks[rank] // (packed.get(rank) or tiles.get(rank, 1))) for rank in group.arrangement.shared]
+
+    def most_parts(self, stream: str, tiles: Mapping[str, int]) -> int:
+        """By how many programs a stream may be shared, each with some tiles of it."""
+        return -(-self.ranks[stream] // tiles[stream]) // 4
+
+    def in_more_parts(self, group: Group, tiling: Tiling) -> Tiling:
+        """The tiling with its stream in more parts, where a call has far fewer programs than it was chosen for.
+
+        Tiles serve for calls of many extents, and where several ranks are shorter at once, what is left may be a tile.
+        A rank that changes alone keeps its parts: what merges them is another kernel where there are more.
+        """
+        stream, tiles = group.arrangement.stream, dict(tiling.tiles)
+        if stream is None or tiling.parts == 1 or tiling.even:
+            return tiling
+        chosen, here = (self.programs(group, tiles, ranks) for ranks in (self.ranks, self.actual))
+        alone = sum(map(operator.gt, chosen, here)) < 2
+        if alone or math.prod(chosen) < SPARSE * math.prod(here):
+            return tiling
+        more = min(SPARSE * tiling.parts, self.most_parts(stream, tiles))
+        return dataclasses.replace(tiling, parts=max(tiling.parts, more))
 
     def steps_singly(self, group: Group) -> bool:
         """Whether the stream goes one coordinate at a time.

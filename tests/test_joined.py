@@ -14,7 +14,7 @@ from torch import Tensor
 import cascade
 from cascade import interp
 from cascade.backends.triton import launch
-from cascade.backends.triton.joined import with_joined
+from cascade.backends.triton.joined import Joined, with_joined
 from cascade.backends.triton.planner import Layout, contiguous, gaps, viewed
 from cascade.ir import DType
 from cascade.text import render_stmt
@@ -89,7 +89,7 @@ def given(text: str, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[s
 def test_ranks_that_lie_together_are_one(name: str) -> None:
     text = program(JOINED[name])
     plain, inputs = final(text), given(text)
-    joined = with_joined(plain, SIZES, dict.fromkeys(inputs, ()))
+    joined = with_joined(Joined(plain), SIZES, dict.fromkeys(inputs, ()))
     verify(joined.cascade)
     assert joined.sizes and joined.views
     sizes = joined.extents(SIZES)
@@ -118,7 +118,7 @@ def test_kernels_of_joined_ranks(name: str, dtype: torch.dtype, odd: dict[str, i
 @pytest.mark.parametrize("name", APART)
 def test_ranks_stay_apart_where(name: str) -> None:
     text = program(APART[name])
-    assert with_joined(final(text), SIZES, dict.fromkeys(given(text), ())).cascade == final(text)
+    assert with_joined(Joined(final(text)), SIZES, dict.fromkeys(given(text), ())).cascade == final(text)
     call, inputs = cascade.compile(text, backend="triton"), given(text)
     verdict = judge_all(call(**inputs), standard(call.cascade, inputs, {}))
     assert verdict.ok, verdict
@@ -129,7 +129,7 @@ def test_data_with_gaps_is_read_where_it_lies() -> None:
     call, inputs = cascade.compile(text, backend="triton"), given(text)
     gaps = {name: torch.stack([tensor] * 2, -1)[..., 0] for name, tensor in inputs.items()}
     torch.testing.assert_close(call(**gaps), call(**inputs), rtol=1e-5, atol=1e-5)
-    assert not with_joined(final(text), SIZES, {}).views
+    assert not with_joined(Joined(final(text)), SIZES, {}).views
 
 
 def test_ranks_are_one_where_gaps_are_elsewhere() -> None:
@@ -171,7 +171,7 @@ def test_lengths_that_change_share_kernels() -> None:
 
 def test_what_is_joined_is_said() -> None:
     text = program(JOINED["rows"])
-    joined = with_joined(final(text), SIZES, {"X": (), "W": (), "c": ()})
+    joined = with_joined(Joined(final(text)), SIZES, {"X": (), "W": (), "c": ()})
     assert [render_stmt(stmt) for stmt in joined.cascade.body] == [
         "X_flat[bt,d] = X[bt//T,bt%T,d]",
         "Y_sum_flat[bt,f] = sum[d] X_flat[bt,d] * W[f,d]",

@@ -111,7 +111,11 @@ SHIPPED = (
 )
 SEPARATE = programs.attention(where="doc[b,m] == doc[b,n]", params=", doc: i64[B,M]", square=True)
 RAGGED = programs.decode(4).replace("]) ->", "], len: i32[B]) ->").replace("sqrt(E)", "sqrt(E) where n < len[b]", 1)
-BEFORE = (Shipped("documents", SEPARATE, {**D64, "M": 8192}), Shipped("ragged", RAGGED, {**GROUPED, "B": 32}))
+PAGES = Shipped(
+    "pages", PROGRAMS["paged"].text, {"B": 32, "H": 8, "M": 8, "C": 16384, "L": 512, "W": 16, "E": 128, "F": 128}
+)
+BEFORE = (Shipped("documents", SEPARATE, {**D64, "M": 8192}), Shipped("ragged", RAGGED, {**GROUPED, "B": 32}), PAGES)
+PAGED = ("pages_bounds", "pages", "pages_merge")
 VERSIONS = ("3.9", "3.6")
 CROWDED = {
     ("3.9", "alibi D128"), ("3.6", "alibi D128"), ("3.6", "window D128"), ("3.6", "rmsnorm"),
@@ -163,7 +167,8 @@ def planner_of(shipped: Shipped, working: DType = DType.BF16) -> Planner:
         param.name: contiguous([s if isinstance(s, int) else shipped.sizes[s] for s in param.shape], types[param.name])
         for param in cascade.params
     }
-    return Planner(restated(cascade, shipped.sizes, types, shipped.sizes).cascade, dict(shipped.sizes), layouts)
+    found = restated(cascade, shipped.sizes, types, shipped.sizes)
+    return Planner(found.cascade, found.joined.extents(shipped.sizes), layouts)
 
 
 def python_of(version: str) -> str:
@@ -307,7 +312,7 @@ def test_kernels_before_others_do_not_spill(version: str) -> None:
     python = python_of(version)
     wanted = [built for item in BEFORE for built in kernels(planner_of(item), item.name)]
     names = [one.kernel.name for one in wanted]
-    assert names == ["documents_bounds", "documents", "ragged_bounds", "ragged", "ragged_merge"]
+    assert names == ["documents_bounds", "documents", "ragged_bounds", "ragged", "ragged_merge", *PAGED]
     for name, found in zip(
         names, facts([request(b.kernel, b.source) for b in wanted], "sm_90", python, 2), strict=True
     ):

@@ -58,15 +58,16 @@ class Joined:
         return frozenset(found)
 
 
-def with_joined(cascade: Cascade, extents: Mapping[str, int], gaps: Mapping[str, Collection[int]]) -> Joined:
-    """The cascade with such ranks as one; `extents` are those of shape symbols.
+def with_joined(before: Joined, extents: Mapping[str, int], gaps: Mapping[str, Collection[int]]) -> Joined:
+    """The cascade with such ranks as one, beside those that are already; `extents` are those of shape symbols.
 
     `gaps` are the dimensions of parameters that do not lie together with the next one, as heads of which some were
     taken lie apart between tokens: of two that do, another shape is the same memory. A parameter that is not among
     them has gaps everywhere. What kernels exchange has none.
     """
-    everywhere = {param.name: range(len(param.shape)) for param in cascade.params}
-    found = Joined(cascade, gaps={name: frozenset(own) for name, own in {**everywhere, **gaps}.items()})
+    everywhere = {param.name: range(len(param.shape)) for param in before.cascade.params}
+    known = {name: frozenset(own) for name, own in {**everywhere, **gaps, **before.gaps}.items()}
+    found = dataclasses.replace(before, gaps=known)
     while (pair := next(_pairs(found, found.extents(extents)), None)) is not None:
         found = pair.applied(found)
     return found

@@ -225,7 +225,7 @@ class Launcher:
         def supposing(symbols: Collection[str]) -> tuple[Planner, Joined]:
             supposed = {symbol: self.supposed(symbol, extents[symbol]) for symbol in sorted(symbols)}
             certain = {symbol: extent for symbol, extent in extents.items() if symbol not in supposed}
-            found = restated(cascade, {**extents, **supposed}, dtypes, certain, apart)
+            found = restated(cascade, {**extents, **supposed}, dtypes, certain, apart, extents)
             joined, updates = found.joined, self.updates(found.cascade)
             sizes = {**joined.extents(extents), **supposed}
             return Planner(
@@ -330,7 +330,7 @@ class Launcher:
         shared = None
         if tiling.shared:
             with contextlib.suppress(UnsupportedError):  # then one program has the whole stream
-                shared = planner.split(label, group, groups, tiling)
+                shared = planner.split(label, group, groups, planner.in_more_parts(group, tiling))
         if shared is not None:
             kernel, merger, _ = shared
             yield from self.before(planner, kernel, label, groups, by_model)

@@ -876,7 +876,7 @@ class _Lowering:
         stream = self.group.arrangement.stream
         if not self.streaming or stream is None:
             return False
-        return stream in (ranks_of(test) if self.axis(stream).single else self.test_ranks(test))
+        return stream in ranks_of(test) | self.test_ranks(test)  # also where a whole tile passes or does not
 
     def test_ranks(self, test: Expr) -> set[str]:
         """The dimensions along which a test differs."""

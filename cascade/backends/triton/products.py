@@ -107,11 +107,15 @@ class MatrixProduct:
 
 @functools.lru_cache(maxsize=4096)  # asked of the same statements at every turn
 def matrix_product(stmt: Stmt) -> MatrixProduct | None:
-    """How a statement is a matrix product: a sum over a rank of factors in two groups that differ in their ranks."""
+    """How a statement is a matrix product: a sum over a rank of factors in two groups that differ in their ranks.
+
+    Of several such ranks, one that only says where something lies comes last: along it a matrix has gaps.
+    """
     if not isinstance(stmt, Einsum) or not isinstance(stmt.expr, Reduce) or stmt.expr.reducer != "sum":
         return None
     terms = factors(stmt.expr.body)
-    for over in stmt.expr.ranks:
+    places = {rank for term in terms for rank in _places(term)}
+    for over in sorted(stmt.expr.ranks, key=places.__contains__):
         inside = [term for term in terms if over in ranks_of(term)]
         if len(inside) < 2 or not all(reads_something(term) for term in inside):
             continue
@@ -119,6 +123,12 @@ def matrix_product(stmt: Stmt) -> MatrixProduct | None:
         if found is not None:
             return found
     return None
+
+
+def _places(expr: Expr) -> frozenset[str]:
+    """The ranks by which an expression looks up where something lies."""
+    lookups = (node for at in walk(expr) if isinstance(at, Read) for index in at.index for node in walk(index))
+    return frozenset().union(*(ranks_of(node) for node in lookups if isinstance(node, Read)))
 
 
 def is_plain(stmt: Stmt, dtypes: Mapping[str, DType]) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from cascade.backends.triton.counts import with_extents
 from cascade.backends.triton.divided import with_divisions
 from cascade.backends.triton.joined import Joined, with_joined
+from cascade.backends.triton.paired import with_paired, with_views
 from cascade.backends.triton.operands import with_operands
 from cascade.backends.triton.ordered import in_order, with_ordered_operands
 from cascade.backends.triton.picks import with_picks
@@ -45,10 +47,12 @@ def restated(
     inputs: Mapping[str, DType],
     certain: Mapping[str, int],
     gaps: Mapping[str, Collection[int]] | None = None,
+    here: Mapping[str, int] | None = None,
 ) -> Restated:
     """The cascade as kernels are planned for it, at extents of the shape symbols and types of the parameters.
 
-    Some extents are `certain`: proofs may use them. Ranks are joined where it is known which dimensions of parameters
+    Some extents are `certain`: proofs may use them. Others may be larger than those of a call, which are `here` then.
+    Ranks are joined where it is known which dimensions of parameters
     have `gaps` behind them, and rows then lie in the order in which they are read.
     """
 
@@ -66,7 +70,9 @@ def restated(
         (lambda found: with_scales(found, of_ranks(found)), SCALED),
     )
     why: dict[str, str] = {}
-    cascade = with_divisions(cascade, certain)
+    paired = with_paired(cascade, here or extents, certain)
+    extents, certain = paired.extents(extents), paired.extents(certain)
+    cascade = with_divisions(paired.cascade, certain)
     cascade = with_prologues(cascade, of_ranks(cascade))
     for step, reason in steps:
         known, before = {name for stmt in cascade.body for name in defines(stmt)}, sums(cascade)
@@ -74,7 +80,8 @@ def restated(
         made = {name for stmt in cascade.body for name in defines(stmt)} - known | sums(cascade) - before
         why |= dict.fromkeys(sorted(made), reason)
     cascade = with_prologues(cascade, of_ranks(cascade))
-    joined = Joined(cascade) if gaps is None else with_joined(cascade, extents, gaps)
+    joined = dataclasses.replace(paired, cascade=cascade)
+    joined = joined if gaps is None else with_joined(with_views(joined, gaps), extents, gaps)
     known = {name for stmt in cascade.body for name in defines(stmt)}
     why |= dict.fromkeys((n for s in joined.cascade.body for n in defines(s) if n not in known), JOINED)
     ordered = frozenset[str]() if gaps is None else in_order(joined.cascade, inputs)

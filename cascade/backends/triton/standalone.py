@@ -23,6 +23,7 @@ from cascade.backends.triton.emit import Argument, wrapped
 from cascade.backends.triton.machine import machine_of_arch
 from cascade.backends.triton.offline import Request
 from cascade.backends.triton.partition import Group, Rest
+from cascade.backends.triton.joined import Joined
 from cascade.backends.triton.restate import restated
 from cascade.backends.triton.plan import Kernel, Role
 from cascade.backends.triton.planner import Layout, Planner
@@ -133,6 +134,7 @@ class Subject:
     """What is emitted: the cascade in canonical form and after the pipeline, sizes, types of the parameters.
 
     `highest` tells, for sizes, the largest value of each integer parameter that indexes or is compared with a rank.
+    `products` are the sizes of ranks that kernels have in the place of two, with the sizes of these.
     """
 
     canonical: Cascade
@@ -140,6 +142,12 @@ class Subject:
     sizes: Mapping[str, int]
     types: Mapping[str, DType]
     highest: Callable[[Mapping[str, int]], Mapping[str, int]]
+    products: Mapping[str, tuple[Size, Size]] = field(default_factory=dict)
+
+    @property
+    def extents(self) -> dict[str, int]:
+        """The sizes, and those that are products of two."""
+        return Joined(self.final, self.products).extents(self.sizes)
 
     def layouts(self, sizes: Mapping[str, int]) -> dict[str, Layout]:
         """The parameters, contiguous, at some sizes."""
@@ -157,8 +165,8 @@ def standalone(subject: Subject, descriptors: bool = True) -> Emission:
     where there is no kernel at all.
     """
     found = restated(subject.final, subject.sizes, subject.types, {})
-    subject = dataclasses.replace(subject, final=found.cascade)
-    planner = subject.planner(subject.sizes, descriptors)
+    subject = dataclasses.replace(subject, final=found.cascade, products=found.joined.sizes)
+    planner = subject.planner(subject.extents, descriptors)
     return _Writer(subject, planner, planner.groups()).emission()
 
 
@@ -294,7 +302,7 @@ class _Writer:
         launches = [one for step in planned if isinstance(step, Unit) for one in step.launches]
         words = [p.name for p in final.params] + [name for group in self.groups for name in group.names]
         words += [target.name for stmt in canonical.body for target in targets(stmt)]
-        words += [*infer_shapes(canonical).ranks, *self.subject.sizes]
+        words += [*infer_shapes(canonical).ranks, *self.subject.extents]
         words += [tensor.name for one in launches for tensor in one.made]
         words += [symbol for step in planned if isinstance(step, Unit) for symbol in step.counted]
         words += [word for one in launches if (rows := one.kernel.rows) for word in (rows.symbol, *rows.tables)]
@@ -321,7 +329,7 @@ class _Writer:
 
     def elsewhere(self, changed: Mapping[str, int]) -> Alone:
         """The planner where some sizes are others."""
-        return self.subject.planner({**self.subject.sizes, **changed}, self.planner.descriptors)
+        return self.subject.planner({**self.subject.extents, **changed}, self.planner.descriptors)
 
     def refuse_none(self, planned: Sequence[Unit | Rest]) -> None:
         """Files without a kernel are none."""
@@ -499,10 +507,25 @@ class _Writer:
             used |= {argument.symbol for argument in launch.source.arguments if argument.kind == "size"}
             used |= {launch.kernel.rows.values} if launch.kernel.rows else set()
             used |= {axis.extent for axis in launch.wholes.values() if axis.extent not in one.static}
+        for product, sizes in self.products(one).items():
+            used |= {product, *sizes}
         return [symbol for symbol in self.subject.sizes if symbol in used]
+
+    def products(self, one: Unit) -> dict[str, tuple[Size, Size]]:
+        """The sizes that are products of two, of those that the kernels of a file have."""
+        axes = {axis.extent for launch in one.launches for axis in launch.kernel.axes}
+        return {symbol: sizes for symbol, sizes in self.subject.products.items() if symbol in axes}
 
     def counted(self, one: Unit) -> Iterator[str]:
         """The sizes that only the kernels know."""
+        for product, sizes in self.products(one).items():
+            yield f"    {self.name(product)} = {' * '.join(map(self.name, sizes))}"
+            if product in one.static:
+                message = (
+                    f"{' * '.join(map(str, sizes))} is {{{self.name(product)}}}, compiled for {one.static[product]}"
+                )
+                yield f"    if {self.name(product)} != {one.static[product]}:"
+                yield f'        raise ValueError(f"{message}: emit another file")'
         for symbol, (extent, tile) in one.counted.items():
             if tile:
                 yield f"    {self.name(symbol)} = triton.cdiv({self.name(extent)}, {tile})"
@@ -575,7 +598,7 @@ class _Writer:
                 return self.name(argument.symbol)
             case _:
                 axis = launch.wholes.get(argument.name)
-                if axis is None or axis.extent in one.static or axis.extent not in self.subject.sizes:
+                if axis is None or axis.extent in one.static or axis.extent not in self.subject.extents:
                     return f"{argument.name}={argument.value}"
                 return f"{argument.name}=triton.next_power_of_2({self.name(axis.extent)})"
 
@@ -796,7 +819,8 @@ class _Writer:
         points: set[Size] = set()
         wide: set[Size] = set()
         for axis in (axis for one in self.units for launch in one.launches for axis in launch.kernel.axes):
-            (points if axis.role is Role.POINT else wide).add(axis.extent)
+            lying = points if axis.role is Role.POINT else wide
+            lying |= {axis.extent, *self.subject.products.get(str(axis.extent), ())}
         found = {}
         for symbol, size in self.subject.sizes.items():
             few = POINTS if symbol in points - wide else RAGGED

@@ -1,0 +1,256 @@
+"""Two ranks that are only ever reduced together, as one rank.
+
+    S[b,l,w] = sum[e] Q[b,e] * K[pages[b,l],w,e] where l*W + w < len[b];  Y[b,f] = sum[l,w] S[b,l,w] * V[pages[b,l],w,f]
+    -->  S[b,lw] = sum[e] Q[b,e] * K[pages[b,lw//W],lw%W,e] where lw < len[b]
+         Y[b,f] = sum[lw] S[b,lw] * V[pages[b,lw//W],lw%W,f]
+
+A matrix product sums over one rank: of two it would go through the first by single coordinates, each with as many rows
+as the second has. Of the one that both make, tiles are as long as suits the product. So it is with pages of a table,
+where every row is looked up, and with rows and columns of a picture, where a trip over either carries a state. What
+is given at both side by side, without gaps between them, is the same memory in another shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from cascade.backends.triton.joined import Joined
+from cascade.backends.triton.products import matrix_product, ranks_of
+from cascade.inference import infer_shapes, stated
+from cascade.ir import (
+    Apply, Cascade, Const, Directive, Einsum, Expr, Extent, Fold, Fuse, Given, Rank, Read, Reduce, Size, Stmt, Target,
+)  # fmt: skip
+from cascade.walk import defines, expressions, fresh, map_expressions, map_fold, names, rewrite, targets, walk
+
+LONG = 256  # rows of a page, above which tiles of one page are as long as any, and need no table
+REDUCERS = frozenset({"sum", "max", "min", "any", "all", "count", "prod"})  # which give no coordinate
+
+
+def with_paired(cascade: Cascade, extents: Mapping[str, int], certain: Mapping[str, int]) -> Joined:
+    """The cascade with such ranks as one; `extents` are those of shape symbols, `certain` those that calls share."""
+    found = Joined(cascade)
+    while (pair := next(_pairs(found, found.extents(extents), certain), None)) is not None:
+        found = pair.applied(found)
+    return found
+
+
+def with_views(before: Joined, gaps: Mapping[str, Collection[int]]) -> Joined:
+    """The cascade with parameters in another shape that are read at the parts of such a rank, side by side.
+
+    `gaps` are the dimensions of parameters that do not lie together with the next one.
+    """
+    found: dict[str, set[Read]] = {}
+    given = {param.name for param in before.cascade.params}
+    for node in (node for stmt in before.cascade.body for expr in expressions(stmt) for node in walk(expr)):
+        if isinstance(node, Read) and node.tensor in given:
+            found.setdefault(node.tensor, set()).add(node)
+    taken, sizes = names(before.cascade), infer_shapes(before.cascade).ranks
+    for name, nodes in found.items():
+        (node, *others), own = nodes, gaps.get(name)
+        at = None if others or own is None else _parted(node, {r for r, size in sizes.items() if size in before.sizes})
+        if at is not None and own is not None and at not in own:
+            before = _viewed(before, node, at, fresh(f"{name}_flat", taken), own)
+    return before
+
+
+def _parted(node: Read, ranks: Collection[str]) -> int | None:
+    """Where a tensor is read at the parts of one of the ranks, side by side, and else at ranks, each at one place."""
+    index = list(node.index)
+    for at, (first, second) in enumerate(itertools.pairwise(index)):
+        if isinstance(first, Apply) and isinstance(second, Apply) and (first.op, second.op) == ("floordiv", "mod"):
+            plain = [first.args[0], *index[:at], *index[at + 2 :]]
+            alone = all(isinstance(each, Rank) for each in plain) and len(set(plain)) == len(plain)
+            if first.args == second.args and alone and isinstance(plain[0], Rank) and plain[0].name in ranks:
+                return at
+    return None
+
+
+def _viewed(before: Joined, node: Read, at: int, name: str, gaps: Collection[int]) -> Joined:
+    """The cascade with one parameter in the other shape."""
+    first = node.index[at]
+    assert isinstance(first, Apply)
+    index = (*node.index[:at], first.args[0], *node.index[at + 2 :])
+    view = Einsum(Target(name, tuple(part.name for part in index if isinstance(part, Rank))), node)
+
+    def change(expr: Expr) -> Expr:
+        return rewrite(expr, lambda one: Read(name, index) if one == node else one)
+
+    body = (view, *(map_expressions(stmt, change) for stmt in before.cascade.body))
+    shifted = frozenset(dim - (dim > at) for dim in gaps)
+    return dataclasses.replace(
+        before,
+        cascade=dataclasses.replace(before.cascade, body=body),
+        views={**before.views, name: node.tensor},
+        gaps={**before.gaps, name: shifted},
+    )
+
+
+def _pairs(before: Joined, extents: Mapping[str, int], certain: Mapping[str, int]) -> Iterator[_Pair]:
+    """The pairs of ranks that can be one."""
+    cascade = before.cascade
+    if not all(isinstance(item, Fold | Fuse) for item in cascade.schedule):
+        return
+    sizes = infer_shapes(cascade).ranks
+
+    def extent(rank: str) -> int:
+        size = sizes[rank]
+        return size if isinstance(size, int) else extents[size]
+
+    pages = (pair for pair in _looked_up(cascade) if extent(pair[1]) <= LONG)
+    for first, second in dict.fromkeys((*pages, *_carried_along(cascade))):
+        pair = _Pair(first, second, (sizes[first], sizes[second]), certain)
+        if pair.suits(cascade):
+            yield pair
+
+
+def _looked_up(cascade: Cascade) -> Iterator[tuple[str, str]]:
+    """A rank that looks up one coordinate of a tensor, and one that stands plainly beside it, both reduced at once."""
+    nodes = [node for stmt in cascade.body for expr in expressions(stmt) for node in walk(expr)]
+    reduced = [set(node.ranks) for node in nodes if isinstance(node, Reduce)]
+    for node in (node for node in nodes if isinstance(node, Read)):
+        inside = {rank for at in node.index if isinstance(at, Read) for rank in ranks_of(at)}
+        for second in (at.name for at in node.index if isinstance(at, Rank)):
+            for first in sorted(inside - {second}):
+                if any({first, second} <= ranks for ranks in reduced):
+                    yield first, second
+
+
+def _carried_along(cascade: Cascade) -> Iterator[tuple[str, str]]:
+    """A rank that a state is carried along and one that a product sums over with it, as they stand side by side."""
+    along = {item.rank for item in cascade.schedule if isinstance(item, Fold)}
+    for stmt in cascade.body:
+        if matrix_product(stmt) is None or not isinstance(stmt, Einsum) or not isinstance(stmt.expr, Reduce):
+            continue
+        for index in (node.index for node in walk(stmt.expr) if isinstance(node, Read)):
+            for pair in itertools.pairwise(at.name if isinstance(at, Rank) else "" for at in index):
+                if along & set(pair) and set(pair) <= set(stmt.expr.ranks):
+                    yield pair
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """Two ranks, their sizes, and the extents of which kernels may have numbers."""
+
+    first: str
+    second: str
+    sizes: tuple[Size, Size]
+    certain: Mapping[str, int]
+
+    @property
+    def both(self) -> set[str]:
+        """Their names."""
+        return {self.first, self.second}
+
+    def number(self, expr: Expr) -> Expr:
+        """An extent as a number where it is certain."""
+        return Const(self.certain[expr.name]) if isinstance(expr, Extent) and expr.name in self.certain else expr
+
+    @property
+    def width(self) -> Expr:
+        """How many coordinates of the second there are to one of the first."""
+        size = self.sizes[1]
+        return Const(size) if isinstance(size, int) else self.number(Extent(size))
+
+    def suits(self, cascade: Cascade) -> bool:
+        """Whether whatever has one of them has both, in what statements define, reduce, and read of each other."""
+        own = {target.name: target.ranks for stmt in cascade.body for target in targets(stmt)}
+        made = {name for name, ranks in own.items() if self.both & set(ranks)}
+        kept = made.isdisjoint(result.name for result in cascade.results)
+        trips = {item.rank for item in cascade.schedule if isinstance(item, Fold | Fuse)} & self.both
+        return kept and len(trips) < 2 and all(self.stands(stmt, own) for stmt in cascade.body)
+
+    def stands(self, stmt: Stmt, own: Mapping[str, tuple[str, ...]]) -> bool:
+        """Whether one statement has both or neither so."""
+        nodes = [node for expr in expressions(stmt) for node in walk(expr)]
+        sums = [node for node in nodes if isinstance(node, Reduce) and self.both & set(node.ranks)]
+        ranks = [*(set(target.ranks) for target in targets(stmt)), *(set(node.ranks) for node in sums)]
+        if not any(self.both & some for some in ranks):
+            return self.both.isdisjoint(rank for expr in expressions(stmt) for rank in ranks_of(expr))
+        if not isinstance(stmt, Einsum) or stmt.inits or any(node.reducer not in REDUCERS for node in sums):
+            return False
+        reads = [node for node in nodes if isinstance(node, Read) and self.both & set(own.get(node.tensor, ()))]
+        plain = all(node.index == tuple(map(Rank, own[node.tensor])) for node in reads)
+        return plain and all(len(self.both & some) != 1 for some in ranks)
+
+    def applied(self, before: Joined) -> Joined:
+        """The cascade with them as one rank."""
+        cascade, taken = before.cascade, names(before.cascade)
+        symbol = fresh(f"{self.first}{self.second}".upper(), taken)
+        rank = Rank(fresh(f"{self.first}{self.second}", taken))
+        along = (stmt for stmt in cascade.body if any(self.both & set(target.ranks) for target in targets(stmt)))
+        one = _One(self, rank, {name for stmt in along for name in defines(stmt)})
+        found = dataclasses.replace(
+            cascade,
+            body=tuple(map(one.statement, cascade.body)),
+            schedule=tuple(map(one.directive, cascade.schedule)),
+            given=(*(given for given in cascade.given if given.rank not in self.both), Given(rank.name, symbol)),
+        )
+        ranks = {name: size for name, size in infer_shapes(cascade).ranks.items() if name not in self.both}
+        return Joined(stated(found, {**ranks, rank.name: symbol}), {**before.sizes, symbol: self.sizes})
+
+
+@dataclass(frozen=True, slots=True)
+class _One:
+    """The one rank in the place of two, and what is made along them."""
+
+    pair: _Pair
+    rank: Rank
+    made: set[str]
+
+    @property
+    def parts(self) -> dict[str, Expr]:
+        """The coordinates of the two."""
+        return {
+            self.pair.first: Apply("floordiv", (self.rank, self.pair.width)),
+            self.pair.second: Apply("mod", (self.rank, self.pair.width)),
+        }
+
+    def ranks(self, ranks: Sequence[str]) -> tuple[str, ...]:
+        """Ranks with the one in the place of both."""
+        return tuple(dict.fromkeys(self.rank.name if one in self.pair.both else one for one in ranks))
+
+    def statement(self, stmt: Stmt) -> Stmt:
+        """A statement with the one rank."""
+        found = map_expressions(stmt, self.expression)
+        if not isinstance(found, Einsum):
+            return found
+        return dataclasses.replace(found, target=Target(found.target.name, self.ranks(found.target.ranks)))
+
+    def directive(self, item: Directive) -> Directive:
+        """A part of the schedule with the one rank."""
+        if not isinstance(item, Fold | Fuse):
+            return item
+        found = map_fold(item, self.expression) if isinstance(item, Fold) else item
+        return dataclasses.replace(found, rank=self.rank.name) if found.rank in self.pair.both else found
+
+    def expression(self, expr: Expr) -> Expr:
+        """An expression with the one rank."""
+        return rewrite(expr, self.changed)
+
+    def changed(self, node: Expr) -> Expr:
+        """An expression whose operands have the one rank already: where its parts make it up, it stands itself."""
+        match node:
+            case Rank():
+                return self.parts.get(node.name, node)
+            case Reduce():
+                return dataclasses.replace(node, ranks=self.ranks(node.ranks))
+            case Read() if node.tensor in self.made:
+                index = (self.rank if at in self.parts.values() else at for at in node.index)
+                return dataclasses.replace(node, index=tuple(dict.fromkeys(index)))
+            case Apply(op="add"):
+                return self.rank if self.is_sum(node) else node
+            case _:
+                return node
+
+    def is_sum(self, node: Apply) -> bool:
+        """Whether an expression puts the one rank together of its parts."""
+        first, second = self.parts.values()
+        for whole, rest in (node.args, node.args[::-1]):
+            if rest == second and isinstance(whole, Apply) and whole.op == "mul":
+                factors = tuple(map(self.pair.number, whole.args))
+                if factors in ((first, self.pair.width), (self.pair.width, first)):
+                    return True
+        return False

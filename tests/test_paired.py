@@ -1,0 +1,167 @@
+"""Ranks that are only ever reduced together, as one: which, what the cascade means, and the kernels.
+
+The witnesses: the interpreter on the cascade before and after, and the tolerance rule.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import cascade
+from cascade import interp
+from cascade.backends.triton.paired import with_paired
+from cascade.text import render_stmt
+from cascade.values import Precision
+from cascade.verify import verify
+from tests.planned import final
+from tests.tolerance import judge_all, standard
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES = {"B": 3, "M": 4, "N": 3, "L": 5, "W": 6, "C": 9, "E": 16, "F": 16}
+KEYS = "Q[B,M,E], K[C,W,E], V[C,W,F], pages: i64[B,L], len: i64[B]"
+SCORES = "S[b,m,l,w] = Q[b,m,e] * K[pages[b,l],w,e] / sqrt(E)"
+LIVE = "where l*W + w < len[b]"
+WEIGHTED = f"P[b,m,l,w] = softmax[l,w] S[b,m,l,w]; O[b,m,f] = P[b,m,l,w] * V[pages[b,l],w,f] {LIVE}"
+ONE = {
+    "a stream": (KEYS, "O[B,M,F]", f"{SCORES} {LIVE}; {WEIGHTED}"),
+    "a sum": (
+        KEYS, "O[B,M,F]",
+        f"{SCORES} {LIVE}; O[b,m,f] = sigmoid(S[b,m,l,w]) * V[pages[b,l],w,f] {LIVE}",
+    ),
+    "places as values": (
+        f"{KEYS}, slope[M]", "O[B,M,F]",
+        f"S[b,m,l,w] = (sum[e] Q[b,m,e] * K[pages[b,l],w,e]) / sqrt(E) + slope[m] * (l*W + w - len[b]) {LIVE};"
+        f"{WEIGHTED}",
+    ),
+    "a mask of its own": (
+        f"{KEYS}, live: bool[B,L,W]", "O[B,M,F]",
+        f"{SCORES} where live[b,l,w]; P[b,m,l,w] = softmax[l,w] S[b,m,l,w];"
+        "O[b,m,f] = P[b,m,l,w] * V[pages[b,l],w,f] where live[b,l,w]",
+    ),
+    "scales of pages": (
+        f"{KEYS}, scale[C]", "O[B,M,F]",
+        f"{SCORES} * scale[pages[b,l]] {LIVE}; {WEIGHTED}",
+    ),
+    "the second first": (
+        KEYS, "O[B,M,F]",
+        "S[b,m,w,l] = Q[b,m,e] * K[pages[b,l],w,e] where w + W*l < len[b]; P[b,m,w,l] = softmax[w,l] S[b,m,w,l];"
+        "O[b,m,f] = P[b,m,w,l] * V[pages[b,l],w,f] where w + W*l < len[b]",
+    ),
+    "a picture": (
+        "Q[B,M,E], K[B,L,W,E], V[B,L,W,F]", "O[B,M,F]",
+        "S[b,m,l,w] = Q[b,m,e] * K[b,l,w,e]; P[b,m,l,w] = softmax[l,w] S[b,m,l,w]; O[b,m,f] = P[b,m,l,w] * V[b,l,w,f]",
+    ),
+    "two pictures": (
+        "Q[B,M,N,E], K[B,L,W,E], V[B,L,W,F], up[M,L], across[N,W]", "O[B,M,N,F]",
+        "S[b,m,n,l,w] = (sum[e] Q[b,m,n,e] * K[b,l,w,e]) + up[m,l] + across[n,w];"
+        "P[b,m,n,l,w] = softmax[l,w] S[b,m,n,l,w]; O[b,m,n,f] = P[b,m,n,l,w] * V[b,l,w,f]",
+    ),
+    "a window of a picture": (
+        "Q[B,M,N,E], K[B,M,N,E], V[B,M,N,F]", "O[B,M,N,F]",
+        "S[b,m,n,l,w] = Q[b,m,n,e] * K[b,l,w,e] where l - m < 2 and m - l < 2 and w - n < 3 and n - w < 3;"
+        "P[b,m,n,l,w] = softmax[l,w] S[b,m,n,l,w]; O[b,m,n,f] = P[b,m,n,l,w] * V[b,l,w,f]",
+    ),
+}  # fmt: skip
+APART = {
+    "one is returned": (KEYS, "O[B,M,F], S[B,M,L,W]", f"{SCORES} {LIVE}; {WEIGHTED}"),
+    "one stands by itself": (
+        f"{KEYS}, U[C]", "O[B,M,F]",
+        f"R[b,l] = exp(U[pages[b,l]]); {SCORES} * R[b,l] {LIVE}; {WEIGHTED}",
+    ),
+    "one is reduced before": (
+        KEYS, "O[B,M,F]",
+        f"{SCORES} {LIVE}; R[b,m,l] = max[w] S[b,m,l,w]; P[b,m,l,w] = softmax[l,w] (S[b,m,l,w] - R[b,m,l]);"
+        f"O[b,m,f] = P[b,m,l,w] * V[pages[b,l],w,f] {LIVE}",
+    ),
+}  # fmt: skip
+
+
+def program(parts: tuple[str, str, str]) -> str:
+    params, result, body = parts
+    return f"cascade c({params}) -> {result} {{ {body} }}"
+
+
+def given(text: str, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Tensor]:
+    """Inputs of a program; of the first row one element is live, of the second all are."""
+    generator, known = torch.Generator().manual_seed(7), SIZES | sizes
+    found = {}
+    for param in final(text).params:
+        shape = [size if isinstance(size, int) else known[size] for size in param.shape]
+        if param.name == "pages":
+            found["pages"] = torch.randint(0, known["C"], shape, generator=generator).to(DEVICE)
+        elif param.name == "len":
+            most = known["L"] * known["W"]
+            found["len"] = torch.tensor([1, most, *(1 + 7 * b % most for b in range(2, shape[0]))], device=DEVICE)
+        elif param.name == "live":
+            found["live"] = (torch.rand(shape, generator=generator) < 0.8).to(DEVICE)
+        else:
+            found[param.name] = torch.randn(shape, generator=generator).to(DEVICE, dtype)
+    return found
+
+
+@pytest.mark.parametrize("certain", [{}, {"W": 6}], ids=["", "certain"])
+@pytest.mark.parametrize("name", ONE)
+def test_both_are_one(name: str, certain: dict[str, int]) -> None:
+    plain, inputs = final(program(ONE[name])), given(program(ONE[name]))
+    found = with_paired(plain, SIZES, certain)
+    verify(found.cascade)
+    (symbol,) = found.sizes
+    extent = found.extents(SIZES)[symbol]
+    assert math.prod(SIZES[str(size)] for size in found.sizes[symbol]) == extent
+    before = interp.run(plain, inputs, precision=Precision.REFERENCE)
+    after = interp.run(found.cascade, inputs, {symbol: extent}, precision=Precision.REFERENCE)
+    for result in before:
+        torch.testing.assert_close(after[result], before[result], rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ONE)
+def test_kernels_of_both(name: str, dtype: torch.dtype) -> None:
+    """At several lengths and widths of a page in turn: from the second width on kernels know none."""
+    call = cascade.compile(program(ONE[name]), backend="triton")
+    for sizes in ({"L": 5, "W": 16}, {"L": 9, "W": 16}, {"L": 40, "W": 3}, {"L": 3, "W": 70}, {"L": 7, "W": 1}):
+        inputs = given(program(ONE[name]), dtype, **sizes)
+        verdict = judge_all(call(**inputs), standard(call.cascade, inputs, {}))
+        assert verdict.ok, (sizes, verdict)
+        assert "no kernel" not in call.explain()
+        assert sum("tl.dot" in text for text in call.sources().values()) == 1
+
+
+@pytest.mark.parametrize("name", APART)
+def test_they_stay_apart_where(name: str) -> None:
+    text = program(APART[name])
+    assert not with_paired(final(text), SIZES, SIZES).sizes
+    call, inputs = cascade.compile(text, backend="triton"), given(text)
+    verdict = judge_all(call(**inputs), standard(call.cascade, inputs, {}))
+    assert verdict.ok, verdict
+
+
+def test_they_stay_apart_where_pages_are_longer_than_tiles() -> None:
+    """Unless a state is carried along them: then a tile of a page is no part of the trip."""
+    assert with_paired(final(program(ONE["a stream"])), SIZES | {"W": 257}, {}).sizes
+    plain = final(program(ONE["a sum"]))
+    assert with_paired(plain, SIZES | {"W": 256}, {}).sizes
+    assert not with_paired(plain, SIZES | {"W": 257}, {}).sizes
+
+
+def test_what_lies_together_is_another_shape() -> None:
+    """Of what is given without gaps; else each element is where it was."""
+    text = program(ONE["a picture"])
+    call, inputs = cascade.compile(text, backend="triton"), given(text)
+    apart = {name: torch.stack([tensor] * 2, 2)[:, :, 0] for name, tensor in inputs.items()}
+    assert apart["K"].stride(1) != apart["K"].stride(2) * SIZES["W"]
+    for some, shaped in ((inputs, True), (apart, False)):
+        verdict = judge_all(call(**some), standard(call.cascade, some, {}))
+        assert verdict.ok, verdict
+        assert any("K_flat" in source for source in call.sources().values()) is shaped
+
+
+def test_what_is_one_is_said() -> None:
+    found = with_paired(final(program(ONE["a stream"])), SIZES, {"W": 6}).cascade
+    said = [render_stmt(stmt) for stmt in found.body]
+    assert said[0] == "S[b,m,lw] = sum[e] Q[b,m,e] * K[pages[b,lw//6],lw%6,e] / sqrt(E) where lw < len[b]"
+    assert "O_sum[b,m,f] = sum[lw] P_sum_exp[b,m,lw] * V[pages[b,lw//6],lw%6,f] where lw < len[b]" in said

@@ -33,7 +33,7 @@ from cascade.text import render
 from cascade.values import FROM_TORCH
 from cascade.verify import verify
 from cascade.walk import targets
-from tests import generate
+from tests import generate, test_paired
 from tests.kernel_programs import PROGRAMS, Program
 from tests.test_mixed import MIXED
 from tests.tolerance import Draw
@@ -121,8 +121,10 @@ def sized(**sizes: int) -> list[str]:
         (GEMM, sized(M=48, N=40, K=160), ["gemm"]),
         (LOSS, sized(T=8, N=64), ["loss_0", "loss_1", "loss"]),
         ("cascade p(X[M,N]) -> P[M] { P[m] = prod[n] X[m,n] }\n", sized(M=8, N=40), ["p"]),
+        (test_paired.program(test_paired.ONE["a stream"]), sized(B=3, M=4, L=5, W=6, C=9, E=16, F=16), ["c"]),
+        (test_paired.program(test_paired.ONE["a picture"]), sized(B=2, M=40, L=8, W=12, E=16, F=16), ["c"]),
     ],
-    ids=["attention", "softmax", "gemm", "two-groups", "tiny-results"],
+    ids=["attention", "softmax", "gemm", "two-groups", "tiny-results", "pages", "a-picture"],
 )
 def test_file_runs_and_checks_itself_without_the_project(
     program: Path | str, options: list[str], files: list[str], written: Any, tmp_path: Path

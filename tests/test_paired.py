@@ -5,8 +5,6 @@ The witnesses: the interpreter on the cascade before and after, and the toleranc
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
@@ -54,6 +52,11 @@ ONE = {
     "a picture": (
         "Q[B,M,E], K[B,L,W,E], V[B,L,W,F]", "O[B,M,F]",
         "S[b,m,l,w] = Q[b,m,e] * K[b,l,w,e]; P[b,m,l,w] = softmax[l,w] S[b,m,l,w]; O[b,m,f] = P[b,m,l,w] * V[b,l,w,f]",
+    ),
+    "a film": (
+        "Q[B,M,E], K[B,N,L,W,E], V[B,N,L,W,F]", "O[B,M,F]",
+        "S[b,m,n,l,w] = Q[b,m,e] * K[b,n,l,w,e]; P[b,m,n,l,w] = softmax[n,l,w] S[b,m,n,l,w];"
+        "O[b,m,f] = P[b,m,n,l,w] * V[b,n,l,w,f]",
     ),
     "two pictures": (
         "Q[B,M,N,E], K[B,L,W,E], V[B,L,W,F], up[M,L], across[N,W]", "O[B,M,N,F]",
@@ -109,11 +112,11 @@ def test_both_are_one(name: str, certain: dict[str, int]) -> None:
     plain, inputs = final(program(ONE[name])), given(program(ONE[name]))
     found = with_paired(plain, SIZES, certain)
     verify(found.cascade)
-    (symbol,) = found.sizes
-    extent = found.extents(SIZES)[symbol]
-    assert math.prod(SIZES[str(size)] for size in found.sizes[symbol]) == extent
+    symbol = next(reversed(found.sizes))
+    bound = {symbol: found.extents(SIZES)[symbol]}
+    assert bound[symbol] == {"a film": 90, "a window of a picture": 12}.get(name, 30)
     before = interp.run(plain, inputs, precision=Precision.REFERENCE)
-    after = interp.run(found.cascade, inputs, {symbol: extent}, precision=Precision.REFERENCE)
+    after = interp.run(found.cascade, inputs, bound, precision=Precision.REFERENCE)
     for result in before:
         torch.testing.assert_close(after[result], before[result], rtol=1e-12, atol=1e-12, equal_nan=True)
 
@@ -148,16 +151,29 @@ def test_they_stay_apart_where_pages_are_longer_than_tiles() -> None:
     assert not with_paired(plain, SIZES | {"W": 257}, {}).sizes
 
 
-def test_what_lies_together_is_another_shape() -> None:
+@pytest.mark.parametrize("name", ["a picture", "a film"])
+def test_what_lies_together_is_another_shape(name: str) -> None:
     """Of what is given without gaps; else each element is where it was."""
-    text = program(ONE["a picture"])
+    text = program(ONE[name])
     call, inputs = cascade.compile(text, backend="triton"), given(text)
     apart = {name: torch.stack([tensor] * 2, 2)[:, :, 0] for name, tensor in inputs.items()}
-    assert apart["K"].stride(1) != apart["K"].stride(2) * SIZES["W"]
+    assert apart["K"].stride(1) == 2 * inputs["K"].stride(1)
     for some, shaped in ((inputs, True), (apart, False)):
         verdict = judge_all(call(**some), standard(call.cascade, some, {}))
         assert verdict.ok, verdict
         assert any("K_flat" in source for source in call.sources().values()) is shaped
+
+
+def test_a_filter_that_whole_tiles_pass_or_do_not_bounds_the_loop() -> None:
+    """A tile is a row of the picture: which rows are near is the same for all of it."""
+    text = program(ONE["a window of a picture"])
+    call, inputs = cascade.compile(text, backend="triton"), given(text, torch.bfloat16, M=9, N=64)
+    verdict = judge_all(call(**inputs), standard(call.cascade, inputs, {}))
+    assert verdict.ok, verdict
+    (source,) = (text for text in call.sources().values() if "tl.dot" in text)
+    assert (
+        "m * 64 - 64" in source and "m * 64 + 128" in source
+    )  # the first coordinate near, and the one behind the last
 
 
 def test_what_is_one_is_said() -> None:

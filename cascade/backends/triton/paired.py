@@ -23,7 +23,7 @@ from cascade.inference import infer_shapes, stated
 from cascade.ir import (
     Apply, Cascade, Const, Directive, Einsum, Expr, Extent, Fold, Fuse, Given, Rank, Read, Reduce, Size, Stmt, Target,
 )  # fmt: skip
-from cascade.walk import defines, expressions, fresh, map_expressions, map_fold, names, rewrite, targets, walk
+from cascade.walk import children, defines, expressions, fresh, map_expressions, map_fold, names, rewrite, targets, walk
 
 LONG = 256  # rows of a page, above which tiles of one page are as long as any, and need no table
 REDUCERS = frozenset({"sum", "max", "min", "any", "all", "count", "prod"})  # which give no coordinate
@@ -48,43 +48,51 @@ def with_views(before: Joined, gaps: Mapping[str, Collection[int]]) -> Joined:
         if isinstance(node, Read) and node.tensor in given:
             found.setdefault(node.tensor, set()).add(node)
     taken, sizes = names(before.cascade), infer_shapes(before.cascade).ranks
+    ranks = {rank for rank, size in sizes.items() if size in before.sizes}
     for name, nodes in found.items():
         (node, *others), own = nodes, gaps.get(name)
-        at = None if others or own is None else _parted(node, {r for r, size in sizes.items() if size in before.sizes})
-        if at is not None and own is not None and at not in own:
-            before = _viewed(before, node, at, fresh(f"{name}_flat", taken), own)
+        index, inner = _together(node.index, ranks)
+        if inner and not others and own is not None and inner.isdisjoint(own):
+            before = _viewed(before, node, index, fresh(f"{name}_flat", taken), own, inner)
     return before
 
 
-def _parted(node: Read, ranks: Collection[str]) -> int | None:
-    """Where a tensor is read at the parts of one of the ranks, side by side, and else at ranks, each at one place."""
-    index = list(node.index)
-    for at, (first, second) in enumerate(itertools.pairwise(index)):
-        if isinstance(first, Apply) and isinstance(second, Apply) and (first.op, second.op) == ("floordiv", "mod"):
-            plain = [first.args[0], *index[:at], *index[at + 2 :]]
-            alone = all(isinstance(each, Rank) for each in plain) and len(set(plain)) == len(plain)
-            if first.args == second.args and alone and isinstance(plain[0], Rank) and plain[0].name in ranks:
-                return at
-    return None
+def _together(index: tuple[Expr, ...], ranks: Collection[str]) -> tuple[tuple[Rank, ...], frozenset[int]]:
+    """Coordinates with such a rank in the place of its parts, side by side, and its dimensions but the last.
+
+    Nothing where others than ranks are among them, or one twice.
+    """
+    found: list[tuple[Expr, tuple[int, ...]]] = [(part, (dim,)) for dim, part in enumerate(index)]
+    at = 0
+    while at + 1 < len(found):
+        (first, own), (second, more) = found[at : at + 2]
+        parts = isinstance(first, Apply) and isinstance(second, Apply) and (first.op, second.op) == ("floordiv", "mod")
+        if parts and children(first) == children(second):
+            found[at : at + 2] = [(children(first)[0], own + more)]
+            at = max(0, at - 1)
+        else:
+            at += 1
+    plain = tuple(part for part, dims in found if isinstance(part, Rank) and (len(dims) == 1 or part.name in ranks))
+    if len(plain) < len(found) or len(set(plain)) < len(plain):
+        return (), frozenset()
+    return plain, frozenset(dim for _, dims in found for dim in dims[:-1])
 
 
-def _viewed(before: Joined, node: Read, at: int, name: str, gaps: Collection[int]) -> Joined:
+def _viewed(
+    before: Joined, node: Read, index: tuple[Rank, ...], name: str, gaps: Collection[int], inner: Collection[int]
+) -> Joined:
     """The cascade with one parameter in the other shape."""
-    first = node.index[at]
-    assert isinstance(first, Apply)
-    index = (*node.index[:at], first.args[0], *node.index[at + 2 :])
-    view = Einsum(Target(name, tuple(part.name for part in index if isinstance(part, Rank))), node)
+    view = Einsum(Target(name, tuple(rank.name for rank in index)), node)
 
     def change(expr: Expr) -> Expr:
         return rewrite(expr, lambda one: Read(name, index) if one == node else one)
 
     body = (view, *(map_expressions(stmt, change) for stmt in before.cascade.body))
-    shifted = frozenset(dim - (dim > at) for dim in gaps)
     return dataclasses.replace(
         before,
         cascade=dataclasses.replace(before.cascade, body=body),
         views={**before.views, name: node.tensor},
-        gaps={**before.gaps, name: shifted},
+        gaps={**before.gaps, name: frozenset(dim - sum(one < dim for one in inner) for dim in gaps)},
     )
 
 

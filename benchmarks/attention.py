@@ -240,6 +240,76 @@ def forward(device: torch.device, options: Any) -> Iterator[Workload]:
         name = f"{'full' if variant is NOOP else variant.name} {shape.text}"
         peers = beside(variant, device, ("flex", "cudnn", "flash"))
         yield workload(name, shape.small() if options.tiny else shape, variant, peers, bars, device)
+    for reach, bars in (
+        (0, (Bar(1.15, peer="flex"), Bar(1.0, peer="cudnn", goal=True))),
+        (6, (Bar(1.25, peer="flex"),)),
+    ):
+        yield picture_workload(Picture(4, 16, 64, 64, 128, reach), options.tiny, bars, device)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Batches, heads, rows and columns, width of a head, and how far a place sees each way; 0 for all of it."""
+
+    batches: int
+    heads: int
+    rows: int
+    columns: int
+    width: int
+    reach: int
+
+    @property
+    def text(self) -> str:
+        """As a table names it."""
+        seen = f"near {2 * self.reach + 1}x{2 * self.reach + 1}" if self.reach else "full"
+        return f"picture {seen} {self.batches} {self.heads} {self.rows}x{self.columns} {self.width}"
+
+    @property
+    def where(self) -> str:
+        """Which places one sees, in the notation."""
+        ways = (f"{a} - {b} <= {self.reach}" for pair in ("ix", "jy") for a, b in (pair, pair[::-1]))
+        return " and ".join(ways) if self.reach else ""
+
+    @property
+    def variant(self) -> Variant:
+        """The same as attention over places in a row."""
+
+        def sees(inputs: Inputs) -> Mask:
+            def near(m: Tensor, n: Tensor) -> Tensor:
+                up, across = m // self.columns - n // self.columns, m % self.columns - n % self.columns
+                return (up.abs() <= self.reach) & (across.abs() <= self.reach)
+
+            return lambda b, h, m, n: near(m, n)
+
+        def along(extent: int) -> int:
+            return sum(min(at + self.reach, extent - 1) - max(at - self.reach, 0) + 1 for at in range(extent))
+
+        pairs = along(self.rows) * along(self.columns)
+        return Variant(self.text, mask=sees, live=lambda length: float(pairs)) if self.reach else NOOP
+
+
+def picture_workload(shape: Picture, small: bool, bars: tuple[Bar, ...], device: torch.device) -> Workload:
+    """Attention over two ranks; peers have the places in a row, which is no work."""
+    own = dataclasses.replace(shape, batches=2, heads=2, rows=6, columns=8, width=16) if small else shape
+    variant = own.variant
+
+    def inputs(generator: torch.Generator) -> Inputs:
+        extents = (own.batches, own.heads, own.rows, own.columns, own.width)
+        return {name: normal(generator, *extents) for name in "QKV"}
+
+    def flat(inputs: Inputs) -> Inputs:
+        return {name: inputs[name].flatten(2, 3) for name in "QKV"}
+
+    def in_a_row(peer: Peer) -> Peer:
+        return Peer(peer.run, lambda given: peer.prepare(flat(given)))
+
+    peers = {name: in_a_row(peer) for name, peer in beside(variant, device, ("flex", "cudnn", "flash")).items()}
+    length = own.rows * own.columns
+    return Workload(
+        shape.text, programs.picture(own.where), inputs, lambda given: expected(variant, flat(given)),
+        lambda out, given: found(out.reshape(own.batches, own.heads, length, own.width), given), peers, bars,
+        flops=4.0 * own.batches * own.heads * own.width * variant.live(length),
+    )  # fmt: skip
 
 
 def grid(device: torch.device, options: Any) -> Iterator[Workload]:
@@ -278,8 +348,42 @@ def decoding(device: torch.device, options: Any) -> Iterator[Workload]:
     ):
         name = f"decode {'ragged ' if variant is RAGGED else ''}{shape.text}"
         yield decode_workload(name, shape.small() if options.tiny else shape, variant, bars, device)
+    for page in (16, 64):
+        yield paged_workload(Shape(32, 32, 8, 8192, 128), page, options.tiny, device)
     for shared in (32, 8):
         yield prefixed_workload(Prefixed(64, 32, shared, 8192, 512, 128), options.tiny, device)
+
+
+def paged_workload(shape: Shape, page: int, small: bool, device: torch.device) -> Workload:
+    """One query for every head, keys in pages that lie in no order; the peers have them in a row, made before."""
+    name, own = f"decode pages of {page} {shape.text}", shape.small() if small else shape
+    pages = -(-own.length // page)
+
+    def inputs(generator: torch.Generator) -> Inputs:
+        count = own.batches * pages
+        keys = (count, own.shared, page, own.width)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(device, torch.int32)
+        found = {"Q": normal(generator, own.batches, own.heads, own.width)}
+        found |= {"K": normal(generator, *keys), "V": normal(generator, *keys)}
+        lengths = torch.full((own.batches,), own.length, dtype=torch.int32, device=device)
+        return found | {"pages": order.reshape(own.batches, pages), "len": lengths}
+
+    def in_a_row(inputs: Inputs) -> Inputs:
+        def whole(cache: Tensor) -> Tensor:
+            found = cache[inputs["pages"].long()].transpose(1, 2)
+            return found.flatten(2, 3)[:, :, : own.length].contiguous()
+
+        return {"Q": inputs["Q"], "K": whole(inputs["K"]), "V": whole(inputs["V"])}
+
+    def prepared(peer: Peer) -> Peer:
+        return Peer(peer.run, lambda given: peer.prepare(in_a_row(given)))
+
+    peers = {key: prepared(peer) for key, peer in beside(NOOP, device, ("cudnn", "flash", "flex")).items()}
+    moved = 4.0 * own.width * own.batches * (own.shared * own.length + own.heads)
+    return Workload(
+        name, programs.paged(own.group), inputs, lambda given: expected(NOOP, in_a_row(given)), found, peers,
+        (Bar(0.97, copy=True, goal=True), Bar(0.9, peer="cudnn")), moved=moved,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,28 @@ def decode(group: int, ragged: bool = False) -> str:
 """
 
 
+def paged(group: int) -> str:
+    """The same with keys and values in pages of W rows: each batch has a list of them, and its last may be short."""
+    key = f"pages[b,l],h//{group},w"
+    given = "Q[B,H,E], K[C,G,W,E], V[C,G,W,F], pages: i32[B,L], len: i32[B]"
+    return f"""cascade paged({given}) -> O[B,H,F] {{
+    S[b,h,l,w] = (sum[e] Q[b,h,e] * K[{key},e]) / sqrt(E)   where l*W + w < len[b]
+    P[b,h,l,w] = softmax[l,w] S[b,h,l,w]
+    O[b,h,f]   = sum[l,w] P[b,h,l,w] * V[{key},f]   where l*W + w < len[b]
+}}
+"""
+
+
+def picture(where: str) -> str:
+    """Attention between the places of a picture, of rows and columns; `where` says which places one sees."""
+    return f"""cascade picture(Q[B,H,I,J,E], K[B,H,I,J,E], V[B,H,I,J,F]) -> O[B,H,I,J,F] {{
+    S[b,h,i,j,x,y] = (sum[e] Q[b,h,i,j,e] * K[b,h,x,y,e]) / sqrt(E){where and f"   where {where}"}
+    P[b,h,i,j,x,y] = softmax[x,y] S[b,h,i,j,x,y]
+    O[b,h,i,j,f]   = sum[x,y] P[b,h,i,j,x,y] * V[b,h,x,y,f]
+}}
+"""
+
+
 DIFFERENTIAL = """
 cascade differential(Q[B,H,M,E], K[B,H,N,E], R[B,H,M,E], L[B,H,N,E], V[B,H,N,F], lam: f32[H]) -> O: bf16[B,H,M,F] {
     S[b,h,m,n] = (sum[e] Q[b,h,m,e] * K[b,h,n,e]) / sqrt(E)   where n <= m

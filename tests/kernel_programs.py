@@ -488,6 +488,23 @@ ATTENTION: tuple[Program, ...] = (
         padding=outside_the_pages,
     ),
     attending(
+        "picture",
+        """cascade picture(Q[B,H,M,N,E], K[B,H,M,N,E], V[B,H,M,N,F]) -> O[B,H,M,N,F] {
+    S[b,h,m,n,x,y] = Q[b,h,m,n,e] * K[b,h,x,y,e] / sqrt(E) where x - m < 3 and m - x < 4 and y - n < 5 and n - y < 3
+    P[b,h,m,n,x,y] = softmax[x,y] S[b,h,m,n,x,y]
+    O[b,h,m,n,f]   = P[b,h,m,n,x,y] * V[b,h,x,y,f]
+}""",
+        {
+            "Q": Input("B H M N E", partner=True), "K": Input("B H M N E", drives="N"),
+            "V": Input("B H M N F", weighs="N"),
+        },
+        small={"B": 2, "H": 2, "M": 3, "N": 7, "E": 5, "F": 6},
+        large=(
+            {"B": 2, "H": 4, "M": 11, "N": 33, "E": 64, "F": 64}, {"B": 2, "H": 4, "M": 24, "N": 64, "E": 128, "F": 128},
+        ),
+        long=None,
+    ),
+    attending(
         "decode",
         """cascade decode(Q[B,H,E], K[B,G,N,E], V[B,G,N,F], len: i32[B]) -> O[B,H,F] {
     S[b,h,n] = Q[b,h,e] * K[b,h//2,n,e] / sqrt(E) where n < len[b]

@@ -164,6 +164,21 @@ def test_what_lies_together_is_another_shape(name: str) -> None:
         assert any("K_flat" in source for source in call.sources().values()) is shaped
 
 
+def test_places_of_two_pictures_are_two_ranks() -> None:
+    """The rows of a product as well as what it sums over, where no filter tells them apart."""
+    text = program((
+        "Q[B,M,N,E], K[B,L,W,E], V[B,L,W,F]", "O[B,M,N,F]",
+        "S[b,m,n,l,w] = Q[b,m,n,e] * K[b,l,w,e]; P[b,m,n,l,w] = softmax[l,w] S[b,m,n,l,w];"
+        "O[b,m,n,f] = P[b,m,n,l,w] * V[b,l,w,f]",
+    ))  # fmt: skip
+    call = cascade.compile(text, backend="triton")
+    for sizes in ({}, {"M": 7, "L": 30}, {"N": 40, "W": 17}):
+        inputs = given(text, torch.bfloat16, **sizes)
+        verdict = judge_all(call(**inputs), standard(call.cascade, inputs, {}))
+        assert verdict.ok, verdict
+        assert any("sum[e] Q_flat[b,mn,e] * K_flat[b,lw,e]" in source for source in call.sources().values())
+
+
 def test_a_filter_that_whole_tiles_pass_or_do_not_bounds_the_loop() -> None:
     """A tile is a row of the picture: which rows are near is the same for all of it."""
     text = program(ONE["a window of a picture"])

@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cascade.backends.triton.partition import NO_TILE, Rest, partition, without
+from cascade.backends.triton.partition import NO_TILE, Rest, all_ranks, partition, without
 from cascade.backends.triton.products import matrix_product
 from cascade.inference import Shapes, infer_shapes, stated
 from cascade.ir import (
@@ -74,14 +74,20 @@ def with_joined(before: Joined, extents: Mapping[str, int], gaps: Mapping[str, C
 
 
 def _pairs(before: Joined, extents: Mapping[str, int]) -> Iterator[_Pair]:
-    """The ranks that are one, of the rows, the columns or what a product sums over, in kernels of products alone."""
+    """The ranks that are one, of the rows, the columns or what a product sums over, in kernels of products alone.
+
+    And where two ranks are one already: what attends to rows and columns of a picture often has rows and columns.
+    """
     cascade = before.cascade
     shapes = infer_shapes(cascade)
     ranks = {rank: size if isinstance(size, int) else extents[size] for rank, size in shapes.ranks.items()}
+    ranks_of_two = {rank for rank, size in shapes.ranks.items() if size in before.sizes}
     ordered = {name for item in cascade.schedule if isinstance(item, GroupBy) for name in item.statements}
     for group in partition(cascade, ranks, before.views):
         apart = isinstance(group, Rest) and group.reason != NO_TILE
-        if apart or not ordered.isdisjoint(group.names) or not _sums_only(group.statements):
+        if apart or not ordered.isdisjoint(group.names):
+            continue
+        if not _sums_only(group.statements) and not any(ranks_of_two & set(all_ranks(s)) for s in group.statements):
             continue
         for stmt in group.statements:
             for first, second in _beside(stmt):

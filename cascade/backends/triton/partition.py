@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from cascade.bounds import absent_tensors, conjuncts
-from cascade.backends.triton.products import matrix_product
+from cascade.backends.triton.products import MatrixProduct, matrix_product
 from cascade.backends.triton.recurrence import composition, is_last, refusal, stepped
 from cascade.backends.triton.rows import Rows
 from cascade.inference import infer_shapes
@@ -350,6 +350,11 @@ def _pays(
             continue
         alone = arrange([stmt], cascade, extents) if other is stmt else before
         sides = product.rows | product.columns
+        apart = set(all_ranks(other)) - sides - set(reduced_ranks(other))
+        if alone is not None and apart & set(together.whole) and apart.isdisjoint(alone.whole):
+            return False  # a product for each coordinate that a tile has: its tiles would have three ranks
+        if alone is not None and _mixed(product, together) and not _mixed(product, alone):
+            return False  # so would they here
         if not sides.isdisjoint(together.whole) and alone is not None and sides.isdisjoint(alone.whole):
             touched = sum(_coordinates(ranks, extents) for _, ranks in set(_accesses([other])))
             whole = [side for side in (product.rows, product.columns) if not side.isdisjoint(together.whole)]
@@ -372,6 +377,12 @@ def _pays(
         for name, ranks in read[1]
     )
     return WHOLE_SIDE * lost <= (moved * ELEMENT + LAUNCH - parted) * OPERATIONS
+
+
+def _mixed(product: MatrixProduct, arrangement: Arrangement) -> bool:
+    """Whether a side of a product has the stream and a rank that programs share out: a tile has some of each."""
+    sides = (product.rows, product.columns)
+    return any(arrangement.stream in side and not side.isdisjoint(arrangement.shared) for side in sides)
 
 
 @recently

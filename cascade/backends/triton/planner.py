@@ -839,7 +839,10 @@ class Planner:
         return {rank: roles[rank] for rank in named}
 
     def products(self, group: Group) -> list[Stmt]:
-        """The statements that multiply matrices; one with a vector of few coordinates adds rows, but in a merge."""
+        """The statements that multiply matrices; one with a vector of few coordinates adds rows, but in a merge.
+
+        So does one with a vector where its side has several ranks: tiles of it would have three.
+        """
         stream, inner = group.arrangement.stream, group.arrangement.inner
         if stream is not None and not inner and all(is_plain(stmt, self.dtypes) for stmt in group.statements):
             return []
@@ -847,7 +850,10 @@ class Planner:
         few = stream is None or (
             not inner and self.sizes[stream] not in self.moving and self.ranks[stream] < SMALLEST_SIDE
         )
-        return [stmt for stmt, product in found.items() if product.two_sided or self.merges or not few]
+        if self.merges:
+            return list(found)
+        one = {stmt for stmt, product in found.items() if not few and len(product.rows | product.columns) < 2}
+        return [stmt for stmt, product in found.items() if product.two_sided or stmt in one]
 
     def across(self, group: Group, whole: Mapping[str, int]) -> int:
         """The columns of all products of a group together, of which a row of a tile has all."""

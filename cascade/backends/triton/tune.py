@@ -27,10 +27,11 @@ from cascade.backends.triton.count import read_in_waves, rounds, work
 from cascade.backends.triton.emit import emit
 from cascade.backends.triton.grid import suited
 from cascade.backends.triton.library import CLEARLY
+from cascade.backends.triton.lower import unsupported
 from cascade.backends.triton.machine import MAX_REGISTERS, WARP, Estimate, Machine, Work, estimate
 from cascade.backends.triton.offline import LIMITS, Failure, Request, StaticFacts, facts
 from cascade.backends.triton.partition import STEPS_LIMIT, Group, Rest, power_of_two
-from cascade.backends.triton.plan import Axis, Kernel, Loop, Options, Role
+from cascade.backends.triton.plan import Axis, Fold, Kernel, Loop, Options, Role, every_op
 from cascade.backends.triton.planner import ACCUMULATED, EXACT_ACCUMULATED, FEW_PROGRAMS, Planner, Tiling
 from cascade.backends.triton.products import matrix_product
 from cascade.backends.triton.recurrence import in_pairs, stepped
@@ -46,6 +47,7 @@ SHOWN = 4  # candidates besides the chosen one that a choice remembers
 SMALLEST = 16  # side of a matrix product
 EDGE_TILE = 32  # of a stream where tests stand and a thread has no registers left for those of more
 CROWDED = 160  # results of products that a thread holds: with more of them it has none left
+FOLDED = 2048  # elements that a thread folds at once, at most
 THREAD = (8, 64)  # elements of a row that one thread should have, at least and at most
 MOST_WARPS = 32  # of a program
 TRIPS = (4096, 2048)  # elements of a row that is gone through in trips though it would fit
@@ -162,8 +164,8 @@ def smaller(planner: Planner, group: Group) -> Iterator[Tiling]:
     fixed = {*planner.packed(group), *((group.rows.rank,) if group.rows is not None else ())}
     cut = {Role.TILE, Role.STREAM, Role.INNER}
     sides = [rank for rank, role in planner.roles(group).items() if role in cut and rank not in fixed]
-    tiles = dict(base.tiles)
-    while (longest := max(sides, key=lambda rank: tiles[rank], default=None)) and tiles[longest] > SMALLEST:
+    tiles, least = dict(base.tiles), SMALLEST if planner.products(group) else 1
+    while (longest := max(sides, key=lambda rank: tiles[rank], default=None)) and tiles[longest] > least:
         tiles[longest] //= 2
         for warps in (8, 4, 2, 1):
             options = dataclasses.replace(base.options, num_warps=warps)
@@ -389,8 +391,10 @@ def ranked(
         kernel = plans[key]
         if kernel is None:
             continue
-        sizes = sized(planner, kernel)
-        predicted = predict(machine, _retiled(kernel, axes, tiling), sizes)
+        sizes, kernel = sized(planner, kernel), _retiled(kernel, axes, tiling)
+        if not _compiles(kernel):
+            continue
+        predicted = predict(machine, kernel, sizes)
         if uneven:
             longer = (
                 0.0 if tiling.even else (1 - AVERAGE) / max(1.0, predicted.waves)
@@ -574,10 +578,20 @@ def _chosen(order: Sequence[Candidate], place: int, how: str) -> Choice:
     return Choice(chosen.tiling, chosen.estimate, how, others, chosen.milliseconds)
 
 
+def _compiles(kernel: Kernel) -> bool:
+    """Whether a thread folds no more elements at once than a compiler finishes with: it writes each of them out."""
+    tiles = {axis.rank: axis.tile for axis in kernel.axes}
+    folds = (op for op in every_op(kernel.ops) if isinstance(op, Fold))
+    widest = max((math.prod(tiles[rank] for rank in {*op.axes, *op.over}) for op in folds), default=0)
+    return widest <= FOLDED * WARP * kernel.options.num_warps
+
+
 def _last_resort(planner: Planner, name: str, group: Group, groups: Sequence[Group | Rest], machine: Machine) -> Choice:
     """The planner's own tiles where the model believes in none; UnsupportedError where there is no plan at all."""
     tiling = planner.default_tiling(group)
     kernel, sizes = planned(planner, name, group, groups, tiling)
+    if not _compiles(kernel):
+        raise unsupported("a sum over tiles of more elements than a compiler finishes with", group.statements[0])
     return Choice(tiling, predict(machine, kernel, sizes), "the planner's own: the model finds none that fits")
 
 

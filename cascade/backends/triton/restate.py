@@ -52,8 +52,8 @@ def restated(
     """The cascade as kernels are planned for it, at extents of the shape symbols and types of the parameters.
 
     Some extents are `certain`: proofs may use them. Others may be larger than those of a call, which are `here` then.
-    Ranks are joined where it is known which dimensions of parameters
-    have `gaps` behind them, and rows then lie in the order in which they are read.
+    Ranks are joined where it is known which dimensions of parameters have `gaps` behind them, and rows then lie in the
+    order in which they are read.
     """
 
     def of_ranks(found: Cascade) -> dict[str, int]:

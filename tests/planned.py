@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cascade.backends.triton.emit import emit
 from cascade.backends.triton.launch import Bench, Groups, KernelStep, Launcher, layout
+from cascade.backends.triton.machine import Machine, machine_for
 from cascade.backends.triton.partition import Group
 from cascade.backends.triton.plan import Kernel, Options
 from cascade.backends.triton.planner import Planner, Tiling
@@ -53,6 +54,14 @@ def all_kernels(planner: Planner) -> tuple[Kernel, ...]:
 def emitted(kernel: Kernel) -> str:
     """The text of a kernel, as it is compiled for a GPU."""
     return emit(kernel).text
+
+
+class OnAnH200(Bench):
+    """A device that is not there: the model of its machine chooses."""
+
+    @property
+    def machine(self) -> Machine:
+        return machine_for("NVIDIA H200", (9, 0))
 
 
 @dataclass(slots=True, eq=False)

@@ -15,11 +15,11 @@ from torch import Tensor
 import cascade
 from cascade.backends.triton import launch
 from cascade.backends.triton.emit import emit
-from cascade.backends.triton.launch import Bench, KernelStep, Launcher, RestStep, layout
-from cascade.backends.triton.machine import Machine, machine_for
+from cascade.backends.triton.launch import KernelStep, Launcher, RestStep, layout
 from cascade.backends.triton.offline import StaticFacts, facts
 from cascade.backends.triton.static import request
 from cascade.inference import bind_sizes
+from tests.planned import OnAnH200
 from tests.tolerance import judge_all, standard
 
 LITTLE = 1024  # bytes of a thread in memory, of what the model takes untimed: tuning throws out all that spill
@@ -113,14 +113,6 @@ FORMS = {
         {"B": 4, "H": 16, "N": 4096, "E": 64, "F": 64}, {"B": 2, "H": 2, "N": 21, "E": 5, "F": 6},
     ),
 }  # fmt: skip
-
-
-class OnAnH200(Bench):
-    """A device that is not there: the model of its machine chooses."""
-
-    @property
-    def machine(self) -> Machine:
-        return machine_for("NVIDIA H200", (9, 0))
 
 
 def given(text: str, sizes: dict[str, int], dtype: torch.dtype, device: str) -> dict[str, Tensor]:

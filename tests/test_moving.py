@@ -15,10 +15,10 @@ import cascade
 from benchmarks import launching, programs
 from cascade.backends.triton import launch
 from cascade.backends.triton.launch import Bench, CallPlan, KernelStep, Launcher, allocated, layout
-from cascade.backends.triton.machine import Machine, machine_for
 from cascade.inference import bind_sizes
 from tests.block_programs import BLOCKS
 from tests.kernel_programs import PROGRAMS, Program
+from tests.planned import OnAnH200
 from tests.tolerance import Draw, confirmed
 
 PRODUCT = "cascade product(X[T,D], W[D,F]) -> Y[T,F] { Y[t,f] = sum[d] X[t,d] * W[d,f] }"
@@ -107,14 +107,6 @@ def test_tensors_lie_the_same_when_timed_and_when_called() -> None:
             called = allocated(name, shape, torch.float32, device, ("Y",))
             assert found.stride() == called.stride() and found.shape == called.shape and bool(found.isnan().all())
             assert name != "Y" or found.is_contiguous()
-
-
-class OnAnH200(Bench):
-    """A device that is not there: the model of its machine chooses."""
-
-    @property
-    def machine(self) -> Machine:
-        return machine_for("NVIDIA H200", (9, 0))
 
 
 def test_few_outputs_after_many_are_shared_by_enough_programs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -263,10 +263,7 @@ def _accumulated(planner: Planner, group: Group, tiles: Mapping[str, int]) -> in
 
 def _programs(planner: Planner, group: Group, tiles: Mapping[str, int]) -> int:
     """The programs of a grid with these tiles."""
-    packed = planner.packed(group)
-    return math.prod(
-        -(-planner.ranks[rank] // (packed.get(rank) or tiles.get(rank, 1))) for rank in group.arrangement.shared
-    )
+    return math.prod(planner.programs(group, tiles, planner.ranks))
 
 
 def _rows(planner: Planner, group: Group, base: Tiling) -> list[Tiling]:

@@ -417,10 +417,9 @@ def emit_kernels(options: Options, backend: str, arch: str, folder: str) -> None
     writer = importlib.import_module(f"cascade.backends.{backend}.standalone")
     offline = importlib.import_module(f"cascade.backends.{backend}.offline")
     subject = subject_of(options, writer)
-    made = writer.standalone(subject, descriptors=arch >= "sm_90")
+    made, facts = writer.with_facts(subject, arch, functools.partial(offline.facts, jobs=2))
     for name, text in made.files.items():
         write_whole(Path(folder) / name, text)
-    facts = offline.facts([kernel.request for kernel in made.kernels], arch, jobs=2)
     machine = importlib.import_module(f"cascade.backends.{backend}.machine").machine_of_arch(arch)
     payload = {
         "cascade": subject.final.name,

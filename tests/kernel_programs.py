@@ -242,6 +242,22 @@ def documents(sizes: Sizes, generator: Generator) -> Tensor:
     return starts.long().cumsum(1)
 
 
+def kept(sizes: Sizes, generator: Generator) -> Tensor:
+    """Which keys are no padding: left of a batch's first one they are, and a few between; of the last batch all are."""
+    first = torch.randint(0, max(1, sizes["N"] // 2), (sizes["B"], 1), generator=generator)
+    found = (torch.arange(sizes["N"]) >= first) & (torch.rand(sizes["B"], sizes["N"], generator=generator) < 0.9)
+    if sizes["B"] > 1:
+        found[-1] = False
+    return found
+
+
+def pairs(sizes: Sizes, generator: Generator) -> Tensor:
+    """Which key a query sees: a third of them, in every third row none."""
+    found = torch.rand(sizes["B"], sizes["M"], sizes["N"], generator=generator) < 0.3
+    found[:, ::3] = False
+    return found
+
+
 PAGE = 16  # positions that a page holds
 
 
@@ -295,6 +311,12 @@ def behind_the_length(inputs: Tensors, sizes: Sizes) -> Tensors:
     """Keys and values behind the length of their batch."""
     dead = torch.arange(sizes["N"]) >= inputs["len"].cpu()[:, None]
     dead = dead.reshape(sizes["B"], *[1] * (inputs["K"].dim() - 3), sizes["N"], 1)
+    return {"K": dead, "V": dead}
+
+
+def padded_keys(inputs: Tensors, sizes: Sizes) -> Tensors:
+    """Keys and values that are padding, or behind the last query."""
+    dead = ~inputs["keep"].cpu()[:, None, :, None] | (torch.arange(sizes["N"]) >= sizes["M"])[:, None]
     return {"K": dead, "V": dead}
 
 
@@ -425,6 +447,14 @@ ATTENTION: tuple[Program, ...] = (
     attending(
         "ragged", attention("n < len[b]", params=", len: i32[B]"), {"len": Input("B", make=lengths)},
         padding=behind_the_length, small=dict(ATTENTION_SMALL, B=3),
+    ),
+    attending(
+        "padded", attention("n <= m and keep[b,n]", params=", keep: bool[B,N]"), {"keep": Input("B N", make=kept)},
+        lengths=("M", "N"), padding=padded_keys, small=dict(ATTENTION_SMALL, B=3, M=37, N=35),
+    ),
+    attending(
+        "masked", attention("see[b,m,n]", params=", see: bool[B,M,N]"), {"see": Input("B M N", make=pairs)},
+        lengths=("N",), long=None,
     ),
     attending(
         "alibi",

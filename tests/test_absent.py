@@ -11,16 +11,17 @@ from torch import Tensor
 
 import cascade
 from cascade.backends.triton import partition, planner
+from cascade.backends.triton.plan import Loop, Seen
 from cascade.frontend.build import parse_cascade
 from cascade.interp import Precision, run
 from cascade.ir import Cascade
-from tests.kernel_programs import PRODUCTS, PROGRAMS, RECURRENCES, REDUCTIONS, ROWS, Program, Tensors
+from tests.kernel_programs import PRODUCTS, PROGRAMS, RECURRENCES, REDUCTIONS, ROWS, Program, Tensors, attention
 from tests.planned import Chosen, all_kernels, call_of, final, planner_for
 from tests.tolerance import Draw, judge_all, standard
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STRANGE = (math.nan, math.inf, -math.inf)
-MASKED = ("causal", "window", "prefix", "document", "ragged")
+MASKED = ("causal", "window", "prefix", "document", "ragged", "padded", "masked")
 MORE = ("sink", "softcap", "grouped_query")
 ROWWISE = tuple(program.name for program in (*ROWS, *REDUCTIONS) if "nan" not in program.without)
 STEPPING = tuple(program.name for program in RECURRENCES)
@@ -211,7 +212,7 @@ def test_one_by_one_by_the_index_of_wider_tiles() -> None:
     check("document", inputs, {}, tile=64)
 
 
-@pytest.mark.parametrize("name", ["full", "ragged", "causal", "window", "prefix"])
+@pytest.mark.parametrize("name", ["full", "ragged", "causal", "window", "prefix", "padded", "masked"])
 def test_parts_that_are_not_finite(name: str) -> None:
     draw = large(PROGRAMS[name], 50)
     inputs = draw.inputs(3)
@@ -261,6 +262,31 @@ def test_rows_that_nothing_reaches_are_filled() -> None:
     inputs |= {name: torch.full_like(inputs[name], math.nan) for name in ("K", "V")}
     gold = check("ragged", inputs, {})
     assert not gold["O"].any()
+
+
+BIASED = attention(
+    "n <= m and keep[b,n]",
+    "(sum[e] Q[b,h,m,e] * K[b,h,n,e] / sqrt(E)) + bias[b,n]",
+    ", keep: bool[B,N], bias[B,N]",
+)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_row_of_which_all_that_is_present_is_infinite_is_no_empty_one(parts: int) -> None:
+    """Both have an extreme of -inf: one is NaN, as 0 / 0 is, the other absent. Found out behind the loop."""
+    draw = large(PROGRAMS["padded"], 40)
+    keep = torch.ones((2, 40), dtype=torch.bool)
+    bias = torch.zeros((2, 40))
+    keep[0, :20] = False  # rows of which nothing is present
+    bias[1, :20] = -math.inf  # rows of which all is -inf
+    inputs = {**draw.inputs(0), "keep": keep.to(DEVICE), "bias": bias.to(DEVICE)}
+    (found,) = call_of(Chosen(final(BIASED), parts=parts))(**inputs)
+    wanted = run(parse_cascade(BIASED), inputs, precision=Precision.REFERENCE)["O"]
+    assert not found[0, :, :20].any() and found[1, :, :20].isnan().all() and found[:, :, 20:].isfinite().all()
+    torch.testing.assert_close(found, wanted.float(), equal_nan=True)
+    (kernel,) = all_kernels(planner_for(final(BIASED), inputs))
+    first, second = (op for op in kernel.ops if isinstance(op, Loop))
+    assert (first.unless, second.unless) == (None, "seen") and not any(isinstance(op, Seen) for op in first.body)
 
 
 def test_only_what_may_be_spoilt_is_watched() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import re
@@ -10,6 +11,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +21,7 @@ import torch
 
 from cascade import trial
 from cascade.backends.triton import standalone, tune
+from cascade.backends.triton.offline import Failure, Request, StaticFacts
 from cascade.backends.triton.reference import interval, python_names, reference_lines
 from cascade.backends.triton.standalone import Subject, default_sizes
 from cascade.cli import run_command
@@ -367,6 +370,37 @@ def test_sizes_that_a_kernel_rests_on_are_compiled_in(written: Any, tmp_path: Pa
     assert 'STATIC = {"M": 1}' in file.read_text()
 
 
+PADDED = (
+    (EXAMPLES / "attention.cascade")
+    .read_text()
+    .replace("V[B,H,N,F])", "V[B,H,N,F], keep: bool[B,N])")
+    .replace("n <= m", "n <= m and keep[b,n]")
+)
+CLEAN = StaticFacts(128, 0, 65536, 2, 4, 1, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 1, 100, (), "3.6")
+
+
+def test_what_spills_with_the_first_tiles_has_others(written: Any) -> None:
+    """The planner's own tiles of this one spill; those that are written do not."""
+    (kernel,) = written(PADDED, "-s", "E=128", "-s", "F=128")["kernels"]
+    assert kernel["static"]["spills"] == 0 and kernel["static"]["wgmma"] > 0 and not kernel["static"]["serialized"]
+
+
+@pytest.mark.parametrize(("spilling", "asked"), [(0, 1), (2, 3), (tune.QUICK, tune.QUICK)])
+def test_tiles_are_passed_over_until_none_spills(spilling: int, asked: int) -> None:
+    cascade, requests = parse_cascade(GEMM), []
+    found = subject_at(cascade, dict.fromkeys("MKN", 4096), dict.fromkeys("AB", DType.BF16))
+
+    def compiler(new: Sequence[Request], arch: str) -> list[StaticFacts | Failure]:
+        requests.extend(new)
+        return [dataclasses.replace(CLEAN, spills=8 * (len(requests) <= spilling)) for _ in new]
+
+    made, (facts,) = standalone.with_facts(found, "sm_90", compiler)
+    assert len(requests) == asked == len(set(requests))
+    first = standalone.standalone(found)
+    assert (made.files == first.files) == (spilling in (0, tune.QUICK))
+    assert bool(facts.spills) == (spilling == tune.QUICK)
+
+
 FAST = ("decode", "document", "layernorm", "topk_routing", "gemm_bias_gelu", "total")
 SLOW = tuple(name for name in PROGRAMS if name not in FAST)
 
@@ -395,12 +429,16 @@ def test_every_program(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def subject(cascade: Cascade, program: Program, inputs: dict[str, torch.Tensor]) -> Subject:
     """What is emitted for a program at the sizes of some inputs."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
+    sizes = bind_sizes(cascade, shapes, program.given(program.complete(program.small)))
+    return subject_at(cascade, sizes, {name: FROM_TORCH[tensor.dtype] for name, tensor in inputs.items()})
+
+
+def subject_at(cascade: Cascade, sizes: dict[str, int], types: dict[str, DType]) -> Subject:
+    """What is emitted for a cascade at some sizes."""
     verify(cascade)
     steps = run_pipeline(cascade).steps
     canonical = next(step.after for step in steps if step.name == Canonicalize.name)
-    shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
-    sizes = bind_sizes(cascade, shapes, program.given(program.complete(program.small)))
-    types = {name: FROM_TORCH[tensor.dtype] for name, tensor in inputs.items()}
     return Subject(canonical, steps[-1].after, sizes, types, lambda _: {})
 
 

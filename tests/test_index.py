@@ -13,6 +13,7 @@ from torch import Tensor
 from cascade.bounds import conjuncts
 from cascade.backends.triton.index import Index, index_of
 from cascade.backends.triton.launch import KernelStep
+from cascade.backends.triton.plan import Keep, Kernel, Load, Loop, Mask, Seen
 from cascade.frontend.build import parse_cascade
 from cascade.inference import infer_dtypes, infer_shapes
 from cascade.interp import Precision, run
@@ -24,11 +25,12 @@ from tests.tolerance import Draw, judge_all, standard
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DECLARED = (
-    "X[B,M,N], doc: i64[B,N], group: i64[B,M], start: i32[B,M], key: i32[B], pair: i64[M,N], weight[B,N], step: i8[N]"
+    "X[B,M,N], doc: i64[B,N], group: i64[B,M], start: i32[B,M], key: i32[B], pair: i64[M,N], weight[B,N], step: i8[N], "
+    "keep: bool[B,N], see: bool[M,N]"
 )
 TYPES = {
     "X": DType.F32, "doc": DType.I64, "group": DType.I64, "start": DType.I32, "key": DType.I32, "pair": DType.I64,
-    "weight": DType.F32, "step": DType.I8,
+    "weight": DType.F32, "step": DType.I8, "keep": DType.BOOL, "see": DType.BOOL,
 }  # fmt: skip
 SYMBOLS = {"b": "B", "m": "M", "n": "N"}
 COMPARED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -158,6 +160,24 @@ def test_small_integers() -> None:
     check("step[n] > start[b,m]", live, {"step": step, "start": start}, {"m": 4, "n": 16})
 
 
+@pytest.mark.parametrize("kind", ["front", "back", "both", "holes", "all", "none"])
+def test_truths(kind: str) -> None:
+    place = torch.arange(37)[None]
+    first, last = torch.tensor([[0], [9], [20]]), torch.tensor([[37], [30], [21]])
+    keep = {
+        "front": place >= first,
+        "back": place < last,
+        "both": (place >= first) & (place < last),
+        "holes": (place >= first) & (place % 7 != 3),
+        "all": place.expand(3, 37) >= 0,
+        "none": place.expand(3, 37) < 0,
+    }[kind]
+    for where, live in (("keep[b,n]", keep), ("not keep[b,n]", ~keep)):
+        for tile in (1, 4, 16, 64):
+            tiles, every = {"m": 4, "n": tile}, live[:, None, :].expand(3, 7, 37)
+            check(where, every, {"keep": keep}, tiles, tight=True, over_rows=False)
+
+
 def test_what_has_no_index() -> None:
     numbers, tiles = {"B": 2, "M": 9, "N": 17}, {"m": 4, "n": 4}
     for where in (
@@ -168,6 +188,9 @@ def test_what_has_no_index() -> None:
         "doc[b,n//2] == group[b,m]",  # a computed index
         "doc[b,n] == group[b,m] or doc[b,n] == 0",
         "n <= m",
+        "see[m,n]",
+        "keep[b,n//2]",
+        "keep[b,n] or n <= m",
     ):
         assert indexed(where, numbers, tiles)[0] is None, where
     index, tests = indexed("doc[b,n] == group[b,m] and weight[b,n] > 0 and n <= m", numbers, tiles)
@@ -255,6 +278,60 @@ def test_the_bounds_are_in_the_plan() -> None:
         set(run(kernel.index.cascade, {"doc": documents(130, 2, 0, "steps")}, kernel.index.sizes, Precision.COMPUTE))
         == results
     )
+
+
+PADDED, MASKED = PROGRAMS["padded"], PROGRAMS["masked"]
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_keys_that_are_padding(parts: int) -> None:
+    """In front, behind, with holes, in all of a batch, nowhere: lengths of several tiles."""
+    for length in LENGTHS:
+        inputs = Draw(PADDED, {**PADDED.small, "H": 1, "M": length, "N": length}).inputs(length)
+        place = torch.arange(length)[None]
+        first, last = torch.tensor([[length // 3], [0], [length]]), torch.tensor([[length], [length // 2], [length]])
+        for keep in ((place >= first) & (place < last), inputs["keep"], torch.ones_like(inputs["keep"])):
+            attend(PADDED.text, inputs | {"keep": keep}, tile=16, parts=parts)
+
+
+def kernel_of(program: Program, length: int) -> Kernel:
+    """The kernel of a program, with the planner's own tiles."""
+    sizes = {**program.small, "M": length, "N": length, "E": 16, "F": 16}
+    made = planner_for(prepared(program.text)[1], Draw(program, sizes).inputs(0))
+    (group,) = made.groups()
+    return made.kernel("c", group, made.groups(), made.default_tiling(group))  # type: ignore[arg-type]
+
+
+def test_where_no_key_is_padding_nothing_is_tested() -> None:
+    loop, behind = (op for op in kernel_of(PADDED, 130).ops if isinstance(op, Loop))
+    masks = [op for op in loop.body if isinstance(op, Mask)]
+    assert loop.inner is not None and masks and all(not op.live and len(op.edge) == 3 for op in masks)
+    assert {op.tensor: (bool(op.live), bool(op.edge)) for op in loop.body if isinstance(op, Load)} == {
+        "Q": (False, False), "K": (False, False), "keep": (False, True), "V": (False, True)
+    }  # fmt: skip
+    assert behind.unless == "seen" and not any(isinstance(op, Seen) for op in loop.body)
+
+
+def test_what_data_says_of_each_pair_is_tested_everywhere() -> None:
+    """It takes the test of the end of the stream with it: one loop, and one choice for each element."""
+    loop, behind = (op for op in kernel_of(MASKED, 130).ops if isinstance(op, Loop))
+    (mask,) = (op for op in loop.body if isinstance(op, Mask))
+    assert loop.inner is None and len(mask.live) == len(mask.edge) == 1 and behind.unless == "seen"
+    assert len([op for op in loop.body if isinstance(op, Keep)]) == 1
+
+
+def test_tests_that_differ_by_row_are_left_out_of_whole_tiles_beside_what_data_says() -> None:
+    """Truths that no index knows of, being at computed places, stand in all tiles; those of the diagonal do not."""
+    text = PADDED.text.replace("keep[b,n]", "keep[b,n//2]").replace("bool[B,N]", "bool[B,C]")
+    inputs = Draw(PADDED, {**PADDED.small, "M": 130, "N": 130}).inputs(0)
+    inputs["keep"] = inputs["keep"][:, ::2].contiguous()
+    made = planner_for(prepared(text)[1], inputs)
+    (group,) = made.groups()
+    kernel = made.kernel("c", group, made.groups(), made.default_tiling(group))  # type: ignore[arg-type]
+    loop, _ = (op for op in kernel.ops if isinstance(op, Loop))
+    (mask,) = (op for op in loop.body if isinstance(op, Mask))
+    assert loop.inner is not None and len(mask.live) == 1 and len(mask.edge) == 2
+    attend(text, inputs, tile=16)
 
 
 # --- one kernel ------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PARTS = (2, 3, 7)
 DRAWS = 6  # of inputs, on one of which at least roundings are as small as they must be
 LONG = {"N": 50, "K": 150}  # some tiles of a stream, the last of them ragged
-FOLDED = ("full", "causal", "window", "prefix", "document", "ragged", "alibi", "softcap", "grouped_query", "sink",
+FOLDED = ("full", "causal", "window", "prefix", "document", "ragged", "padded", "masked", "alibi", "softcap", "grouped_query", "sink",
     "cross", "picture", "paged", "paged_by_quotient_and_remainder", "decode", "decode_grouped", "latent", "latent_shared",
     "latent_slice", "with_logsumexp", "with_entropy", "norm_gemm", "differential", "shared_prefix")  # fmt: skip
 SUMMED = ("gemm", "batched_gemm", "gemm_bias_gelu", "gemm_prologue", "gemm_transposed", "gated", "convolution",

@@ -76,6 +76,8 @@ def attentions() -> Iterator[Shipped]:
         narrow = {**GROUPED, "E": width, "F": width}
         yield Shipped(f"grouped D{width}", programs.attention(4, where=CAUSAL), narrow)
         yield Shipped(f"decode D{width}", programs.decode(4), {**narrow, "B": 32})
+    keep = programs.attention(where=f"{CAUSAL} and keep[b,n]", params=", keep: bool[B,N]")
+    yield Shipped("padded D64", keep, D64)
     yield Shipped("differential", programs.DIFFERENTIAL, {**D128, "H": 16})
     yield Shipped("sigmoid", programs.SIGMOID, {**D128, "H": 16})
 

@@ -341,6 +341,21 @@ def test_without_a_device_what_spills_is_left_out() -> None:
     assert found.tiling in {tiling for tiling, _ in order[3 : tune.QUICK]} and "compiled" in found.how
 
 
+def test_where_all_that_were_compiled_spill_more_are() -> None:
+    plans, group, groups = planner(KINDS["causal"])
+    good = StaticFacts(128, 0, 65536, 2, 4, 1, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 1, 100, (), "3.6")
+    asked: list[Request] = []
+
+    def compiler(requests: Sequence[Request], arch: str) -> list[StaticFacts | Failure]:
+        asked.extend(requests)
+        return [dataclasses.replace(good, spills=8 * (len(asked) <= tune.QUICK)) for _ in requests]
+
+    order = [tiling for tiling, _ in ranked(plans, "c", group, groups, H100, candidates(plans, group))]
+    found = choose(plans, "c", group, groups, H100, "quick", compiler=compiler)
+    assert tune.QUICK < len(order) <= 2 * tune.QUICK and len(asked) == len(set(asked)) == len(order)
+    assert found.tiling in order[tune.QUICK :] and found.how == f"the model's first of {len(order)} that were compiled"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32, torch.int64])
 def test_what_was_never_written_shows(dtype: torch.dtype) -> None:
     written = torch.ones(7, 5).to(dtype)

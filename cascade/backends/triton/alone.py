@@ -115,7 +115,7 @@ class Maker:
     """Plans the kernels of a group: at first freely, later for other sizes with the arrangement that was found."""
 
     machine: Machine
-    shared: bool = True  # whether programs may share a stream
+    past: Mapping[str, int] = field(default_factory=dict)  # how many of the model's tiles are passed over, by label
     lies: dict[str, dict[tuple[str, ...], dict[str, Role]]] = field(default_factory=dict)  # by cascade, "" the group's
     beside: dict[str, tuple[str, tuple[Group | Rest, ...]]] = field(default_factory=dict)  # by label: text, groups
     tilings: dict[str, Tiling] = field(default_factory=dict)
@@ -173,7 +173,8 @@ class Maker:
             found = ranked(planner, label, group, groups, self.machine, considered)
             own = dataclasses.replace(planner.default_tiling(group), parts=1)
             planner.lives, planner.hidden = lives, hidden
-            self.tilings[label] = found[0][0] if found else own
+            place = min(self.past.get(label, 0), len(found) - 1)
+            self.tilings[label] = found[place][0] if found else own
             planner.lies[group.names] = planner.roles(group)
         tiling = self.tilings[label]
         self.numbers |= planner.static(group).numbers
@@ -186,14 +187,23 @@ class Maker:
         return dataclasses.replace(tiling, tiles=tuple(tiles.items()))
 
 
-def unit(name: str, planner: Alone, group: Group, groups: Sequence[Group | Rest], machine: Machine, at: At) -> Unit:
+def unit(
+    name: str,
+    planner: Alone,
+    group: Group,
+    groups: Sequence[Group | Rest],
+    machine: Machine,
+    at: At,
+    past: Mapping[str, int],
+) -> Unit:
     """The kernels of a group; `at` gives the planner for other sizes. `UnsupportedError` where there are none.
 
-    Where what finds bounds or what merges is no kernel, every tile is tested, or the stream not shared.
+    Where what finds bounds or what merges is no kernel, every tile is tested, or the stream not shared. `past` says, by
+    the name of a kernel, how many of the tiles that the model prefers are passed over.
     """
     before = dict(planner.lives), set(planner.hidden)
     for indexed, shared in ((True, True), (False, True), (False, False)):
-        maker = Maker(machine)
+        maker = Maker(machine, past)
         adopt(planner, maker, indexed, before)
         try:
             launches = tuple(maker.launches(planner, name, group, groups, shared))
@@ -349,8 +359,8 @@ def needs(kernel: Kernel) -> Counter[tuple[object, ...]]:
                 found.update(("load", op.tensor, test) for test in (*live, *edge))
             case Store(live=live):
                 found.update(("store", op.tensor, test) for test in live)
-            case Mask(live=live):
-                found.update(("mask", op.axes, test) for test in live)
+            case Mask(live=live, edge=edge):
+                found.update(("mask", op.axes, test) for test in (*live, *edge))
             case Keep():
                 found["keep", op.axes, op.fill] += 1
             case Seen():

@@ -164,7 +164,7 @@ def rounds(kernel: Kernel, sizes: Mapping[str, int]) -> float:
     """How often all loops of a kernel go round in all programs of a launch; of nested ones, those inside."""
     found = 0.0
     for op in kernel.ops:
-        if isinstance(op, Loop):
+        if isinstance(op, Loop) and op.unless is None:
             nested = [_steps(axis, _number(axis.extent, sizes)) for axis in _nested(kernel, op)]
             found += trips(kernel, op, sizes).total * (sum(nested) if nested else 1)
     return found
@@ -380,6 +380,8 @@ class _Count:
     def op(self, op: Op, run: _Run) -> None:
         """Counts one op."""
         match op:
+            case Loop(unless=str()):  # of rows that have nothing, and with no product
+                pass
             case Loop():
                 self.loop(op, run)
             case Load():
@@ -399,8 +401,8 @@ class _Count:
                 self.spend(op.expr, copied)
                 self.lanes(op.axes, 1.0 if op.dtype is not None else 0.0, copied)
             case Mask():
-                for test in op.live:
-                    self.spend(test, self.only(run, op.edge))
+                for test in (*op.live, *op.edge):
+                    self.spend(test, self.only(run, test in op.edge))
             case Keep():
                 self.lanes(op.axes, 1.0, self.only(run, op.edge))
             case Seen():

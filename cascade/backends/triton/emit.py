@@ -523,8 +523,7 @@ class _Emitter:
             case Let():
                 self.let(op)
             case Mask():
-                with_edge = op.edge and not self.always_edge
-                self.guarded(with_edge, f"{op.name} = {self.all_of(op.live, op.axes)}")
+                self.mask(op)
             case Keep():
                 mask = self.text(Local(op.mask), op.axes)
                 self.guarded(
@@ -594,6 +593,19 @@ class _Emitter:
             text = f"{text}.to(tl.float32)" if self.portable and op.dtype is DType.BF16 else text
         self.line(f"{op.name} = {text}")
         self.wide = False
+
+    def mask(self, op: Mask) -> None:
+        """Where all tests hold: those of edges come behind those that always stand."""
+        if self.always_edge or not op.edge:
+            self.line(f"{op.name} = {self.all_of((*op.live, *op.edge), op.axes)}")
+            return
+        edge = self.all_of(op.edge, op.axes)
+        if op.live:
+            text = self.all_of(op.live, op.axes)
+            tile = any(self.piece(test).axes for test in op.live)
+            self.line(f"{op.name} = {text if tile else f'tl.broadcast_to({text}, {self.dims(op.axes)})'}")
+            edge = f"{op.name} & {edge if len(op.edge) > 1 else self.enclosed(op.edge[0], op.axes)}"
+        self.guarded(True, f"{op.name} = {edge}")
 
     def guarded(self, edge: bool, text: str) -> None:
         """A line that runs only where a tile is not whole; neighbours share one test."""
@@ -802,6 +814,15 @@ class _Emitter:
         for line in ("if EDGE:", f"    {tested}", "else:", f"    {op.name} = {op.name} | True"):
             self.line(line)
 
+    def any_unset(self, flags: str) -> str:
+        """That some of these flags is not set."""
+        known = self.variable(flags)
+        assert known is not None
+        text = f"{flags}.to(tl.int32)"
+        for axis in reversed(range(len(known[0]))):
+            text = f"tl.min({text}, {axis})"
+        return f"{text} == 0"
+
     def along(self, op: Fold, text: str, axis: int) -> str:
         match op.reducer:
             case "sum" | "last":
@@ -887,6 +908,12 @@ class _Emitter:
             self.one_loop(op, "0", size)
             return
         stop = size if op.stop is None else f"tl.minimum({self.bound(op.stop, size)}, {size})"
+        if op.unless is not None:
+            self.line(f"if {self.any_unset(op.unless)}:  # some rows saw nothing, or nothing but what they began as")
+            self.depth += 1
+            self.one_loop(op, start, stop)
+            self.depth -= 1
+            return
         if self.one_by_one or not op.edges or op.inner is None or not self.tells_edges(op):
             if op.stop is None and op.first is None and not isinstance(axis.extent, int):
                 self.assume(f"{size} > 0")

@@ -3,6 +3,7 @@
     where doc[b,m] == doc[b,n]   with tiles of 128 rows m and 64 columns n
     -->  the least and the largest doc of every tile; first and last tile of n whose range meets that of a tile of m;
          and the stretch of tiles where every pair is equal, which needs no test
+    where keep[b,n]              the same of numbers that are 0 or 1, compared with 1
 
 The index is a cascade like any other and is planned as one. It is exact for what is sorted, wide but right otherwise.
 All its tables have the same ranks, and so has what they are made of: a program finds the ends of all tiles of n for its
@@ -19,6 +20,7 @@ from cascade.backends.triton.products import ranks_of
 from cascade.ir import (
     Apply,
     Cascade,
+    Cast,
     Const,
     DType,
     Einsum,
@@ -89,12 +91,15 @@ def index_of(
     numbers: Mapping[str, int],
     shapes: Mapping[str, tuple[Size, ...]],
     dtypes: Mapping[str, DType],
+    truths: bool = True,
 ) -> Index | None:
-    """The index for those tests that compare integers read along the stream with others; None where there is none.
+    """The index for those tests that compare integers read along the stream, or are truths; None where there is none.
 
-    `rows` are the tiled ranks, `tiles` coordinates per tile, `numbers` the extents of ranks in this call.
+    `rows` are the tiled ranks, `tiles` coordinates per tile, `numbers` the extents of ranks in this call; `truths`
+    says whether those have a place in it.
     """
-    found = {test: sides for test in tests if (sides := _sides(test, stream, rows, dtypes)) is not None}
+    compared = [test for test in tests if truths or (isinstance(test, Apply) and test.op in MIRRORED)]
+    found = {test: sides for test in compared if (sides := _sides(test, stream, rows, dtypes)) is not None}
     if not found:
         return None
     own = sorted({rank for one in found.values() for rank in ranks_of(one.column) | ranks_of(one.row)} - {stream})
@@ -112,7 +117,15 @@ def index_of(
 
 
 def _sides(test: Expr, stream: str, rows: Collection[str], dtypes: Mapping[str, DType]) -> _Sides | None:
-    """A test as a comparison of integers of which one side has the stream and the other at most one tiled rank."""
+    """A test as a comparison of integers of which one side has the stream and the other at most one tiled rank.
+
+    A truth that is read is one as well: 1 or 0, and at least 1.
+    """
+    inner = test.args[0] if isinstance(test, Apply) and test.op == "not" else test
+    if isinstance(inner, Read) and dtypes[inner.tensor] is DType.BOOL:
+        plain = all(isinstance(part, Rank | Const) for part in inner.index)
+        apart = stream in ranks_of(inner) and not ranks_of(inner) & set(rows)
+        return _Sides(Cast(DType.I32, inner), "ge" if inner is test else "lt", Const(1)) if plain and apart else None
     if not isinstance(test, Apply) or test.op not in MIRRORED:
         return None
     left, right = test.args

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from cascade.bounds import always, conjuncts, loop_bounds, never_empty
+from cascade.bounds import Bounds, always, conjuncts, loop_bounds, never_empty
 from cascade.backends.triton.index import Entry, widest
 from cascade.backends.triton.machine import WARP
 from cascade.backends.triton.partition import Group, Trips, reduced_ranks
@@ -46,7 +46,7 @@ from cascade.walk import children, defines, expressions, reads, rewrite, substit
 SAMPLES = (0.75, -1.25, 3.5)  # stand for any finite number where it is asked what an expression comes to
 LARGEST_TILE = 1 << 20  # elements
 SMALLEST_SIDE = 16  # of a matrix product
-EXACT = 1 << 53  # no integer beyond it is told from its neighbours as a float
+EXACT = 1 << 53  # no integer beyond it is one float alone
 PASSING = 64 << 20  # bytes of a result from which on no cache holds it until it is read
 MOST_FACTORS = 4  # of a power that is written as a product
 LIGHT = 16  # elements of a tile that a thread has, up to which there is room for as many sums
@@ -123,11 +123,15 @@ class _Lowering:
     names: set[str] = field(default_factory=set)
     ops: list[Op] = field(default_factory=list)  # where ops go at the moment
     outer: list[list[Op]] = field(default_factory=list)  # of the enclosing blocks, outermost first
-    masks: dict[tuple[frozenset[Expr], bool], Local] = field(default_factory=dict)  # by tests, and if only at edges
+    masks: dict[tuple[frozenset[Expr], frozenset[Expr]], Local] = field(default_factory=dict)
+    """By tests, and those of them that are asked only at edges."""
+    whole: dict[Expr, bool] = field(default_factory=dict)  # whether a test says which tiles of the stream are whole
     shifts: dict[Expr, Local] = field(default_factory=dict)
     streaming: bool = False  # inside a loop
     within: str | None = None  # the rank of the loop within the stream's, inside of it
     edges: list[tuple[Expr, ...]] = field(default_factory=list)  # the tests of each reduction and store of the loop
+    extremes: dict[str, tuple[str, float]] = field(default_factory=dict)
+    """By flags of what was seen: the extreme of the same elements, and what it begins as."""
     presence: dict[tuple[Expr, ...], str] = field(default_factory=dict)  # a state that counts who was there
     by_lane: set[str] = field(default_factory=set)  # sums that every coordinate of the tile carries on its own
     rests: dict[str, Local] = field(default_factory=dict)  # of sums over many tiles: what their roundings left over
@@ -314,8 +318,44 @@ class _Lowering:
             body.append(Carry(tuple(pairs)))
         self.ops, self.streaming = self.outer.pop(), False
         self.masks, self.loaded, self.shifts = kept_masks, self.outside(kept_loads), {}
-        self.ops.append(self.loop(stream, body, [*states, *recurrences]))
+        self.found_behind(self.loop(stream, body, [*states, *recurrences]))
         self.leave(trips, statements, states)
+
+    def found_behind(self, loop: Loop) -> None:
+        """The loop; which rows it saw anything of is found out behind it, where an extreme tells that of most.
+
+        One that is still what it began as has seen nothing, or nothing else: only then are the tests asked again. In
+        the loop they would be asked of each element once more, in registers of another layout.
+        """
+        later: list[Op] = []
+        for seen in [op for op in loop.body if isinstance(op, Seen) and op.name in self.extremes]:
+            rest = tuple(op for op in loop.body if op is not seen)
+            extreme, begun = self.extremes[seen.name]
+            state = self.values[f"{extreme}'"].expr
+            asked = self.asked(seen, rest) if self.shape(state) == seen.axes else None
+            if asked is None or any(seen.name in uses(op) for op in every_op(rest)):
+                continue
+            carried = tuple(name for name in loop.carried if name != seen.name)
+            loop = dataclasses.replace(loop, body=rest, carried=carried)
+            self.ops.remove(Start(seen.name, seen.axes, Const(False)))
+            later.append(Let(seen.name, seen.axes, Apply("ne", (state, Const(begun)))))
+            body = (*asked, dataclasses.replace(seen, edge=False))
+            later.append(Loop(loop.rank, loop.first, loop.stop, None, True, (seen.name,), body, unless=seen.name))
+        self.ops.extend((loop, *later))
+
+    def asked(self, seen: Seen, ops: Sequence[Op]) -> tuple[Op, ...] | None:
+        """What a mask of several dimensions is made of, if that is cheap: what is loaded, and no product."""
+        if set(self.variables[seen.mask][0]) == set(seen.over):
+            return None
+        wanted, found = {seen.mask}, []
+        for op in reversed(ops):
+            made = {getattr(op, "name", "")} & wanted
+            if made and not isinstance(op, (Load, Let, Mask)):
+                return None
+            if made:
+                wanted.update(uses(op))
+                found.append(op)
+        return tuple(reversed(found))
 
     def lanes(self, trips: Trips, statements: Sequence[Stmt], states: Sequence[Stmt]) -> set[str]:
         """The sums that are carried coordinate by coordinate of the tile, and added up once, behind the loop.
@@ -383,13 +423,12 @@ class _Lowering:
         every = [set(tests) for tests in self.edges]
         common = set.intersection(*every) if every else set()
         tests = tuple(dict.fromkeys(test for group in self.edges for test in group))
-        tiled = [a.rank for a in self.setting.axes if a.role in (Role.TILE, Role.WHOLE)]
-        tail = None if axis.exact else Apply("lt", (Rank(stream), extent_expr(axis.extent)))
+        edges = [test for test in tests if self.tells_whole(test)]
+        tail = None if axis.exact else self.tail(stream)
         indexed = {test: entry for test, entry in self.setting.index.items() if test in tests}
-        opaque = [test for test in tests if any(isinstance(node, Local) for node in walk(test))]  # made in the kernel
-        known = [test for test in tests if test != tail and test not in opaque]
-        visited = loop_bounds([test for test in known if test in common], stream, tiled)
-        inside = loop_bounds([test for test in known if test not in indexed], stream, tiled)
+        known = [test for test in tests if test != tail and not self.is_made(test)]
+        visited = self.bounds([test for test in known if test in common])
+        inside = self.bounds([test for test in known if test in edges and test not in indexed])
         firsts, stops = [visited.first], [visited.stop]
         whole_firsts, whole_stops = [inside.full_first], [inside.full_stop]
         for test, entry in indexed.items():
@@ -401,18 +440,20 @@ class _Lowering:
         if tail in tests:
             whole_stops.append(extent_expr(axis.extent))
         inner = (self.bound(widest("max", whole_firsts)), self.bound(widest("min", whole_stops)))
+        # A test that stands in all tiles costs as much as those that differ along the stream alone, which join it.
+        saved = len(edges) == len(tests) or any(len(self.test_ranks(test)) > 1 for test in edges)
         carried = tuple(name for stmt in states for name in self.carried(stmt))
         carried += tuple(name for name in self.presence.values())
         if self.setting.split is not None and self.setting.within:  # the part of the whole tile, not of one coordinate
-            visited = loop_bounds([test for test in known if test in common], stream, [*tiled, *self.setting.within])
+            visited = self.bounds([test for test in known if test in common], self.setting.within)
             firsts[0], stops[0] = (self.of_tile(bound) for bound in (visited.first, visited.stop))
         first, stop = self.share(stream, widest("max", firsts), widest("min", stops))
         return Loop(
             stream,
             first,
             stop,
-            None if inside.never_full or opaque else inner,
-            bool(tests),
+            None if inside.never_full or not saved else inner,
+            bool(edges),
             carried,
             tuple(body),
             self.setting.options.edge_tile,
@@ -486,12 +527,16 @@ class _Lowering:
         reducer = reducer_of(stmt)
         dtype = self.accumulator(name, reducer)
         value: Expr = Const(identity(reducer, dtype))
-        for init in self.group.fold.init if self.group.fold else ():
-            if init.target.name == name and init.expr is not None:
-                value = self.expression(init.expr).expr
+        if (begun := self.begun(name)) is not None:
+            value = self.expression(begun).expr
         variable = self.variable(f"{name}_lanes" if name in self.by_lane else name, axes, dtype)
         self.ops.append(Start(variable, axes, value))
         self.values[f"{name}'"] = Value(Local(variable))
+
+    def begun(self, name: str) -> Expr | None:
+        """What the fold says that a state begins as; None for the identity of its reducer."""
+        inits = self.group.fold.init if self.group.fold else ()
+        return next((init.expr for init in inits if init.target.name == name), None)
 
     def state_axes(self, stmt: Einsum) -> tuple[str, ...]:
         """The dimensions of a state: those of its tensor, and of the tile where it is carried by coordinate."""
@@ -539,8 +584,16 @@ class _Lowering:
         joined = self.as_integer(dtype, join(reducer, moved, tile.expr))
         target = old.name if into else self.variable(f"{name}_next", axes, dtype)
         self.ops.append(Let(target, axes, joined))
-        self.values[name] = Value(Local(target), tile.live, None)
+        self.values[name] = Value(Local(target), tile.live, self.unmoved(name, tile.live, dtype))
         return [] if into else [(old.name, target)]
+
+    def unmoved(self, name: str, live: tuple[Expr, ...], dtype: DType) -> float | None:
+        """What a state still is where nothing was seen: what it began as, where no other test makes it absent."""
+        seen = {Local(flag) for flag in self.presence.values()}
+        if self.begun(name) is not None or not live or set(live) - seen:
+            return None
+        value = float(identity(reducer_of(self.owner(name)), dtype))
+        return value if is_told(value) else None
 
     def as_integer(self, dtype: DType, expr: Expr) -> Expr:
         """An expression in an integer type that holds less: a variable of a loop keeps its type."""
@@ -843,20 +896,21 @@ class _Lowering:
             local, shared = self.let(f"{defines(stmt)[0]}_kept", raw, spread), []
         axes = self.variables[local.name][0]
         self.ranges.pop(local.name, None)
-        for edge in (False, True):
-            chosen = tuple(test for test in tests if self.is_edge(test) == edge)
-            if chosen:
-                self.ops.append(Keep(local.name, axes, self.mask(chosen, edge).name, fill, edge))
-        exact = math.isinf(wanted) or abs(wanted) <= EXACT
+        self.keep(local.name, axes, tests, fill)
         for name in shared:
             value = self.values[name]
-            self.values[name] = Value(value.expr, value.live, float(wanted) if exact else None)
+            self.values[name] = Value(value.expr, value.live, float(wanted) if is_told(wanted) else None)
         return product([local, factor]) if factor != Const(1.0) else local
+
+    def keep(self, name: str, axes: tuple[str, ...], tests: tuple[Expr, ...], fill: float | int | bool) -> None:
+        """A variable is a constant where a test fails."""
+        mask, edge = self.masked(tests)
+        self.ops.append(Keep(name, axes, mask.name, fill, edge))
 
     def note_edges(self, stmt: Einsum, live: Sequence[Expr]) -> None:
         """Remembers under which tests a tile of the stream gives anything to a state."""
         if self.streaming and self.group.arrangement.stream in reduced_ranks(stmt):
-            self.edges.append(tuple(test for test in live if self.is_edge(test)))
+            self.edges.append(tuple(test for test in live if self.streams(test)))
 
     def read_axes(self, tests: Sequence[Expr]) -> set[str]:
         """The dimensions of what tests read."""
@@ -872,26 +926,53 @@ class _Lowering:
         return bool(ranks & set(over)) or bool(loops & (ranks | ranks_of(test)))
 
     def is_edge(self, test: Expr) -> bool:
-        """Whether a test depends on the streamed rank: it is not needed in whole tiles."""
+        """Whether a test is not needed in whole tiles: of the streamed rank, and it says which tiles are whole.
+
+        What reads data along the rank says so of none, and stands in all tiles.
+        """
+        return self.streams(test) and self.tells_whole(test)
+
+    def tells_whole(self, test: Expr) -> bool:
+        """Whether a test of the streamed rank says which tiles are whole."""
+        if test not in self.whole:
+            told = test in self.setting.index or test == self.tail(self.group.arrangement.stream or "")
+            self.whole[test] = told or not (self.is_made(test) or self.bounds([test]).never_full)
+        return self.whole[test]
+
+    def streams(self, test: Expr) -> bool:
+        """Whether a test depends on the streamed rank, also where a whole tile passes or does not."""
         stream = self.group.arrangement.stream
-        if not self.streaming or stream is None:
-            return False
-        return stream in ranks_of(test) | self.test_ranks(test)  # also where a whole tile passes or does not
+        return self.streaming and stream is not None and stream in ranks_of(test) | self.test_ranks(test)
+
+    def is_made(self, test: Expr) -> bool:
+        """Whether a test reads what is made in the kernel."""
+        return any(isinstance(node, Local) for node in walk(test))
+
+    def bounds(self, tests: Sequence[Expr], within: Collection[str] = ()) -> Bounds:
+        """Where tests leave coordinates of the stream, for a tile of the other ranks."""
+        tiled = [axis.rank for axis in self.setting.axes if axis.role in (Role.TILE, Role.WHOLE)]
+        return loop_bounds(tests, self.group.arrangement.stream or "", [*tiled, *within])
 
     def test_ranks(self, test: Expr) -> set[str]:
         """The dimensions along which a test differs."""
         return set(self.index_axes(test))
 
-    def mask(self, tests: tuple[Expr, ...], edge: bool) -> Local:
-        """A variable that says where all of the tests hold."""
-        key = frozenset(tests), edge
+    def mask(self, tests: tuple[Expr, ...], edges: Collection[Expr] = ()) -> Local:
+        """A variable that says where all of the tests hold; those of edges are asked there alone."""
+        key = frozenset(tests), frozenset(edges)
         if key not in self.masks:
-            lowered = tuple(self.expression(test).expr for test in tests)
-            axes = self.spread({rank for test in lowered for rank in self.shape(test)})
+            lowered = {test: self.expression(test).expr for test in tests}
+            axes = self.spread({rank for test in lowered.values() for rank in self.shape(test)})
             variable = self.variable("live", axes, DType.BOOL)
-            self.ops.append(Mask(variable, axes, lowered, edge))
+            live = tuple(expr for test, expr in lowered.items() if test not in edges)
+            self.ops.append(Mask(variable, axes, live, tuple(lowered[test] for test in lowered if test in edges)))
             self.masks[key] = Local(variable)
         return self.masks[key]
+
+    def masked(self, tests: tuple[Expr, ...]) -> tuple[Local, bool]:
+        """A variable that says where all of the tests hold, and whether they do in whole tiles."""
+        edges = tuple(test for test in tests if self.is_edge(test))
+        return self.mask(tests, edges), len(edges) == len(tests)
 
     def present_after(self, live: tuple[Expr, ...], ranks: tuple[str, ...], stmt: Stmt) -> tuple[Expr, ...]:
         """The tests under which a reduction over some ranks is present: any of its elements is."""
@@ -907,9 +988,9 @@ class _Lowering:
             if tests
         ):
             return outside
-        return merged(outside, (self.somebody(inside, ranks),))
+        return merged(outside, (self.somebody(inside, ranks, stmt),))
 
-    def somebody(self, tests: tuple[Expr, ...], ranks: tuple[str, ...]) -> Expr:
+    def somebody(self, tests: tuple[Expr, ...], ranks: tuple[str, ...], stmt: Stmt) -> Expr:
         """A flag per row: whether any coordinate of these ranks passes the tests."""
         axes = self.spread({rank for test in tests for rank in self.test_ranks(test)} - set(ranks))
         over = self.spread(ranks)
@@ -918,11 +999,11 @@ class _Lowering:
             # known before the loop
             here, masks = self.ops, self.masks
             self.ops, self.masks, self.streaming = self.outer[0], {}, False
-            found = self.somebody(tests, ranks)
+            found = self.somebody(tests, ranks, stmt)
             self.ops, self.masks, self.streaming = here, masks, True
             return found
         if not self.streaming or stream not in ranks:
-            mask = self.mask(tests, False)
+            mask = self.mask(tests)
             inner = tuple(rank for rank in over if rank in self.variables[mask.name][0])
             return self.any_of(mask, axes, inner)
         if tests in self.presence:
@@ -930,10 +1011,19 @@ class _Lowering:
         state = self.variable("seen", axes, DType.BOOL)
         self.outer[0].append(Start(state, axes, Const(False)))
         self.presence[tests] = state
-        edge = all(map(self.is_edge, tests))
-        mask = self.mask(tests, edge)
+        mask, edge = self.masked(tests)
         self.ops.append(Seen(state, axes, mask.name, tuple(r for r in over if r in self.variables[mask.name][0]), edge))
+        if (begun := self.begins(stmt)) is not None:
+            self.extremes[state] = defines(stmt)[0], begun
         return Local(state)
+
+    def begins(self, stmt: Stmt) -> float | None:
+        """What a floating extreme that is folded along the stream begins as, which is less or more than all it sees."""
+        name = defines(stmt)[0]
+        state = isinstance(stmt, Einsum) and isinstance(stmt.expr, Reduce) and f"{name}'" in self.values
+        if not state or reducer_of(stmt) not in ("max", "min") or self.type_of_tensor(name) not in FLOATS:
+            return None
+        return None if self.begun(name) is not None else float(identity(reducer_of(stmt), DType.F32))
 
     def any_of(self, mask: Local, axes: tuple[str, ...], over: tuple[str, ...]) -> Expr:
         if not over:
@@ -980,7 +1070,7 @@ class _Lowering:
         assert isinstance(source, Local)
         short = bool({*tests} - {self.tail(stmt.rank)}) or not self.enough(stmt.rank, stmt.k)
         there = self.variable(f"{stmt.values.name}_there", axes, DType.BOOL) if short else None
-        mask = self.mask(tests, False).name if tests else None
+        mask = self.mask(tests).name if tests else None
         self.ops.append(TopKept(values, coords, axes, stmt.rank, kept, stmt.k, source.name, bits, mask, there))
         outside = tuple(test for test in live if test not in tests)
         if not self.axis(kept).exact and not self.axis(kept).single:
@@ -1026,7 +1116,7 @@ class _Lowering:
             here, after = self.composed(stmt, before.expr, along)
         self.values[name] = Value(Local(here), live)
         if self.streaming:
-            self.edges.append(tuple(test for test in live if self.is_edge(test)))
+            self.edges.append(tuple(test for test in live if self.streams(test)))
         size = self.setting.extents[rank]
         end = Const(size - 1) if isinstance(size, int) else Apply("sub", (Extent(size), Const(1)))
         at_end = tuple(substitute(test, {rank: end}) for test in live)
@@ -1055,10 +1145,8 @@ class _Lowering:
         for element, fill in zip(found.elements, fills, strict=True):
             local = self.let(f"{name}_step", self.typed(self.expression(element).expr, dtype), axes)
             filled = float(fill) if dtype in FLOATS else fill
-            for edge in (False, True):
-                chosen = tuple(test for test in along if self.is_edge(test) == edge)
-                if chosen and element != Const(filled):
-                    self.ops.append(Keep(local.name, axes, self.mask(chosen, edge).name, filled, edge))
+            if along and element != Const(filled):
+                self.keep(local.name, axes, along, filled)
             elements.append(local.name)
         names = tuple(self.variable(f"{name}_scan", axes, dtype) for _ in elements)
         self.ops.append(Scan(names, axes, found.kind, rank, tuple(elements)))
@@ -1265,7 +1353,8 @@ class _Lowering:
         """The mask of a matrix product whose right side may hold what is not finite where an element is absent."""
         if not tests or right.name not in self.raw:
             return None, False
-        return self.mask(tests, all(map(self.is_edge, tests))).name, all(map(self.is_edge, tests))
+        mask, edge = self.masked(tests)
+        return mask.name, edge
 
     partial: list[Partial] = field(default_factory=list)
     watched: list[str] = field(default_factory=list)
@@ -1319,10 +1408,7 @@ class _Lowering:
         axes, dtype = self.variables[operand.name]
         variable = self.variable(f"{operand.name}_kept", axes, dtype)
         self.ops.append(Let(variable, axes, operand))
-        for edge in (False, True):
-            chosen = tuple(test for test in tests if self.is_edge(test) == edge)
-            if chosen:
-                self.ops.append(Keep(variable, axes, self.mask(chosen, edge).name, 0.0, edge))
+        self.keep(variable, axes, tests, 0.0)
         return Local(variable)
 
     def narrow(self, left: Sequence[Expr], right: Sequence[Expr]) -> DType:
@@ -1381,7 +1467,8 @@ class _Lowering:
                 applied = self.counted(Apply(expr.op, tuple(part.expr for part in parts)))
                 joined = self.widened(folded(self.cheaper(applied)))
                 data = frozenset(tile for part in parts for tile in part.data)
-                return Value(joined, merged(*(part.live for part in parts)), absent_value(expr.op, parts), data)
+                absent = absent_value(expr.op, parts, self.presence)
+                return Value(joined, merged(*(part.live for part in parts)), absent, data)
             case Reduce():
                 return self.extreme(expr)
             case _:
@@ -1520,7 +1607,7 @@ class _Lowering:
         first, second = map(self.expression, expr.args)
         if not first.live:
             return first
-        mask = self.mask(first.live, False)
+        mask = self.mask(first.live)
         return Value(Apply("select", (mask, first.expr, second.expr)), either(first.live, second.live))
 
     def peek(self, expr: Expr) -> tuple[Expr, ...]:
@@ -1751,7 +1838,7 @@ class _Lowering:
         if self.streaming:
             self.edges.append(())
             if beyond:
-                self.edges.append(tuple(test for test in beyond if self.is_edge(test)))
+                self.edges.append(tuple(test for test in beyond if self.streams(test)))
         lowered = tuple(self.expression(test).expr for test in live)
         only: tuple[Expr, ...] = ()
         if there is not None and self.setting.row is not None:
@@ -1806,7 +1893,9 @@ def without_edges(op: Op) -> Op:
         match inner:
             case Load():
                 return bool(inner.edge)
-            case Mask() | Keep():
+            case Mask():
+                return bool(inner.edge)
+            case Keep():
                 return inner.edge
             case Dot():
                 return inner.live is not None and inner.edge
@@ -1842,7 +1931,7 @@ def uses(op: Op) -> Iterator[str]:
         case Let():
             exprs = [op.expr]
         case Mask():
-            exprs = list(op.live)
+            exprs = [*op.live, *op.edge]
         case Keep():
             yield op.mask
         case Dot():
@@ -1917,6 +2006,11 @@ def identity(reducer: str, dtype: DType) -> float | int | bool:
     return value
 
 
+def is_told(value: float | int | bool) -> bool:
+    """Whether a number is told from its neighbours as a float."""
+    return math.isinf(value) or abs(value) <= EXACT
+
+
 def owner(group: Group, name: str) -> Stmt:
     """The statement of a group that defines a tensor."""
     return next(stmt for stmt in group.statements if name in defines(stmt))
@@ -1988,10 +2082,11 @@ def split_scale(expr: Expr) -> tuple[Expr, Const]:
     return expr.args[0], number
 
 
-def absent_value(op: str, parts: Sequence[Value]) -> float | None:
+def absent_value(op: str, parts: Sequence[Value], presence: Mapping[tuple[Expr, ...], str]) -> float | None:
     """What an operation comes to where any operand is absent; None where that cannot be told.
 
-    Operands that are always present stand for any finite number; of those that can be absent any may be the one.
+    Operands that are always present stand for any finite number; of those that can be absent any may be the one. A
+    row of which something is present has been seen: `presence` are the flags that say so, by their tests.
     """
     optional = [index for index, part in enumerate(parts) if part.live]
     if not optional:
@@ -2006,6 +2101,10 @@ def absent_value(op: str, parts: Sequence[Value]) -> float | None:
     found: set[float] = set()
     groups = {parts[index].live for index in optional}
     for gone in _subsets(tuple(groups)):
+        here = [live for live in groups if live not in gone]
+        if any(live == (Local(flag),) and any(set(tests) <= set(one) for one in here)
+               for tests, flag in presence.items() for live in gone):  # fmt: skip
+            continue
         for sample in SAMPLES:
             args = [
                 part.absent if part.live in gone else _present(part, sample + index) for index, part in enumerate(parts)

@@ -115,12 +115,12 @@ class Let:
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """`name` := whether all of these hold."""
+    """`name` := whether all of these hold; without tests that always stand it is there only at edges."""
 
     name: str
     axes: tuple[str, ...]
-    live: tuple[Expr, ...]
-    edge: bool
+    live: tuple[Expr, ...]  # tests that always stand
+    edge: tuple[Expr, ...]  # tests that stand only where a tile of the stream is not whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +255,7 @@ class Loop:
     body: tuple[Op, ...]
     edge_tile: int = 0  # coordinates at a time where tests are needed; 0: as everywhere
     backwards: bool = False  # last tile first: what a trip before has read last is still in the cache
+    unless: str | None = None  # flags that all being set makes the loop needless: then it does not run
 
 
 @dataclass(frozen=True, slots=True)
@@ -426,9 +427,8 @@ def render_op(op: Op) -> list[str]:
             rounded = f" as {op.dtype.value}" if op.dtype else ""
             return [f"{_over(op.name, op.axes)} = {render_expr(op.expr)}{rounded}"]
         case Mask():
-            return [
-                f"{'edge ' if op.edge else ''}{_over(op.name, op.axes)} = {' and '.join(map(render_expr, op.live))}"
-            ]
+            every = [*map(render_expr, op.live), *(f"edge {render_expr(test)}" for test in op.edge)]
+            return [f"{_over(op.name, op.axes)} = {' and '.join(every)}"]
         case Keep():
             return [f"{'edge ' if op.edge else ''}{_over(op.name, op.axes)} = {op.name} if {op.mask} else {op.fill}"]
         case Dot():
@@ -466,6 +466,8 @@ def _render_loop(op: Loop) -> list[str]:
         return default if bound is None else render_expr(bound)
 
     head = f"for {op.rank} from {end(op.first, '0')} to {end(op.stop, 'the end')}"
+    if op.unless is not None:
+        head = f"unless {op.unless}, {head}"
     if op.edges:
         inner = op.inner
         head += ", tested" if inner is None else f", whole from {end(inner[0], '0')} to {end(inner[1], 'the end')}"

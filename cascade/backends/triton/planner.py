@@ -627,7 +627,8 @@ class Planner:
     def index(self, group: Group, axes: Sequence[Axis], groups: Sequence[Group | Rest]) -> Index | None:
         """The index for filters of a group that compare data along its stream; None where there are none.
 
-        The data is given, or made whole by kernels before.
+        The data is given, or made whole by kernels before. Truths only where products wait behind them: elsewhere what
+        is not loaded is hardly worth another launch.
         """
         stream = group.arrangement.stream
         if stream is None:
@@ -643,7 +644,8 @@ class Planner:
         tiles = {axis.rank: axis.advance for axis in axes if axis.role in (Role.TILE, Role.STREAM)}
         own = {*group.names, *self.absent}
         known = [t for t in tests if own.isdisjoint(node.tensor for node in walk(t) if isinstance(node, Read))]
-        return index_of(known, stream, rows, tiles, self.sizes, self.actual, self.shapes, self.dtypes)
+        truths = bool(self.products(group))
+        return index_of(known, stream, rows, tiles, self.sizes, self.actual, self.shapes, self.dtypes, truths)
 
     def indexer(self, index: Index, groups: Sequence[Group | Rest]) -> Planner:
         """The planner of an index."""

@@ -21,7 +21,7 @@ from cascade.backends.triton.alone import Alone, Launch, Unit, unit
 from cascade.backends.triton.count import work
 from cascade.backends.triton.emit import Argument, wrapped
 from cascade.backends.triton.machine import machine_of_arch
-from cascade.backends.triton.offline import Request
+from cascade.backends.triton.offline import Failure, Request, StaticFacts
 from cascade.backends.triton.partition import Group, Rest
 from cascade.backends.triton.joined import Joined
 from cascade.backends.triton.restate import restated
@@ -31,6 +31,7 @@ from cascade.backends.triton.reference import TORCH, Lines, interval, python_nam
 from cascade.backends.triton.rows import BLOCKS, SORTED
 from cascade.backends.triton.spell import HELPERS, PORTABLE
 from cascade.backends.triton.static import request
+from cascade.backends.triton.tune import QUICK, Compiler, is_clean
 from cascade.errors import Diagnostic, UnsupportedError, quoted_list
 from cascade.inference import FLOATS, declared_sizes, infer_shapes
 from cascade.ir import Cascade, DType, Given, Param, Rank, Read, Result, Size
@@ -158,16 +159,42 @@ class Subject:
         return Alone(self.final, sizes, self.layouts(sizes), descriptors, frozenset(sizes))
 
 
-def standalone(subject: Subject, descriptors: bool = True) -> Emission:
+def with_facts(subject: Subject, arch: str, compiler: Compiler) -> tuple[Emission, tuple[StaticFacts | Failure, ...]]:
+    """The files of a cascade for a GPU, and what the machine code of each kernel shows, in their order.
+
+    A kernel that spills, or whose products wait for each other, has the next tiles of the model's order, as long as
+    others of the first few do better; errors are those of `standalone`.
+    """
+    past: dict[str, int] = {}
+    known: dict[Request, StaticFacts | Failure] = {}
+
+    def attempt() -> tuple[Emission, tuple[StaticFacts | Failure, ...]]:
+        made = standalone(subject, arch >= "sm_90", past)
+        new = [kernel.request for kernel in made.kernels if kernel.request not in known]
+        known.update(zip(new, compiler(new, arch), strict=True))
+        return made, tuple(known[kernel.request] for kernel in made.kernels)
+
+    for _ in range(QUICK):
+        made, found = attempt()
+        poor = [kernel.kernel.name for kernel, one in zip(made.kernels, found, strict=True) if not is_clean(one)]
+        if not poor:
+            return made, found
+        past |= {name: past.get(name, 0) + 1 for name in poor}
+    past |= dict.fromkeys(poor, 0)
+    return attempt()
+
+
+def standalone(subject: Subject, descriptors: bool = True, past: Mapping[str, int] | None = None) -> Emission:
     """The files of a cascade; with `descriptors` for a device that has TMA.
 
     Statements that no kernel computes are written as plain torch. Raises `UnsupportedError` where they cannot be, and
-    where there is no kernel at all.
+    where there is no kernel at all. `past` says, by the name of a kernel, how many of the tiles that the model prefers
+    are passed over.
     """
     found = restated(subject.final, subject.sizes, subject.types, {})
     subject = dataclasses.replace(subject, final=found.cascade, products=found.joined.sizes)
     planner = subject.planner(subject.extents, descriptors)
-    return _Writer(subject, planner, planner.groups()).emission()
+    return _Writer(subject, planner, planner.groups(), past or {}).emission()
 
 
 def outside(group: Rest, reason: str) -> Diagnostic:
@@ -287,6 +314,7 @@ class _Writer:
     subject: Subject
     planner: Alone
     groups: Sequence[Group | Rest]
+    past: Mapping[str, int]
     program: str = field(init=False)  # the name of the file that checks everything
     names: dict[str, str] = field(init=False)
     steps: list[Unit | _Outside] = field(init=False)
@@ -323,7 +351,7 @@ class _Writer:
             return group
         machine = machine_of_arch("sm_90" if self.planner.descriptors else "sm_80")
         try:
-            return unit(label, self.planner, group, self.groups, machine, self.elsewhere)
+            return unit(label, self.planner, group, self.groups, machine, self.elsewhere, self.past)
         except UnsupportedError as error:
             return Rest(group.statements, error.diagnostics[0].message)
 

@@ -41,7 +41,7 @@ from cascade.passes.memo import load, store
 from cascade.text import render, render_stmt
 from cascade.walk import targets
 
-VERSION = "13"  # of entries on disk; another one whenever a choice may change
+VERSION = "14"  # of entries on disk; another one whenever a choice may change
 QUICK = 6  # candidates that are timed with little effort
 SHOWN = 4  # candidates besides the chosen one that a choice remembers
 SMALLEST = 16  # side of a matrix product
@@ -488,16 +488,22 @@ def choose(
 ) -> Choice:
     """The tiles of a group's kernel.
 
-    `timer` measures a candidate, without one the best are compiled for the machine and what spills is left out. The
-    rest is as `shortlist` has it.
+    `timer` measures a candidate, without one the best are compiled for the machine and what spills is left out; more
+    are until one of them is left. The rest is as `shortlist` has it.
     """
     effort = "none" if deterministic else effort
     found = shortlist(planner, name, group, groups, machine, effort, cache, versions, refused, others)
     if isinstance(found, Choice):
         return found
     if timer is None:
-        compiled = _compiled(planner, name, group, groups, machine, found.few, compiler)
-        return _chosen(compiled or found.order, 0, f"the model's first of {len(found.few)} that were compiled")
+        few, rest = found.few, [one for one in found.order if one not in found.few]
+        compiled = _compiled(planner, name, group, groups, machine, few, compiler)
+        tried = len(few)
+        while rest and all(one.tiling.elsewhere for one in compiled):
+            few, rest = tuple(rest[:QUICK]), rest[QUICK:]
+            compiled += _compiled(planner, name, group, groups, machine, few, compiler)
+            tried += len(few)
+        return _chosen(compiled or found.order, 0, f"the model's first of {tried} that were compiled")
     return timed(found, timer)
 
 
@@ -609,11 +615,16 @@ def _compiled(
     answers = compiler([request(kernel, emit(kernel)) for kernel, _ in plans], machine.arch)
     found = [one for one in order if one.tiling.elsewhere]  # nothing of it is compiled here
     for one, (kernel, sizes), answer in zip(own, plans, answers, strict=True):
-        if isinstance(answer, Failure) or answer.spills or answer.serialized or not answer.blocks_per_sm:
+        if isinstance(answer, Failure) or not is_clean(answer):
             continue
         known = predict(machine, kernel, sizes, answer.registers, answer.shared_bytes)
         found.append(dataclasses.replace(one, estimate=known))
     return sorted(found, key=lambda one: (one.tiling.in_trips, one.estimate.time_us))
+
+
+def is_clean(found: StaticFacts | Failure) -> bool:
+    """Whether a kernel compiles, fits, has all it computes with in registers, and no product waits for another."""
+    return isinstance(found, StaticFacts) and not found.spills and not found.serialized and found.blocks_per_sm > 0
 
 
 # --- on disk ---------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from benchmarks.workload import Bar, Inputs, Peer, Workload, normal
 
 CHECKED_ROWS = 32  # queries at the beginning, in the middle and at the end
 CAP = 30.0
+PADDED_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,31 @@ def relative(block: int) -> Variant:
         f"m // {block} == n // {block}", f"{{s}} + T[h,m-n+{block - 1}]", ", T: f32[H,R]",
         lambda inputs: lambda b, h, m, n: m // block == n // block, score, table, lambda length: float(length * block),
     )  # fmt: skip
+
+
+def padded_lengths(length: int, batches: int) -> list[int]:
+    """How many keys of each batch are no padding: all, an eighth fewer, two eighths fewer, ..."""
+    return [length - batch % 8 * (length // 8) for batch in range(batches)]
+
+
+def padded() -> Variant:
+    """Causal attention over sequences of several lengths, with a mask of the keys that are no padding."""
+
+    def keys(shape: Shape, device: torch.device) -> Inputs:
+        lengths = torch.tensor(padded_lengths(shape.length, shape.batches), device=device)
+        return {"keep": torch.arange(shape.length, device=device)[None, :] < lengths[:, None]}
+
+    def mask(inputs: Inputs) -> Mask:
+        keep = inputs["keep"]
+        return lambda b, h, m, n: (n <= m) & keep[b, n]
+
+    def pairs(length: int) -> float:
+        lengths = padded_lengths(length, PADDED_BATCHES)
+        return sum(causal_pairs(keys) + keys * (length - keys) for keys in lengths) / len(lengths)
+
+    return Variant(
+        "padded", "n <= m and keep[b,n]", params=", keep: bool[B,N]", mask=mask, more=keys, live=pairs, batched=True
+    )
 
 
 def variants(tiny: bool) -> tuple[Variant, ...]:
@@ -236,6 +262,8 @@ def forward(device: torch.device, options: Any) -> Iterator[Workload]:
         (CAUSAL, Shape(4, 32, 32, 4096, 64), (Bar(1.2, peer="flex"), Bar(1.0, peer="cudnn"))),
         (CAUSAL, Shape(2, 32, 8, 8192, 128), (Bar(1.25, peer="flex"),)),
         (relative(16), Shape(4, 16, 16, 8192, 128), (Bar(1.25, peer="flex"),)),
+        (padded(), Shape(PADDED_BATCHES, 16, 16, 8192, 128), (Bar(1.25, peer="flex"),)),
+        (padded(), Shape(PADDED_BATCHES, 16, 16, 8192, 64), (Bar(1.25, peer="flex"),)),
     ):
         name = f"{'full' if variant is NOOP else variant.name} {shape.text}"
         peers = beside(variant, device, ("flex", "cudnn", "flash"))

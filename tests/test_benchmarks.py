@@ -252,6 +252,10 @@ def test_live_pairs_are_those_of_the_masks() -> None:
         zero = torch.tensor(0)
         live = variant.mask(inputs)(zero, zero, m, n) if variant.mask else torch.ones(length, length)
         assert variant.live(length) == int(live.sum()), variant.name
+    variant, shape = attention.padded(), attention.Shape(attention.PADDED_BATCHES, 1, 1, length, 1)
+    seen = variant.mask and variant.mask(variant.more(shape, torch.device("cpu")))
+    found = [int(seen(torch.tensor(b), zero, m, n).sum()) for b in range(shape.batches)] if seen else []
+    assert variant.live(length) == sum(found) / shape.batches and len(set(found)) == shape.batches
 
 
 def test_compilations_are_counted() -> None:

@@ -381,7 +381,8 @@ CLEAN = StaticFacts(128, 0, 65536, 2, 4, 1, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 1, 100
 
 def test_what_spills_with_the_first_tiles_has_others(written: Any) -> None:
     """The planner's own tiles of this one spill; those that are written do not."""
-    (kernel,) = written(PADDED, "-s", "E=128", "-s", "F=128")["kernels"]
+    bounds, kernel = written(PADDED, "-s", "E=128", "-s", "F=128")["kernels"]
+    assert bounds["name"] == "attention_bounds" and bounds["static"]["spills"] == 0
     assert kernel["static"]["spills"] == 0 and kernel["static"]["wgmma"] > 0 and not kernel["static"]["serialized"]
 
 

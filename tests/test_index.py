@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cascade.backends.triton import planner
 from cascade.bounds import conjuncts
 from cascade.backends.triton.index import Index, index_of
 from cascade.backends.triton.launch import KernelStep
@@ -283,15 +285,23 @@ def test_the_bounds_are_in_the_plan() -> None:
 PADDED, MASKED = PROGRAMS["padded"], PROGRAMS["masked"]
 
 
+@pytest.fixture(params=[1, 512], ids=["indexed", "tested"])
+def truths(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether streams as short as those here have an index of truths."""
+    monkeypatch.setattr(planner, "TRUTHS", request.param)
+    return bool(request.param == 1)
+
+
 @pytest.mark.parametrize("parts", [1, 3])
-def test_keys_that_are_padding(parts: int) -> None:
+def test_keys_that_are_padding(parts: int, truths: bool) -> None:
     """In front, behind, with holes, in all of a batch, nowhere: lengths of several tiles."""
     for length in LENGTHS:
         inputs = Draw(PADDED, {**PADDED.small, "H": 1, "M": length, "N": length}).inputs(length)
         place = torch.arange(length)[None]
         first, last = torch.tensor([[length // 3], [0], [length]]), torch.tensor([[length], [length // 2], [length]])
         for keep in ((place >= first) & (place < last), inputs["keep"], torch.ones_like(inputs["keep"])):
-            attend(PADDED.text, inputs | {"keep": keep}, tile=16, parts=parts)
+            spoilt = {name: inputs[name].masked_fill(~keep[:, None, :, None], math.nan) for name in "KV"}
+            attend(PADDED.text, {**inputs, **spoilt, "keep": keep}, tile=16, parts=parts)
 
 
 def kernel_of(program: Program, length: int) -> Kernel:
@@ -302,12 +312,15 @@ def kernel_of(program: Program, length: int) -> Kernel:
     return made.kernel("c", group, made.groups(), made.default_tiling(group))  # type: ignore[arg-type]
 
 
-def test_where_no_key_is_padding_nothing_is_tested() -> None:
-    loop, behind = (op for op in kernel_of(PADDED, 130).ops if isinstance(op, Loop))
-    masks = [op for op in loop.body if isinstance(op, Mask)]
-    assert loop.inner is not None and masks and all(not op.live and len(op.edge) == 3 for op in masks)
+def test_where_no_key_is_padding_nothing_is_tested(truths: bool) -> None:
+    """Without an index, keys that are padding are tested for everywhere, and the diagonal at the edges."""
+    kernel = kernel_of(PADDED, 130)
+    loop, behind = (op for op in kernel.ops if isinstance(op, Loop))
+    (mask,) = (op for op in loop.body if isinstance(op, Mask))
+    assert (kernel.index is not None) == truths and loop.inner is not None
+    assert (len(mask.live), len(mask.edge)) == ((0, 3) if truths else (1, 2))
     assert {op.tensor: (bool(op.live), bool(op.edge)) for op in loop.body if isinstance(op, Load)} == {
-        "Q": (False, False), "K": (False, False), "keep": (False, True), "V": (False, True)
+        "Q": (False, False), "K": (False, False), "keep": (False, True), "V": (not truths, True)
     }  # fmt: skip
     assert behind.unless == "seen" and not any(isinstance(op, Seen) for op in loop.body)
 

@@ -44,6 +44,7 @@ from cascade.walk import defines, expressions, fresh, map_expressions, map_fold,
 FEW_PROGRAMS = 128  # fewer leave multiprocessors without work: a stream is shared
 SPARSE = 16  # times fewer programs than a choice was made for, from which on a stream is shared by so many times more
 LONG_ROW = 8192  # elements; longer rows that are gone through once are streamed: several programs then hide latency
+TRUTHS = 512  # coordinates of a stream, from which on it is found out first between which of them truths hold
 ACCUMULATED = 65536  # numbers in 32 bits that a program can hold in registers at most
 EXACT_ACCUMULATED = 4096  # in full precision, of 64 bits: with 4 warps a quarter of the registers
 MOST_PIECES = 3  # in which tensor cores sum over a rank that is no power of two
@@ -627,8 +628,8 @@ class Planner:
     def index(self, group: Group, axes: Sequence[Axis], groups: Sequence[Group | Rest]) -> Index | None:
         """The index for filters of a group that compare data along its stream; None where there are none.
 
-        The data is given, or made whole by kernels before. Truths only where products wait behind them: elsewhere what
-        is not loaded is hardly worth another launch.
+        The data is given, or made whole by kernels before. Truths only where products of a long stream wait for them:
+        elsewhere what is not visited takes less time than another launch.
         """
         stream = group.arrangement.stream
         if stream is None:
@@ -644,7 +645,7 @@ class Planner:
         tiles = {axis.rank: axis.advance for axis in axes if axis.role in (Role.TILE, Role.STREAM)}
         own = {*group.names, *self.absent}
         known = [t for t in tests if own.isdisjoint(node.tensor for node in walk(t) if isinstance(node, Read))]
-        truths = bool(self.products(group))
+        truths = bool(self.products(group)) and self.ranks[stream] >= TRUTHS
         return index_of(known, stream, rows, tiles, self.sizes, self.actual, self.shapes, self.dtypes, truths)
 
     def indexer(self, index: Index, groups: Sequence[Group | Rest]) -> Planner:

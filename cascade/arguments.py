@@ -81,6 +81,16 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
+def types_of(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The types of the tensors of an argument, by the names that tracing gives to them."""
+    if isinstance(value, Mapping | list | tuple):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, item in items:
+            yield from types_of(f"{name}_{key}", item)
+    elif hasattr(value, "dtype"):
+        yield name, value.dtype
+
+
 def is_tensor(value: Any) -> bool:
     """Whether a value has a shape; its class is asked, since symbolic tensors refuse to tell theirs."""
     return hasattr(type(value), "shape") or is_symbolic({"": value})

@@ -19,7 +19,8 @@ from typing import Any, overload
 
 from cascade.arguments import (
     Parameter, bind, check_constant, check_in_place, check_memory, check_structures, declaration, fits, frozen,
-    is_plain, is_symbolic, leaves, match, outline, plural, split_options, widened,
+    is_plain, is_symbolic, leaves, match, outline, plural, split_options, types_of,
+    widened,
 )  # fmt: skip
 from cascade.errors import CallError, CommandError, Diagnostic, TraceError
 from cascade.frontend.build import parse_cascade
@@ -37,6 +38,7 @@ from cascade.walk import map_expressions, map_fold, rewrite
 from cascade.wording import suggest
 
 SHAPE_NEEDED = "C410"  # the trace of a function that computes with whole tensors, whose rank count only a call tells
+TYPE_NEEDED = "C426"  # that of one with a mask, which is a filter where it has truths
 BACKENDS = ("auto", "triton", "interp")  # auto: kernels for tensors on a GPU, else the interpreter
 EFFORTS = ("none", "quick", "full")  # of tuning: the model alone, a few candidates timed, all of them
 EXTENT_ONE = ("C422", "C423")  # a dimension is 1 in this call, and was taken for one to broadcast
@@ -71,6 +73,7 @@ class Compiled:
         self._traces: dict[Any, Trace] = {}
         self._last: Trace | None = None
         self._by_shape = False  # whether tracing needs the shapes of the tensors
+        self._by_type = False  # and their types
         if isinstance(source, Cascade):
             check_in_place(source, self.in_place)
             check_constant(source, self.constant, self.in_place)
@@ -235,18 +238,26 @@ class Compiled:
             name: Parameter(p.default is not p.empty, p.kind is p.KEYWORD_ONLY, p.default) for name, p in found.items()
         }
 
-    def _traced(self, options: Mapping[str, Any], shapes: Mapping[str, Any] | None) -> Cascade:
+    def _traced(
+        self, options: Mapping[str, Any], shapes: Mapping[str, Any] | None, types: Mapping[str, Any] | None = None
+    ) -> Cascade:
         """The cascade of the function, for these values of its plain parameters."""
         if isinstance(self.source, Cascade):
             return self.source
         tracing = importlib.import_module("cascade.frontend.trace")  # lazily: text needs none of it
-        traced: Cascade = tracing.trace(self.source, shapes, options=options)
+        traced: Cascade = tracing.trace(self.source, shapes, types, options)
         return traced
 
-    def _run(self, key: Any, options: Mapping[str, Any], shapes: Mapping[str, Any] | None) -> Trace:
+    def _run(
+        self,
+        key: Any,
+        options: Mapping[str, Any],
+        shapes: Mapping[str, Any] | None,
+        types: Mapping[str, Any] | None = None,
+    ) -> Trace:
         """The pipeline's run over the cascade, kept under the key."""
         if key not in self._traces:
-            self._traces[key] = run_pipeline(self._traced(options, shapes), without=self.without)
+            self._traces[key] = run_pipeline(self._traced(options, shapes, types), without=self.without)
         return self._traces[key]
 
     def _specialised(self, values: Mapping[str, Any], options: Mapping[str, Any]) -> Trace:
@@ -256,20 +267,26 @@ class Compiled:
             try:
                 return self._run((None, chosen), options, None)
             except TraceError as error:
-                if error.diagnostics[0].code != SHAPE_NEEDED:
+                if error.diagnostics[0].code not in (SHAPE_NEEDED, TYPE_NEEDED):
                     raise
                 self._by_shape = True
         check_structures(values)
-        pattern = frozen(outline(values, pattern=True)), chosen
+        types = dict(one for name, value in values.items() for one in types_of(name, value)) if self._by_type else {}
+        known = tuple(types.items())
+        pattern = frozen(outline(values, pattern=True)), chosen, known
         if pattern in self._traces and fits(self._traces[pattern].source, values):
             return self._traces[pattern]
         shapes = outline(values)
         try:
-            trace = self._run((frozen(shapes), chosen), options, shapes)
+            trace = self._run((frozen(shapes), chosen, known), options, shapes, types)
         except TraceError as error:
-            if error.diagnostics[0].code not in EXTENT_ONE:
+            code = error.diagnostics[0].code
+            if code == TYPE_NEEDED and not self._by_type:
+                self._by_type = True
+                return self._specialised(values, options)
+            if code not in EXTENT_ONE:
                 raise
-            trace = self._run((frozen(shapes), chosen), options, widened(shapes))
+            trace = self._run((frozen(shapes), chosen, known), options, widened(shapes), types)
         self._traces[pattern] = trace
         return trace
 
@@ -281,7 +298,7 @@ class Compiled:
                 callee = self._run((None, frozen(options)), options, None).source
                 return functions.invoke(callee, *values.values())
             except TraceError as error:
-                if isinstance(self.source, Cascade) or error.diagnostics[0].code != SHAPE_NEEDED:
+                if isinstance(self.source, Cascade) or error.diagnostics[0].code not in (SHAPE_NEEDED, TYPE_NEEDED):
                     raise
         assert not isinstance(self.source, Cascade)
         return self.source(**values, **options)

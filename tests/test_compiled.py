@@ -178,6 +178,44 @@ def test_lists_of_tensors() -> None:
     torch.testing.assert_close(chain(Q, weights[:1]), Q @ weights[0])
 
 
+MASKS = {  # what a mask of padded keys, of pairs or an additive one looks like, and how a function hands it on
+    "padding": (lambda keep: keep[:, None, None, :], torch.arange(7) < torch.tensor([[7], [4]])),
+    "not padding": (lambda drop: ~drop[:, None, None, :], torch.arange(7) >= torch.tensor([[7], [4]])),
+    "pairs": (lambda see: see, torch.ones(5, 7).tril().bool()),
+    "broadcast": (lambda see: see, torch.ones(1, 1, 5, 7).tril().bool()),
+    "additive": (lambda bias: bias, torch.randn(2, 5, 7)),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_of_torch_is_what_its_type_says(name: str) -> None:
+    """Cut in torch's way, without a word about shapes or types: the first call tells both."""
+    turned, mask = MASKS[name]
+    q, k, v = (torch.randn(2, 2, length, 8) for length in (5, 7, 7))
+
+    def attend(q, k, v, mask):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=turned(mask))
+
+    compiled = cs.compile(attend)
+    torch.testing.assert_close(compiled(q, k, v, mask), attend(q, k, v, mask))
+    filters = [stmt for stmt in compiled.cascade.body if getattr(stmt, "where", None) is not None]
+    assert bool(filters) == (mask.dtype is torch.bool)
+
+
+def test_masks_of_two_types_in_turn() -> None:
+    q, k, v = (torch.randn(2, 2, length, 8) for length in (5, 7, 7))
+
+    @cs.compile
+    def attend(q, k, v, masks):
+        found = [torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask) for mask in masks]
+        return found[0] + found[1]
+
+    see, bias = torch.ones(5, 7).tril().bool(), torch.randn(5, 7)
+    for masks in ([see, bias], [bias, see], [see, see], [see, bias]):
+        wanted = attend.__wrapped__(q, k, v, masks)
+        torch.testing.assert_close(attend(q, k, v, masks), wanted)
+
+
 def test_torch_style_follows_the_shape() -> None:
     @cs.compile
     def normalise(X):

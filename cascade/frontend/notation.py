@@ -262,6 +262,9 @@ class Tensor(Tensorial):
         if _positional(items, self.rank_count):
             return _subscript(whole(self), items)
         span = place(user_frame())
+        if self.rank_count is None and not any(isinstance(item, Notation) for item in items) and _sliced(items):
+            help = f"slices need the shapes: trace(fn, shapes={{{self.name!r}: (4, 8)}}), or a call with tensors"
+            raise fail("C410", f"{self.name} is cut in torch's way, and its shape is not known", help)
         if self.rank_count is None:
             self.rank_count, self.read = len(items), span
         if self.rank_count != len(items):
@@ -489,7 +492,7 @@ def _advice(object_: object) -> str:
 
 def coordinate(item: object) -> Operand:
     """An index of index notation: an integer expression."""
-    if isinstance(item, slice) or item is None or item is Ellipsis:
+    if _sliced((item,)):
         help = "index by rank variables, X[b, t + w, c]; torch's slices need the shapes: trace(fn, shapes=...)"
         raise fail("C404", "slices, None and ... are no coordinates", help)
     if isinstance(item, Tensor) and item.rank_count is None:
@@ -595,9 +598,14 @@ def at(
     return Value(At(tuple(old), plain, tuple(sizes)), (value, *new), ranks=union(*(free(item) for item in new)))
 
 
+def _sliced(items: Sequence[object]) -> bool:
+    """Whether any item of an index is what index notation has not."""
+    return any(isinstance(item, slice) or item is None or item is Ellipsis for item in items)
+
+
 def _positional(items: Sequence[object], rank_count: int | None) -> bool:
     """Whether an index is written in torch's way rather than in index notation."""
-    if any(isinstance(item, slice) or item is None or item is Ellipsis for item in items):
+    if _sliced(items):
         return rank_count is not None
     return rank_count is not None and len(items) < rank_count and not any(isinstance(i, RankVariable) for i in items)
 

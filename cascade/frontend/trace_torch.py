@@ -15,7 +15,7 @@ from typing import Any
 
 from cascade import ops
 from cascade.errors import TraceError, quoted_list
-from cascade.frontend.forms import Filtered, Pointwise, SizeOf
+from cascade.frontend.forms import At, Element, Filtered, Ordered, Pointwise, SizeOf
 from cascade.frontend.frames import fail
 from cascade.frontend.functions import cast
 from cascade.frontend.notation import Notation, Tensor, Value, axes_of, operand, pointwise
@@ -274,15 +274,19 @@ def _attention(
         kind = dtype_known(attn_mask)
         if kind is None:
             help = "say so: trace(fn, shapes, dtypes={'mask': 'bool'}), or write q @ k.mT + mask and softmax yourself"
-            raise fail("C427", "whether attn_mask is Boolean is not known while tracing", help)
+            raise fail("C426", "whether attn_mask is Boolean is not known while tracing", help)
         scores = scores.where(attn_mask) if kind is DType.BOOL else scores + attn_mask
     return matmul(along_dimensions("softmax", (-1,), scores), value)
 
 
 def dtype_known(x: Any) -> DType | None:
-    """The type of a value where it is evident: a declared parameter, or a predicate."""
+    """The type of a value where it is evident: a declared parameter, a view of one, or a predicate."""
     if isinstance(x, Tensor):
         return x.dtype_declared
+    if isinstance(x, Value) and isinstance(x.form, Element):
+        return x.form.tensor.dtype_declared
+    if isinstance(x, Value) and isinstance(x.form, At | Ordered):
+        return dtype_known(x.operands[0])
     if isinstance(x, Value) and isinstance(x.form, Pointwise) and ops.OPS[x.form.op].kind is ops.Kind.BOOL:
         return DType.BOOL
     return None

@@ -106,7 +106,10 @@ def drawn(shell: Any, monkeypatch: pytest.MonkeyPatch, *words: str, **environmen
 
 
 @pytest.mark.parametrize("words", RICH, ids=lambda words: words[0])
-def test_a_pipe_gets_plain_text_that_fits(shell: Any, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
+def test_a_pipe_gets_plain_text_that_fits(
+    shell: Any, own_cache: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    """The cache is of this test alone: that of all tests grows between two looks."""
     narrow, wide = (drawn(shell, monkeypatch, *words, COLUMNS=columns) for columns in ("80", "200"))
     assert narrow.isascii() and "\x1b" not in narrow
     prose = [line for line in narrow.splitlines() if line[:1] not in ("+", "-", " ") or words[0] != "diff"]

@@ -289,6 +289,21 @@ def test_a_row_of_which_all_that_is_present_is_infinite_is_no_empty_one(parts: i
     assert (first.unless, second.unless) == (None, "seen") and not any(isinstance(op, Seen) for op in first.body)
 
 
+def test_a_filter_by_what_a_loop_carries_is_not_asked_behind_it() -> None:
+    """Y runs beyond 2 in the first columns, where all of G is -inf, and is below it again in the end."""
+    text = """cascade c(X[T,D], G[T,D]) -> A[D] fill 7 {
+    Y[t,d] = select(Y[t-1,d] > 50.0, 0.0, Y[t-1,d] + X[t,d]) init Y[-1,d] = 0.0
+    A[d] = max[t] G[t,d] where Y[t,d] > 2.0
+}"""
+    x = torch.tensor([0.5, 0.01]).repeat_interleave(4).repeat(40, 1)
+    x[39] = -100.0
+    inputs = {"X": x.to(DEVICE), "G": torch.full((40, 8), -math.inf, device=DEVICE)}
+    (found,) = call_of(Chosen(final(text)))(**inputs)
+    wanted = run(parse_cascade(text), inputs, precision=Precision.REFERENCE)["A"]
+    assert wanted.tolist() == [-math.inf] * 4 + [7.0] * 4
+    torch.testing.assert_close(found, wanted.float())
+
+
 def test_only_what_may_be_spoilt_is_watched() -> None:
     for name, watched in (("causal", True), ("full", False), ("prefix", True), ("gemm", False)):
         draw = Draw(PROGRAMS[name], PROGRAMS[name].small)

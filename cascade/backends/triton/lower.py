@@ -332,7 +332,7 @@ class _Lowering:
             rest = tuple(op for op in loop.body if op is not seen)
             extreme, begun = self.extremes[seen.name]
             state = self.values[f"{extreme}'"].expr
-            asked = self.asked(seen, rest) if self.shape(state) == seen.axes else None
+            asked = self.asked(seen, rest, loop.carried) if self.shape(state) == seen.axes else None
             if asked is None or any(seen.name in uses(op) for op in every_op(rest)):
                 continue
             carried = tuple(name for name in loop.carried if name != seen.name)
@@ -343,8 +343,11 @@ class _Lowering:
             later.append(Loop(loop.rank, loop.first, loop.stop, None, True, (seen.name,), body, unless=seen.name))
         self.ops.extend((loop, *later))
 
-    def asked(self, seen: Seen, ops: Sequence[Op]) -> tuple[Op, ...] | None:
-        """What a mask of several dimensions is made of, if that is cheap: what is loaded, and no product."""
+    def asked(self, seen: Seen, ops: Sequence[Op], carried: Collection[str]) -> tuple[Op, ...] | None:
+        """What a mask of several dimensions is made of, if that is cheap: what is loaded, and no product.
+
+        Nothing that the loop carries, which behind it is what it was in the end.
+        """
         if set(self.variables[seen.mask][0]) == set(seen.over):
             return None
         wanted, found = {seen.mask}, []
@@ -355,7 +358,7 @@ class _Lowering:
             if made:
                 wanted.update(uses(op))
                 found.append(op)
-        return tuple(reversed(found))
+        return None if wanted & set(carried) else tuple(reversed(found))
 
     def lanes(self, trips: Trips, statements: Sequence[Stmt], states: Sequence[Stmt]) -> set[str]:
         """The sums that are carried coordinate by coordinate of the tile, and added up once, behind the loop.

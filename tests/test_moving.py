@@ -15,6 +15,7 @@ import cascade
 from benchmarks import launching, programs
 from cascade.backends.triton import launch
 from cascade.backends.triton.launch import Bench, CallPlan, KernelStep, Launcher, allocated, layout
+from cascade.backends.triton.planner import LONG_SUM
 from cascade.inference import bind_sizes
 from tests.block_programs import BLOCKS
 from tests.kernel_programs import PROGRAMS, Program
@@ -122,6 +123,20 @@ def test_few_outputs_after_many_are_shared_by_enough_programs(monkeypatch: pytes
         steps = [step for step in launcher.steps(planner, "product", bench) if isinstance(step, KernelStep)]
     assert [step.kernel.name for step in steps] == ["product", "product_merge"]
     assert math.prod(steps[0].grid) >= 128
+
+
+@pytest.mark.parametrize("first", [(127, 333, 257), (4000, 333, 4000)])
+def test_no_program_of_few_adds_up_too_long(first: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was planned for: an accumulator of the tensor cores loses with each step what it cuts off."""
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    compiled = cascade.compile(PRODUCT)
+    launcher = Launcher(compiled.trace.final, "none", compiled.cascade)
+    for rows, over, columns in (first, (16, 33_000_000, 64)):
+        x, w = (torch.empty(shape, dtype=torch.float16, device="meta") for shape in ((rows, over), (over, columns)))
+        planner = launcher.planner({"T": rows, "D": over, "F": columns}, {"X": layout(x), "W": layout(w)}, True)
+        bench = OnAnH200(torch.device("meta"), "none", {"X": x, "W": w})
+        product = next(iter(launcher.steps(planner, "product", bench)))
+    assert isinstance(product, KernelStep) and over <= LONG_SUM * math.prod(product.grid)
 
 
 @pytest.mark.parametrize("name", ["softmax", "attention"])

@@ -170,7 +170,7 @@ def planner_of(shipped: Shipped, working: DType = DType.BF16) -> Planner:
         for param in cascade.params
     }
     found = restated(cascade, shipped.sizes, types, shipped.sizes)
-    return Planner(found.cascade, found.joined.extents(shipped.sizes), layouts)
+    return Planner(found.cascade, found.joined.extents(shipped.sizes), layouts, joined=found.joined.sizes)
 
 
 def python_of(version: str) -> str:

@@ -41,6 +41,9 @@ class Alone(Planner):
     lies: dict[tuple[str, ...], dict[str, Role]] = field(default_factory=dict)
     indexed: bool = True  # whether bounds that depend on data get kernels of their own
 
+    def stays(self, symbol: str) -> bool:
+        return True  # files are for what coordinates are divided by, as for what tiles have whole
+
     def roles(self, group: Group) -> dict[str, Role]:
         known = self.lies.get(group.names)
         return Planner.roles(self, group) if known is None else dict(known)
@@ -154,7 +157,7 @@ class Maker:
         cascade, text = planner.cascade, render(planner.cascade)
         lies = self.lies.setdefault(label, {})
         # without descriptors: strides change with the sizes
-        inner = Alone(cascade, planner.extents, planner.layouts, False, moving, lies=lies)
+        inner = Alone(cascade, planner.extents, planner.layouts, False, moving, joined=planner.joined, lies=lies)
         known, groups = self.beside.setdefault(label, (text, inner.groups()))
         for number, group in enumerate(groups):
             if isinstance(group, Rest) or text != known:

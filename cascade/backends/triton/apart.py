@@ -161,6 +161,6 @@ def planner_of_parts(
     cascade = stated(Cascade(label, params, results, body), planner.sizes)
     layouts = {name: planner.layouts.get(name) or planner.made(name, groups) for name in given}
     return Planner(
-        cascade, planner.extents, layouts, planner.descriptors, planner.moving, planner.supposed,
+        cascade, planner.extents, layouts, planner.descriptors, planner.moving, planner.supposed, joined=planner.joined,
         narrow=planner.narrow, apart=frozenset(apart),
     )  # fmt: skip

@@ -19,7 +19,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import assert_never
+from typing import Literal, assert_never
 
 from cascade.backends.triton.lower import uses
 from cascade.backends.triton.machine import MAX_REGISTERS, WARP, Work
@@ -437,7 +437,7 @@ class _Count:
             self.ops(op.body, _Run(run.times * steps, run.edge * steps, run.stream, run.edge_tile))
             return
         found = trips(self.kernel, op, self.sizes)
-        inside = _Run(found.total, found.edge, op.rank, op.edge_tile)
+        inside = _Run(found.total, found.edge, op.rank, op.edge_tile if op.inner is not None else 0)
         if not _nested(self.kernel, op):
             self.rounds += found.total
             self.ops(op.body, inside)
@@ -648,10 +648,25 @@ def _flight(kernel: Kernel) -> float:
         every = (op for op in ops if isinstance(op, Load))
         return float(sum(_elements(kernel, op.axes) * sizes[op.tensor] / _stands_for(op) for op in every))
 
-    bodies = [loads(op.body) for op in every_op(kernel.ops) if isinstance(op, Loop)]
-    if not bodies:
-        return loads(kernel.ops)
-    return max(bodies) * (max(1, kernel.options.num_stages - 1) if _ahead(kernel) else 1)
+    bodies = [loads(op.body) * _rounds_ahead(kernel, op) for op in every_op(kernel.ops) if isinstance(op, Loop)]
+    return max(bodies) if bodies else loads(kernel.ops)
+
+
+def _rounds_ahead(kernel: Kernel, loop: Loop) -> int:
+    """How many rounds of a loop are fetched while one is computed with."""
+    if not _ahead(kernel):
+        return 1
+    looked_up = any(_looked_up(loop.body, op) == "tile" for op in loop.body)
+    return max(1, (kernel.options.num_stages - 1) // (2 if looked_up else 1))
+
+
+def _looked_up(body: Sequence[Op], op: Op) -> Literal["", "tile", "one"]:
+    """Whether the same round loads where an operand lies: as a tile, which is fetched ahead too, or as one number."""
+    if not isinstance(op, Load) or op.box is not None:
+        return ""
+    words = {word for part in op.index for word in _words(part)}
+    places = [each for each in body if isinstance(each, Load) and each.name in words]
+    return "" if not places else "tile" if any(each.axes for each in places) else "one"
 
 
 def _stands_for(op: Load | Store) -> int:
@@ -673,9 +688,18 @@ def shared_memory(kernel: Kernel) -> int:
         return _elements(kernel, op.axes) * sizes[op.tensor]
 
     def fetched(loop: Loop) -> int:
-        buffers = sum(tile(op) for op in loop.body if isinstance(op, Load) and op.name in operands)
-        exact = any(isinstance(op, Dot) and op.exact for op in loop.body)  # read into registers before the next comes
-        return buffers * max(1, kernel.options.num_stages - exact) + _computed(kernel, loop.body, operands)
+        dots = [op for op in loop.body if isinstance(op, Dot)]
+        small = all(kernel.axis(op.axes[0]).tile < GROUP_SIDE for op in dots)
+        exact = any(op.exact for op in dots)  # read into registers before the next comes
+
+        def buffers(op: Load) -> int:
+            found = _looked_up(loop.body, op)
+            if found == "tile":
+                return _rounds_ahead(kernel, loop) + (not small)
+            return max(1, kernel.options.num_stages - (exact or (small and found == "one")))
+
+        loads = [op for op in loop.body if isinstance(op, Load) and op.name in operands]
+        return sum(tile(op) * buffers(op) for op in loads) + _computed(kernel, loop.body, operands)
 
     staying = {op.name: tile(op) for op in kernel.ops if isinstance(op, Load) and op.name in operands}
     staying |= {op.name: _elements(kernel, op.axes) * BYTES[kind] for op, kind in _rounded(kernel)}

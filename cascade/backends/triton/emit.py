@@ -466,13 +466,17 @@ class _Emitter:
 
     def groups(self, expr: Expr) -> _Piece | None:
         """The quotient of which a load has one element for each value; None for anything else."""
-        if self.grouped_by is None or expr != Apply("floordiv", (Rank(self.grouped_by[0]), Const(self.grouped_by[1]))):
+        match expr:
+            case Apply(op="floordiv", args=(Rank(name=rank), Const(value=int(by)))) if self.grouped_by is not None:
+                _, size = self.grouped_by
+            case _:
+                return None
+        if rank != self.grouped_by[0] or by % size:
             return None
-        rank, size = self.grouped_by
         text = f"tl.arange(0, {self.block(rank)} // {size})"
         if self.kernel.axis(rank).role is not Role.WHOLE:
             text = f"({self.rank(rank)}_first // {size} + {text})"
-        return _Piece(text, (rank,), ATOM, False)
+        return _Piece(text if by == size else f"({text} // {by // size})", (rank,), ATOM, False)
 
     def row(self, op: str) -> spell.Spelling:
         """How an operation is written: the fast way where results or factors are short and it can run."""
@@ -1136,26 +1140,36 @@ class _Emitter:
             self.line(self.boxed(op, op.box))
             return
         self.grouped_by = op.grouped
-        place = self.address(self.tensor(op.tensor), op.index, op.axes)
+        self.by_pointers(op, by_box)
         self.grouped_by = None
+        self.repeat(op)
+
+    def by_pointers(self, op: Load, by_box: bool) -> None:
+        """A tile by the addresses of its elements, in whole tiles `by_box`; of groups that share one, one for each."""
+        place = self.address(self.tensor(op.tensor), op.index, op.axes)
         if op.axes:
             self.line(f"{op.name}_place = {place}")
             place = f"{op.name}_place"
         tested = self.pointed(op, place, (*op.live, *op.edge))
         if not op.edge or self.always_edge:
             self.line(tested)
-            self.repeat(op)
             return
         plain = self.boxed(op, op.box) if op.box is not None and by_box else self.pointed(op, place, op.live)
         for line in ("if EDGE:", f"    {tested}", "else:", f"    {plain}"):
             self.line(line)
-        self.repeat(op)
 
     def repeat(self, op: Load) -> None:
-        """Each element beside itself until it stands for its group: nothing leaves a thread's registers."""
+        """Each element beside itself until it stands for its group: nothing leaves a thread's registers.
+
+        In a row of them it is spread over the threads that ask for it, instead of one thread having them all.
+        """
         if op.grouped is None:
             return
         (rank, left), last = op.grouped, len(op.axes)
+        if last == 1:
+            (few,), (all_,) = self.blocks(op.axes, op.grouped), self.blocks(op.axes)
+            self.line(f"{op.name} = tl.broadcast_to({op.name}[:, None], [{few}, {left}]).reshape({all_})")
+            return
         order = list(range(last))
         order.insert(op.axes.index(rank) + 1, last)
         while left > 1:

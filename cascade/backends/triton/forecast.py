@@ -159,7 +159,7 @@ def _planner(
     updates = {result: update_of(found.cascade, result, param) for result, param in in_place.items()}
     return Planner(
         found.cascade, found.joined.extents(bound), layouts, machine.arch >= "sm_90", why=found.why,
-        views=found.joined.views, in_order=found.in_order,
+        views=found.joined.views, joined=found.joined.sizes, in_order=found.in_order,
         updates={result: update for result, update in updates.items() if isinstance(update, Update)},
     )  # fmt: skip
 

@@ -231,7 +231,7 @@ class Launcher:
             return Planner(
                 found.cascade, joined.extents(extents), layouts, descriptors, joined.with_parts(moving),
                 {s: n for s, n in joined.extents(sizes).items() if s in joined.with_parts(symbols)},
-                why=found.why, views=joined.views, updates=updates, in_order=found.in_order,
+                why=found.why, views=joined.views, updates=updates, joined=joined.sizes, in_order=found.in_order,
             ), joined  # fmt: skip
 
         larger, changing = frozenset[str](), moving
@@ -327,10 +327,10 @@ class Launcher:
         if tiling.apart:
             yield from self.in_parts(planner, label, group, groups, tiling, by_model)
             return
-        shared = None
+        shared, tiling = None, planner.in_more_parts(group, tiling)
         if tiling.shared:
             with contextlib.suppress(UnsupportedError):  # then one program has the whole stream
-                shared = planner.split(label, group, groups, planner.in_more_parts(group, tiling))
+                shared = planner.split(label, group, groups, tiling)
         if shared is not None:
             kernel, merger, _ = shared
             yield from self.before(planner, kernel, label, groups, by_model)

@@ -81,6 +81,7 @@ class Setting:
     most: Mapping[str, int] = field(default_factory=dict)  # what shape symbols do not exceed that are no numbers above
     actual: Mapping[str, int] = field(default_factory=dict)  # the extents of ranks in this call
     narrow: bool = False  # whether no float that comes of the program has 32 bits
+    joined: Mapping[str, tuple[Size, Size]] = field(default_factory=dict)  # by the extent of a rank that is two: theirs
 
 
 @dataclass(frozen=True, slots=True)
@@ -742,7 +743,22 @@ class _Lowering:
 
     def proved(self, test: Expr) -> bool:
         """Whether a test holds at all coordinates, for extents as they are in this kind of call."""
-        return always([self.numbered(test)], self.setting.numbers)
+        return self.of_joined(test) or always([self.numbered(test)], self.setting.numbers)
+
+    def of_joined(self, test: Expr) -> bool:
+        """Whether a test says of a rank that is two, `c[a,b]`, that its quotient by the extent of b lies inside a."""
+        match test:
+            case Apply(op="lt", args=(Apply(op="floordiv", args=(Rank(name=rank), by)), high)):
+                two = self.setting.joined.get(str(self.setting.extents[rank]))
+                return two is not None and all(map(self.is_size, (high, by), two))
+            case _:
+                return False
+
+    def is_size(self, expr: Expr, size: Size) -> bool:
+        """Whether an expression is an extent, by its name or as the number that it is in this kernel."""
+        return expr == extent_expr(size) or (
+            isinstance(expr, Const) and expr.value == self.setting.numbers.get(str(size))
+        )
 
     def numbered(self, expr: Expr) -> Expr:
         """An expression with the extents of this kind of call as numbers."""
@@ -1717,17 +1733,18 @@ class _Lowering:
                 stream = self.group.arrangement.stream
                 assert stream is not None
                 self.ranges[variable] = 0, -(-self.most(stream) // entry.tile)  # they count tiles of the stream
-        lowered = [(test, self.expression(test).expr) for test in tests]
+        grouped = self.groups_of(index, axes, tests)
+        lowered = [(test, self.expression(self.of_groups(test, grouped)).expr) for test in tests]
         always_ = tuple(low for test, low in lowered if not self.is_edge(test))
         edge = tuple(low for test, low in lowered if self.is_edge(test))
-        grouped = self.groups_of(index, axes, tests)
         self.ops.append(Load(variable, tensor.name, index, axes, always_, edge, box, self.eviction(read), grouped))
         return Local(variable)
 
     def groups_of(self, index: Sequence[Expr], axes: tuple[str, ...], tests: Sequence[Expr]) -> tuple[str, int] | None:
-        """The rank of a tile that an index has only divided by a number, and the number, a power of two.
+        """The rank of a tile that an index has only divided by a number, and how many neighbours then share an element.
 
-        Only where tiles begin with a group and end with one, and no test tells the coordinates of a group apart.
+        They are a power of two, which divides the number and the tile, so that tiles begin with a group and end with
+        one. None where a test tells the coordinates of a group apart.
         """
         for part in index:
             match part:
@@ -1736,13 +1753,38 @@ class _Lowering:
                 case _:
                     continue
             axis, options = self.axis(rank), self.setting.options
-            lengths = (axis.tile, axis.advance, axis.tile // options.pieces)
+            common = math.gcd(size, axis.tile, axis.advance, axis.tile // options.pieces)
+            count = common & -common
             others = [other for other in index if other is not part]
             alone = not any(rank in ranks_of(other) or rank in self.index_axes(other) for other in others)
-            apart = any(self.concerns(test, (rank,)) for test in tests)
-            if size > 1 and size.bit_count() == 1 and alone and not apart and not any(n % size for n in lengths):
-                return rank, size
+            if count > 1 and alone and not any(self.tells_apart(test, rank, size, count) for test in tests):
+                return rank, count
         return None
+
+    def tells_apart(self, test: Expr, rank: str, size: int, count: int) -> bool:
+        """Whether a test may differ between neighbours of which `count`, in one of `size`, share an element."""
+
+        def same(node: Expr) -> Expr:
+            match node:
+                case Apply(op="floordiv", args=(Rank(name=name), Const(value=int(by)))):
+                    return Const(0) if name == rank and by % count == 0 else node
+                case _:
+                    return node
+
+        if test != self.tail(rank):
+            return self.concerns(rewrite(test, same), (rank,))
+        extent = self.axis(rank).extent
+        two = self.setting.joined.get(str(extent))
+        whole = two is not None and self.is_size(Const(size), two[1])  # the rank ends where one of `size` does
+        return not whole and (isinstance(extent, str) or extent % count != 0)
+
+    def of_groups(self, test: Expr, grouped: tuple[str, int] | None) -> Expr:
+        """A test of a load as one of the groups whose coordinates share an element: whether these lie inside."""
+        if grouped is None or test != self.tail(grouped[0]):
+            return test
+        rank, count = grouped
+        high = extent_expr(self.axis(rank).extent)
+        return Apply("lt", (Apply("floordiv", (Rank(rank), Const(count))), Apply("floordiv", (high, Const(count)))))
 
     def eviction(self, read: Read) -> str:
         """Whether a tile is read again: by a later trip, by other programs, or by nobody."""

@@ -43,8 +43,10 @@ from cascade.walk import defines, expressions, fresh, map_expressions, map_fold,
 
 FEW_PROGRAMS = 128  # fewer leave multiprocessors without work: a stream is shared
 SPARSE = 16  # times fewer programs than a choice was made for, from which on a stream is shared by so many times more
+LONG_SUM = 1 << 17  # terms that few programs add up one after the other at most: tensor cores cut off what they add
 LONG_ROW = 8192  # elements; longer rows that are gone through once are streamed: several programs then hide latency
-TRUTHS = 512  # coordinates of a stream, from which on it is found out first between which of them truths hold
+TRUTHS = 1 << 23  # elements of products over a stream, from which on it is found out first where truths hold along it
+SIDE = 64  # rows that a product takes at least as long for
 ACCUMULATED = 65536  # numbers in 32 bits that a program can hold in registers at most
 EXACT_ACCUMULATED = 4096  # in full precision, of 64 bits: with 4 warps a quarter of the registers
 MOST_PIECES = 3  # in which tensor cores sum over a rank that is no power of two
@@ -118,6 +120,7 @@ class Planner:
     why: Mapping[str, str] = field(default_factory=dict)  # of tensors that the author's cascade has not
     views: Mapping[str, str] = field(default_factory=dict)  # tensors that are the memory of another one
     updates: Mapping[str, Update] = field(default_factory=dict)  # results that are written into a parameter
+    joined: Mapping[str, tuple[Size, Size]] = field(default_factory=dict)  # by the extent of a rank that is two: theirs
     in_order: frozenset[str] = frozenset()  # tensors that lie in the order of an index, if its rows can be sorted
     merges: Mapping[str, int] = field(
         default_factory=dict
@@ -478,7 +481,7 @@ class Planner:
         lives = {n: self.lives[n] for n in names if n in self.lives}
         setting = Setting(
             axes, tensors, dtypes, results, extents, numbers, tiling.options, entries, lives, split=part,
-            shares=shares, most=self.typical, actual=self.actual, narrow=bool(self.narrow),
+            shares=shares, most=self.typical, actual=self.actual, narrow=bool(self.narrow), joined=self.joined,
         )  # fmt: skip
         setting = self.scattered(setting, group)
         try:
@@ -645,15 +648,26 @@ class Planner:
         tiles = {axis.rank: axis.advance for axis in axes if axis.role in (Role.TILE, Role.STREAM)}
         own = {*group.names, *self.absent}
         known = [t for t in tests if own.isdisjoint(node.tensor for node in walk(t) if isinstance(node, Read))]
-        truths = bool(self.products(group)) and self.ranks[stream] >= TRUTHS
+        truths = bool(self.products(group)) and self.multiplied(group, stream) >= TRUTHS
         return index_of(known, stream, rows, tiles, self.sizes, self.actual, self.shapes, self.dtypes, truths)
+
+    def multiplied(self, group: Group, stream: str) -> int:
+        """About how many elements the tiles of a product over a stream have, all programs together."""
+        tiled, packed = self.tiled(group), self.packed(group)
+        places = 1
+        for rank in group.arrangement.shared:
+            extent = self.ranks[rank]
+            places *= -(-extent // packed[rank]) * SIDE if rank in packed else max(extent, SIDE * (rank in tiled))
+        return places * self.ranks[stream]
 
     def indexer(self, index: Index, groups: Sequence[Group | Rest]) -> Planner:
         """The planner of an index."""
         read = [param.name for param in index.cascade.params]
         layouts = {name: self.layouts.get(name) or self.made(name, groups) for name in read}
         extents = {**self.extents, **index.sizes}
-        return Planner(index.cascade, extents, layouts, self.descriptors, self.moving, self.supposed)
+        return Planner(
+            index.cascade, extents, layouts, self.descriptors, self.moving, self.supposed, joined=self.joined
+        )
 
     def uneven(self, group: Group) -> Uneven | None:
         """What data says of how much of the stream is visited at the coordinates of one rank; None where it does not.
@@ -737,8 +751,8 @@ class Planner:
         own = {param.name: layouts.get(param.name) or self.made(param.name, groups) for param in cascade.params}
         own |= {name: self.layouts[name] for name in asked}
         merger = Planner(
-            cascade, inner.extents, own, self.descriptors, self.moving, self.supposed, narrow=self.narrow,
-            merges={part: count if shares is None else min(count, tiling.parts + 1)},
+            cascade, inner.extents, own, self.descriptors, self.moving, self.supposed, joined=self.joined,
+            narrow=self.narrow, merges={part: count if shares is None else min(count, tiling.parts + 1)},
         )  # fmt: skip
         merger.lives |= known
         merger.shapes |= {name: self.shapes[name] for name in asked}
@@ -808,13 +822,21 @@ class Planner:
         return Result(name, None, self.shapes[name], Const(0))
 
     def static(self, group: Group) -> _Static:
-        """The shape symbols that are numbers in a kernel: those of ranks that a tile of a matrix product has whole."""
-        found = {}
+        """The shape symbols that are numbers in a kernel: those of ranks that a tile of a matrix product has whole.
+
+        So is what coordinates are divided by, as far as that stays from call to call: the quotient then takes a shift,
+        and it is known which neighbours share it.
+        """
+        found = {size: self.extents[size] for _, size in quotients(group) if isinstance(size, str) and self.stays(size)}
         for rank, role in self.roles(group).items() if self.products(group) else ():
             size = self.sizes[rank]
             if role is Role.WHOLE and isinstance(size, str):
                 found[size] = self.extents[size]
         return _Static(found)
+
+    def stays(self, symbol: str) -> bool:
+        """Whether a shape symbol has had one value in all calls."""
+        return symbol not in self.moving
 
     def numbers_of_kernels(self) -> frozenset[str]:
         """The shape symbols that are numbers in some kernel."""
@@ -965,7 +987,8 @@ class Planner:
         roles = self.roles(group)
         sizes = [(rank, self.about(rank, role, bool(self.products(group)))) for rank, role in roles.items()]
         read = dict.fromkeys(name for stmt in group.statements for name in self.outside_reads(stmt, group))
-        return (*sizes, *((name, self.tensor(name).dtype, self.tensor(name).described) for name in read))
+        numbers = self.static(group).numbers.items()
+        return (*sizes, *numbers, *((name, self.tensor(name).dtype, self.tensor(name).described) for name in read))
 
     def about(self, rank: str, role: Role, fixed: bool) -> tuple[str, int]:
         """The size of a rank, roughly: to a factor of 2, or what is supposed where it changes from call to call.
@@ -1080,17 +1103,21 @@ class Planner:
         """The tiling with its stream in more parts, where a call has far fewer programs than it was chosen for.
 
         Tiles serve for calls of many extents, and where several ranks are shorter at once, what is left may be a tile.
-        A rank that changes alone keeps its parts: what merges them is another kernel where there are more.
+        A rank that changes alone keeps its parts: what merges them is another kernel where there are more. But a sum of
+        products is in so many that none is too long for its accumulator.
         """
         stream, tiles = group.arrangement.stream, dict(tiling.tiles)
-        if stream is None or tiling.parts == 1 or tiling.even:
+        other = tiling.even or tiling.elsewhere or tiling.in_trips or tiling.options.resident
+        if stream is None or group.rows is not None or other:
             return tiling
         chosen, here = (self.programs(group, tiles, ranks) for ranks in (self.ranks, self.actual))
-        alone = sum(map(operator.gt, chosen, here)) < 2
-        if alone or math.prod(chosen) < SPARSE * math.prod(here):
-            return tiling
-        more = min(SPARSE * tiling.parts, self.most_parts(stream, tiles))
-        return dataclasses.replace(tiling, parts=max(tiling.parts, more))
+        more = 1
+        if self.products(group) and math.prod(here) < FEW_PROGRAMS and self.divisible(group):
+            more = -(-self.actual[stream] // LONG_SUM)
+        together = sum(map(operator.gt, chosen, here)) > 1
+        if tiling.parts > 1 and together and math.prod(chosen) >= SPARSE * math.prod(here):
+            more = max(more, SPARSE * tiling.parts)
+        return dataclasses.replace(tiling, parts=max(tiling.parts, min(more, self.most_parts(stream, tiles))))
 
     def steps_singly(self, group: Group) -> bool:
         """Whether the stream goes one coordinate at a time.
@@ -1180,6 +1207,21 @@ class _Static:
 
     def size(self, size: Size) -> Size:
         return self.numbers.get(size, size) if isinstance(size, str) else size
+
+
+@recently
+def quotients(group: Group) -> frozenset[tuple[str, Size]]:
+    """The ranks of a group that are divided, and by what."""
+    found = set[tuple[str, Size]]()
+    for node in (node for stmt in group.statements for expr in expressions(stmt) for node in walk(expr)):
+        match node:
+            case Apply(op="floordiv" | "mod", args=(Rank(name=rank), Extent(name=by))):
+                found.add((rank, by))
+            case Apply(op="floordiv" | "mod", args=(Rank(name=rank), Const(value=int(by)))):
+                found.add((rank, by))
+            case _:
+                pass
+    return frozenset(found)
 
 
 @recently

@@ -114,7 +114,7 @@ def matrix_product(stmt: Stmt) -> MatrixProduct | None:
     if not isinstance(stmt, Einsum) or not isinstance(stmt.expr, Reduce) or stmt.expr.reducer != "sum":
         return None
     terms = factors(stmt.expr.body)
-    places = {rank for term in terms for rank in _places(term)}
+    places = {rank for term in terms for rank in looking_up(term)}
     for over in sorted(stmt.expr.ranks, key=places.__contains__):
         inside = [term for term in terms if over in ranks_of(term)]
         if len(inside) < 2 or not all(reads_something(term) for term in inside):
@@ -125,7 +125,7 @@ def matrix_product(stmt: Stmt) -> MatrixProduct | None:
     return None
 
 
-def _places(expr: Expr) -> frozenset[str]:
+def looking_up(expr: Expr) -> frozenset[str]:
     """The ranks by which an expression looks up where something lies."""
     lookups = (node for at in walk(expr) if isinstance(at, Read) for index in at.index for node in walk(index))
     return frozenset().union(*(ranks_of(node) for node in lookups if isinstance(node, Read)))

@@ -156,7 +156,7 @@ class Subject:
 
     def planner(self, sizes: Mapping[str, int], descriptors: bool) -> Alone:
         """The planner of kernels that hold for all sizes."""
-        return Alone(self.final, sizes, self.layouts(sizes), descriptors, frozenset(sizes))
+        return Alone(self.final, sizes, self.layouts(sizes), descriptors, frozenset(sizes), joined=self.products)
 
 
 def with_facts(subject: Subject, arch: str, compiler: Compiler) -> tuple[Emission, tuple[StaticFacts | Failure, ...]]:

@@ -32,16 +32,18 @@ from cascade.backends.triton.machine import MAX_REGISTERS, WARP, Estimate, Machi
 from cascade.backends.triton.offline import LIMITS, Failure, Request, StaticFacts, facts
 from cascade.backends.triton.partition import STEPS_LIMIT, Group, Rest, power_of_two
 from cascade.backends.triton.plan import Axis, Fold, Kernel, Loop, Options, Role, every_op
-from cascade.backends.triton.planner import ACCUMULATED, EXACT_ACCUMULATED, FEW_PROGRAMS, Planner, Tiling
-from cascade.backends.triton.products import matrix_product
+from cascade.backends.triton.planner import (
+    ACCUMULATED, EXACT_ACCUMULATED, FEW_PROGRAMS, Planner, Tiling, quotients,
+)  # fmt: skip
+from cascade.backends.triton.products import looking_up, matrix_product
 from cascade.backends.triton.recurrence import in_pairs, stepped
 from cascade.backends.triton.static import request
 from cascade.errors import UnsupportedError
 from cascade.passes.memo import load, store
 from cascade.text import render, render_stmt
-from cascade.walk import targets
+from cascade.walk import expressions, targets
 
-VERSION = "14"  # of entries on disk; another one whenever a choice may change
+VERSION = "15"  # of entries on disk; another one whenever a choice may change
 QUICK = 6  # candidates that are timed with little effort
 SHOWN = 4  # candidates besides the chosen one that a choice remembers
 SMALLEST = 16  # side of a matrix product
@@ -70,6 +72,9 @@ ONE_SIDE = (
     (128, 64, 8, 3), (128, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3), (16, 64, 4, 3), (16, 128, 4, 3), (16, 64, 4, 2),
     (64, 128, 4, 3), (32, 128, 4, 4), (16, 256, 4, 4),
 )  # fmt: skip
+# A stream that lies where another tensor says, for few rows: what says so takes a stage of its own, and more programs
+# wait for it at a time where tiles are short.
+LOOKED_UP = ((16, 32, 4, 5), (16, 64, 8, 3), (16, 64, 4, 2))
 # The same where operands are so wide that those do not fit.
 WIDE = ((64, 32, 8, 2), (64, 32, 8, 1), (64, 16, 8, 2), (32, 32, 4, 2), (32, 16, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1))
 WIDTH = 256  # from which on they are
@@ -199,7 +204,9 @@ def _with_products(planner: Planner, group: Group, base: Tiling) -> Iterator[Til
     exact = planner.exact(group)
     width = max((base.of(rank) for rank in group.arrangement.whole), default=0)
     across = planner.across(group, {rank: base.of(rank) for rank in group.arrangement.whole})
-    one = EXACT_SIDE if exact else WIDE if max(width, across) > WIDTH else ONE_SIDE
+    few = len(sides) == 1 and base.of(sides[0]) <= SMALLEST
+    usual = LOOKED_UP if few and _stream_looked_up(planner, group) else ONE_SIDE
+    one = EXACT_SIDE if exact else WIDE if max(width, across) > WIDTH else usual
     table: Sequence[tuple[int, ...]] = {1: one, 2: EXACT_SIDES if exact else TWO_SIDES}.get(len(sides), ())
     nested = group.arrangement.inner
     if nested:
@@ -237,6 +244,12 @@ def _with_products(planner: Planner, group: Group, base: Tiling) -> Iterator[Til
     for warps, stages in () if table else ((4, 2), (4, 3), (8, 2), (8, 3)):
         options = dataclasses.replace(base.options, num_warps=warps, num_stages=stages)
         yield dataclasses.replace(base, options=options)
+
+
+def _stream_looked_up(planner: Planner, group: Group) -> bool:
+    """Whether an operand of a product lies along the stream where another tensor says."""
+    terms = (term for stmt in planner.products(group) for term in expressions(stmt))
+    return any(group.arrangement.stream in looking_up(term) for term in terms)
 
 
 def _beside(planner: Planner, group: Group, sides: Sequence[str], tiles: Mapping[str, int]) -> int:
@@ -374,6 +387,7 @@ def ranked(
     through rows again comes last: how much of them is still in the cache only a stopwatch tells.
     """
     uneven = planner.uneven(group) is not None
+    others = frozenset(considered)
     plans: dict[object, Kernel | None] = {}
     found: list[tuple[Tiling, Estimate]] = []
     for tiling in considered:
@@ -386,7 +400,7 @@ def ranked(
             except UnsupportedError:
                 plans[key] = None
         kernel = plans[key]
-        if kernel is None:
+        if kernel is None or (_undivided(kernel) and _without_edge(tiling) in others - {tiling}):
             continue
         sizes, kernel = sized(planner, kernel), _retiled(kernel, axes, tiling)
         if not _compiles(kernel):
@@ -406,6 +420,16 @@ def ranked(
     return sorted(found, key=lambda pair: (pair[0].in_trips, round(math.log(pair[1].time_us) / ALIKE)))
 
 
+def _without_edge(tiling: Tiling) -> Tiling:
+    """A tiling whose tiles at edges are as long as all, if it is another one."""
+    return dataclasses.replace(tiling, options=dataclasses.replace(tiling.options, edge_tile=0))
+
+
+def _undivided(kernel: Kernel) -> bool:
+    """Whether no loop has edges of its own."""
+    return not any(isinstance(op, Loop) and op.inner is not None for op in every_op(kernel.ops))
+
+
 def _axes(planner: Planner, group: Group, tiling: Tiling) -> dict[str, Axis]:
     static = planner.static(group)
     return {rank: planner.axis(group, rank, role, tiling, static) for rank, role in planner.roles(group).items()}
@@ -418,7 +442,12 @@ def _form(planner: Planner, group: Group, axes: Mapping[str, Axis], tiling: Tili
     if group.rows is not None:  # tables are for tiles of one size
         same = tiling.of(group.rows.rank)
         return (same, *((axis.exact, axis.tile < SMALLEST, axis.tile > 256) for axis in axes.values()))
-    return tuple((axis.exact, axis.step, axis.tile < SMALLEST, axis.tile > 256) for axis in axes.values())
+    static = planner.static(group)
+    shared = sorted(
+        (rank, math.gcd(axes[rank].tile, by))  # so many neighbours have one element of what is read at the quotient
+        for rank, size in quotients(group) if rank in axes and isinstance(by := static.size(size), int)
+    )  # fmt: skip
+    return *shared, *((axis.exact, axis.step, axis.tile < SMALLEST, axis.tile > 256) for axis in axes.values())
 
 
 def _retiled(kernel: Kernel, axes: Mapping[str, Axis], tiling: Tiling) -> Kernel:
@@ -643,7 +672,8 @@ def _digest(planner: Planner, group: Group, machine: Machine, versions: Sequence
         for tensor in map(planner.tensor, tensors)
     ]
     statements = [render_stmt(stmt) for stmt in group.statements]
-    key = [VERSION, *versions, machine.name, machine.arch, render(planner.cascade), statements, extents, layouts]
+    told = [render(planner.cascade), statements, extents, dict(static.numbers), layouts]
+    key = [VERSION, *versions, machine.name, machine.arch, *told]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 

@@ -106,8 +106,9 @@ def test_a_filter_that_cuts_tiles_smaller_than_groups_reads_single_elements() ->
 
 
 def test_a_group_that_ends_inside_a_tile_is_read_by_its_elements() -> None:
-    """Beyond the extent some of its elements are absent, and tests tell them apart."""
-    assert grouped(GROUPED["halves"], inputs_of(GROUPED["halves"], 50)) == set()
+    """Beyond the extent some of its elements are absent, and tests tell them apart; not where a group ends there."""
+    assert grouped(GROUPED["halves"], inputs_of(GROUPED["halves"], 51)) == set()
+    assert grouped(GROUPED["halves"], inputs_of(GROUPED["halves"], 50)) == {("P", "d", 2)}
 
 
 def test_a_number_that_is_no_power_of_two_is_read_by_elements() -> None:

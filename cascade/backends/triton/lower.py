@@ -1744,7 +1744,8 @@ class _Lowering:
         """The rank of a tile that an index has only divided by a number, and how many neighbours then share an element.
 
         They are a power of two, which divides the number and the tile, so that tiles begin with a group and end with
-        one. None where a test tells the coordinates of a group apart.
+        one; in a tile of several dimensions they are the number itself. None where a test tells the coordinates of a
+        group apart.
         """
         for part in index:
             match part:
@@ -1757,6 +1758,7 @@ class _Lowering:
             count = common & -common
             others = [other for other in index if other is not part]
             alone = not any(rank in ranks_of(other) or rank in self.index_axes(other) for other in others)
+            alone = alone and (count == size or len(axes) == 1)
             if count > 1 and alone and not any(self.tells_apart(test, rank, size, count) for test in tests):
                 return rank, count
         return None

@@ -43,7 +43,7 @@ from cascade.walk import defines, expressions, fresh, map_expressions, map_fold,
 
 FEW_PROGRAMS = 128  # fewer leave multiprocessors without work: a stream is shared
 SPARSE = 16  # times fewer programs than a choice was made for, from which on a stream is shared by so many times more
-LONG_SUM = 1 << 17  # terms that few programs add up one after the other at most: tensor cores cut off what they add
+LONG_SUM = 1 << 16  # terms that few programs add up one after the other at most: tensor cores cut off what they add
 LONG_ROW = 8192  # elements; longer rows that are gone through once are streamed: several programs then hide latency
 TRUTHS = 1 << 23  # elements of products over a stream, from which on it is found out first where truths hold along it
 SIDE = 64  # rows that a product takes at least as long for

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,7 +38,7 @@ from cascade.timetable import Problem, Queues, Slot, Timetable
 from cascade.trial import param_types, random_inputs
 from cascade.values import Precision
 from cascade.verify.timetable import check_queues, check_timetable, implied, over_synchronised
-from tests.timing import within
+from tests.timing import least, within
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PAIR = (EXAMPLES / "product_beside_decode.cascade").read_text(encoding="utf-8")
@@ -189,10 +188,8 @@ SHIPPED = {
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_plan_is_made_in_a_second(name: str, machine: str) -> None:
     text, sizes = SHIPPED[name]
-    cascade = canonical(text)
-    start = time.process_time()
-    plan(cascade, sizes, node(machine))
-    assert within(time.process_time() - start, 1.0)
+    fresh = (dataclasses.replace(canonical(text), name=f"fresh_{number}") for number in range(3))
+    assert within(least(lambda cascade: plan(cascade, sizes, node(machine)), fresh), 1.0)
 
 
 def test_plans_never_take_longer_than_one_task_after_the_other_and_say_why() -> None:

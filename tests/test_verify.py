@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -29,7 +28,7 @@ from cascade.verify import canonical, findings, inlined, verify, well_formed
 from cascade.verify.program import strongly_connected
 from cascade.walk import rewrite
 from tests.generate import random_cascade
-from tests.timing import within
+from tests.timing import least, within
 
 ATTENTION = """
 cascade attention(Q: bf16[B,H,M,E], K[B,H,N,E], V[B,H,N,F]) -> O[B,H,M,F] {
@@ -345,14 +344,12 @@ def test_time_is_linear() -> None:
         params = (Param("X", None, ("T", "D")), Param("W", None, ("D", "F")))
         return Cascade("layers", params, (Result(before, None, ("T", "D")),), tuple(body))
 
-    cascade = layers(1000)
-    started = time.perf_counter()
-    verify(cascade)
-    assert within(time.perf_counter() - started, 1.0)
-    started = time.perf_counter()
-    found = findings(dataclasses.replace(cascade, params=()))  # every statement reads something undefined
-    assert {diagnostic.code for diagnostic in found} == {"C203"} and len(found) == 2
-    assert within(time.perf_counter() - started, 1.0)
+    def refuse(cascade: Cascade) -> None:
+        found = findings(dataclasses.replace(cascade, params=()))  # every statement reads something undefined
+        assert {diagnostic.code for diagnostic in found} == {"C203"} and len(found) == 2
+
+    assert within(least(verify, (layers(1000) for _ in range(3))), 1.0)
+    assert within(least(refuse, (layers(1000) for _ in range(3))), 1.0)
 
 
 NAMES = ("X", "Y", "Z", "m", "n", "M", "N", "sum", "", "a b", "t", "\N{ZERO WIDTH SPACE}", "f" * 5000)

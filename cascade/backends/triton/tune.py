@@ -400,7 +400,7 @@ def ranked(
             except UnsupportedError:
                 plans[key] = None
         kernel = plans[key]
-        if kernel is None or (_undivided(kernel) and _without_edge(tiling) in others - {tiling}):
+        if kernel is None or (tiling.options.edge_tile and _undivided(kernel) and _without_edge(tiling) in others):
             continue
         sizes, kernel = sized(planner, kernel), _retiled(kernel, axes, tiling)
         if not _compiles(kernel):
@@ -421,7 +421,7 @@ def ranked(
 
 
 def _without_edge(tiling: Tiling) -> Tiling:
-    """A tiling whose tiles at edges are as long as all, if it is another one."""
+    """The tiling whose tiles at edges are as long as all."""
     return dataclasses.replace(tiling, options=dataclasses.replace(tiling.options, edge_tile=0))
 
 

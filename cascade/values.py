@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -370,16 +370,20 @@ def _any_present(masks: Sequence[Value], ranks: Sequence[str], kept: tuple[str, 
 
 
 def merge(reducer: str, old: Value, new: Value, precision: Precision) -> Value:
-    """Two partial results of one reduction, over the same ranks, folded into one."""
+    """Two partial results of one reduction, over the same ranks, folded into one.
+
+    Their type is the same, but where one is the constant that a fold begins with: that takes the type of what it meets.
+    """
     op = REDUCERS[reducer].op
     assert op is not None
-    data = apply(op, (Value(old.data, old.ranks, old.dtype), Value(new.data, new.ranks, new.dtype)), precision).data
+    both_there = apply(op, (replace(old, present=None), replace(new, present=None)), precision)
     if old.present is None and new.present is None:
-        return Value(data, old.ranks, old.dtype)
+        return both_there
+    data, dtype, weak = both_there.data, both_there.dtype, both_there.weak
     there_old = torch.ones_like(data, dtype=torch.bool) if old.present is None else old.present
     there_new = torch.ones_like(data, dtype=torch.bool) if new.present is None else new.present
-    chosen = torch.where(there_old & there_new, data, torch.where(there_new, new.data, old.data))
-    return Value(chosen, old.ranks, old.dtype, there_old | there_new)
+    alone = torch.where(there_new, convert(new, dtype, weak, precision), convert(old, dtype, weak, precision))
+    return Value(torch.where(there_old & there_new, data, alone), old.ranks, dtype, there_old | there_new, weak)
 
 
 def filled(data: Tensor, present: Tensor | None, fill: Const) -> Tensor:

@@ -486,6 +486,23 @@ def test_what_needs_the_fold_through_another_rank_is_no_virtual_element() -> Non
     assert all(torch.allclose(found[name], wanted[name], 1e-12, 1e-12) for name in wanted)
 
 
+@pytest.mark.parametrize("element", ["0", "0.25", "I[m]"])
+def test_a_virtual_element_takes_the_type_of_the_others(element: str) -> None:
+    """A state that begins with a whole number is not one of whole numbers."""
+    text = cascade(
+        "c(X[M,N], I: i32[M]) -> R[M], D[M]", f"R[m] = max(max[n] X[m,n], {element})",
+        "D[m] = sum[n] exp(X[m,n] - R[m]) * (1 + I[m])",
+    )  # fmt: skip
+    plain, final = canonical(text), run_pipeline(parse_cascade(text)).final
+    assert any(init.expr is not None for item in final.schedule if isinstance(item, Fold) for init in item.init)
+    inputs = {"X": torch.linspace(-1, 1, 15).reshape(3, 5), "I": torch.zeros(3, dtype=torch.int32)}
+    wanted = run(plain, inputs, precision=Precision.REFERENCE)
+    for block in (2, 5):
+        found = run(final, inputs, block=block)
+        assert found["R"].dtype is torch.float32
+        assert all(torch.allclose(found[name].double(), wanted[name], 1e-5) for name in wanted)
+
+
 def test_the_order_of_sums_is_kept_on_demand() -> None:
     source = canonical(ATTENTION)
     found = lift_reductions(source, ordered=True)

@@ -531,6 +531,26 @@ ATTENTION: tuple[Program, ...] = (
         small={"B": 2, "H": 2, "M": 3, "N": 7, "E": 5, "F": 6},
         large=(
             {"B": 2, "H": 4, "M": 11, "N": 33, "E": 64, "F": 64}, {"B": 2, "H": 4, "M": 24, "N": 64, "E": 128, "F": 128},
+            {"B": 1, "H": 2, "M": 9, "N": 256, "E": 64, "F": 64},
+        ),
+        long=None,
+    ),
+    attending(
+        "simplicial",
+        """cascade simplicial(Q[B,H,M,E], K[B,H,L,E], J[B,H,N,E], V[B,H,L,F], U[B,H,N,F]) -> O[B,H,M,F] {
+    S[b,h,m,l,n] = Q[b,h,m,e] * K[b,h,l,e] * J[b,h,n,e] / sqrt(E) where l <= m and m < l + 6 and n <= m and m < n + 40
+    P[b,h,m,l,n] = softmax[l,n] S[b,h,m,l,n]
+    O[b,h,m,f]   = P[b,h,m,l,n] * V[b,h,l,f] * U[b,h,n,f]
+}""",
+        {
+            "Q": Input("B H M E", partner=True), "K": Input("B H L E", drives="L"),
+            "J": Input("B H N E", partner=True), "V": Input("B H L F", weighs="L"), "U": Input("B H N F"),
+        },
+        small={"B": 2, "H": 2, "M": 9, "L": 5, "N": 7, "E": 5, "F": 6},
+        large=(
+            {"B": 1, "H": 2, "M": 200, "L": 200, "N": 192, "E": 64, "F": 64},
+            {"B": 1, "H": 2, "M": 130, "L": 67, "N": 256, "E": 128, "F": 128},
+            {"B": 2, "H": 1, "M": 60, "L": 60, "N": 60, "E": 64, "F": 64},
         ),
         long=None,
     ),

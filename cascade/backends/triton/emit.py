@@ -15,8 +15,8 @@ from cascade.backends.triton import spell
 from cascade.backends.triton.grid import Ending, ending
 from cascade.backends.triton.lower import RESERVED, uses
 from cascade.backends.triton.plan import (
-    Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Redo, Role, Scan, Seen, Start, Store, Tensor,
-    TopKept, every_op, extent_expr, few_quotients, in_eights,
+    Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Redo, Role, Scan, Seen, Start, Store, Strip,
+    Tensor, TopKept, every_op, extent_expr, few_quotients, in_eights,
 )  # fmt: skip
 from cascade.backends.triton.spell import ATOM, COMPARE, PRODUCT, SPELLINGS, SUM, TYPES, UNARY
 from cascade.backends.triton.units import scaled_by
@@ -1065,11 +1065,19 @@ class _Emitter:
         """The head of a loop; backwards it begins with the last tile."""
         rank, block = self.rank(op.rank), self.block(op.rank)
         joined = ", flatten=True" if any(isinstance(inner, Loop) for inner in op.body) else ""
+        at = f"{rank}_first" if op.strip is None else f"{rank}_at"
+        place = [] if op.strip is None else [f"{rank}_first = {self.in_row(op.strip, at)}"]
         if not op.backwards:
-            return [f"for {rank}_first in tl.range({start}, {stop}, {block}{joined}):"]
+            return [f"for {at} in tl.range({start}, {stop}, {block}{joined}):", *place]
         last = f"({stop} - 1) // {block} * {block}"
         back = f"{rank}_back" if start == "0" else f"({rank}_back - {start})"
-        return [f"for {rank}_back in tl.range({start}, {stop}, {block}):", f"{rank}_first = {last} - {back}"]
+        return [f"for {rank}_back in tl.range({start}, {stop}, {block}):", f"{at} = {last} - {back}", *place]
+
+    def in_row(self, strip: Strip, at: str) -> str:
+        """Where the tile begins that a strip has at some place of it."""
+        row, first, length = (self.text(part, ()) for part in (strip.row, strip.first, strip.length))
+        row = f"({row} + {at} // {length})" if row != "0" else f"{at} // {length}"
+        return " + ".join([f"{row} * {strip.width}", *([first] if first != "0" else []), f"{at} % {length}"])
 
     def whereabouts(self, axis: Axis) -> str:
         """The coordinates of the tile at hand."""
@@ -1253,6 +1261,8 @@ class _Emitter:
                 self.argument(Argument(step, "stride", tensor.name, position))
             if stride != 1:
                 atom = piece.text if piece.level == ATOM else f"({piece.text})"
+                if self.counts(part) and not piece.axes:  # a number of the interpreter's loop, that has no methods
+                    atom = f"tl.cast({piece.text}, tl.int64)"
                 wide = atom if atom.endswith("int64)") or atom.isdigit() else f"{atom}.to(tl.int64)"
                 piece = _Piece(f"{wide} * {step}", piece.axes, PRODUCT)
             terms.append((len(piece.axes), self.aligned(piece, tuple(axes)).text))
@@ -1260,6 +1270,10 @@ class _Emitter:
         place = " + ".join([base, *(text for _, text in terms)])
         covered = {rank for part in index for rank in self.piece(part).axes if stepped(tensor, index, part)}
         return place if covered >= set(axes) or not axes else f"tl.broadcast_to({place}, {self.dims(axes)})"
+
+    def counts(self, part: Expr) -> bool:
+        """Whether a coordinate comes of a loop."""
+        return any(isinstance(n, Rank) and self.kernel.axis(n.name).role is Role.STREAM for n in walk(part))
 
     def store(self, op: Store) -> None:
         tensor = self.tensor(op.tensor)

@@ -24,7 +24,7 @@ from cascade.backends.triton.machine import WARP
 from cascade.backends.triton.partition import Group, Trips, reduced_ranks
 from cascade.backends.triton.plan import (
     BYTES, Axis, Carry, Dot, Fold, Keep, Kernel, Let, Load, Loop, Mask, Op, Options, Partial, Redo, Role, Scan, Seen,
-    Start, Store, Tensor, TopKept, every_op, extent_expr, few_quotients,
+    Start, Store, Strip, Tensor, TopKept, every_op, extent_expr, few_quotients,
 )  # fmt: skip
 from cascade.backends.triton.products import (
     factors, folded, is_plain, matrix_product, multiplied_in, product, ranks_of,
@@ -341,7 +341,8 @@ class _Lowering:
             self.ops.remove(Start(seen.name, seen.axes, Const(False)))
             later.append(Let(seen.name, seen.axes, Apply("ne", (state, Const(begun)))))
             body = (*asked, dataclasses.replace(seen, edge=False))
-            later.append(Loop(loop.rank, loop.first, loop.stop, None, True, (seen.name,), body, unless=seen.name))
+            again = dataclasses.replace(loop, inner=None, edges=True, carried=(seen.name,), body=body, edge_tile=0)
+            later.append(dataclasses.replace(again, backwards=False, unless=seen.name))
         self.ops.extend((loop, *later))
 
     def asked(self, seen: Seen, ops: Sequence[Op], carried: Collection[str]) -> tuple[Op, ...] | None:
@@ -451,18 +452,59 @@ class _Lowering:
         if self.setting.split is not None and self.setting.within:  # the part of the whole tile, not of one coordinate
             visited = self.bounds([test for test in known if test in common], self.setting.within)
             firsts[0], stops[0] = (self.of_tile(bound) for bound in (visited.first, visited.stop))
-        first, stop = self.share(stream, widest("max", firsts), widest("min", stops))
+        first, stop = widest("max", firsts), widest("min", stops)
+        strip = self.strip(stream, [test for test in known if test in common], first)
+        if strip is not None:
+            first, stop = None, self.in_strip(stream, strip, stop)
+        first, stop = self.share(stream, first, stop)
         return Loop(
             stream,
             first,
             stop,
-            None if inside.never_full or not saved else inner,
+            None if inside.never_full or not saved or strip is not None else inner,
             bool(edges),
             carried,
             tuple(body),
             self.setting.options.edge_tile,
             backwards=self.at % 2 == 1 and not any(isinstance(stmt, Einsum) and stmt.inits for stmt in states),
+            strip=strip,
         )
+
+    def strip(self, stream: str, tests: Sequence[Expr], start: Expr | None) -> Strip | None:
+        """What tests leave of the second of two ranks that are one, for a tile of the others, if they say so.
+
+        Each tile lies in one row then. `start` is where the stream begins.
+        """
+        axis, tile = self.axis(stream), self.setting.within.get(stream, self.axis(stream).tile)
+        two = self.setting.joined.get(str(axis.extent))
+        width = self.setting.numbers.get(str(two[1]), two[1]) if two is not None else 0
+        if not isinstance(width, int) or width < 2 * tile or width % tile or self.setting.shares is not None:
+            return None
+        second = f"{stream} in its row"
+        inner = Apply("mod", (Rank(stream), Const(width)))
+        own = [rewrite(self.numbered(t), lambda node: Rank(second) if node == inner else node) for t in tests]
+        tiled = [axis.rank for axis in self.setting.axes if axis.role in (Role.TILE, Role.WHOLE)]
+        found = loop_bounds(
+            [t for t in own if second in ranks_of(t) and stream not in ranks_of(t)],
+            second, [*tiled, *self.setting.within],
+        )  # fmt: skip
+        if found.first is None and found.stop is None:
+            return None
+        low, high = (self.bound(self.of_tile(bound)) for bound in (found.first, found.stop))
+        begin = whole(Const(0) if low is None else Apply("max", (low, Const(0))), tile)
+        end = whole(plus(Const(width) if high is None else Apply("min", (high, Const(width))), tile - 1), tile)
+        length = Apply("max", (Apply("sub", (end, begin)), Const(0)))
+        row = Apply("floordiv", (Apply("max", (self.bound(start) or Const(0), Const(0))), Const(width)))
+        names = (f"{stream}_row", f"{stream}_inner", f"{stream}_length")
+        named = zip(names, map(folded, (row, begin, length)), strict=True)
+        return Strip(width, *(part if isinstance(part, Const) else self.let(name, part) for name, part in named))
+
+    def in_strip(self, stream: str, strip: Strip, stop: Expr | None) -> Expr:
+        """How many coordinates a strip has up to where the stream ends."""
+        size, end = extent_expr(self.axis(stream).extent), self.bound(stop)
+        rows = plus(size if end is None else Apply("min", (end, size)), strip.width - 1)
+        rows = Apply("sub", (Apply("floordiv", (rows, Const(strip.width))), strip.row))
+        return Apply("mul", (Apply("max", (rows, Const(0))), strip.length))
 
     def entry(self, entry: Entry, name: str, reducer: str) -> Expr:
         """A bound that an index has, in coordinates; one number for all coordinates of ranks that a tile has whole."""
@@ -1999,7 +2041,8 @@ def uses(op: Op) -> Iterator[str]:
         case Start():
             exprs = [op.value]
         case Loop():
-            exprs = [bound for bound in (op.first, op.stop, *(op.inner or ())) if bound is not None]
+            strip = (op.strip.row, op.strip.first, op.strip.length) if op.strip is not None else ()
+            exprs = [bound for bound in (op.first, op.stop, *(op.inner or ()), *strip) if bound is not None]
             yield from op.carried
         case Store():
             exprs = [op.expr, *op.index, *op.live, *op.only]
@@ -2007,6 +2050,16 @@ def uses(op: Op) -> Iterator[str]:
             assert_never(op)
     own = op.name if isinstance(op, Let) else ""
     yield from (node.name for expr in exprs for node in walk(expr) if isinstance(node, Local) and node.name != own)
+
+
+def plus(expr: Expr, number: int) -> Expr:
+    """An integer and a number."""
+    return Apply("add", (expr, Const(number))) if number else expr
+
+
+def whole(expr: Expr, tile: int) -> Expr:
+    """Where the tile of a coordinate begins."""
+    return Apply("mul", (Apply("floordiv", (expr, Const(tile))), Const(tile)))
 
 
 def _same(a: float | None, b: float) -> bool:

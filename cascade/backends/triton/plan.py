@@ -240,10 +240,24 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
+class Strip:
+    """What a loop visits of a rank that is two, np of n and p: a stretch of p, whole tiles of it, in some rows n.
+
+    It counts these tiles alone: the one at c begins at (row + c // length) * width + first + c % length.
+    """
+
+    width: int  # the extent of p, whole tiles
+    row: Expr
+    first: Expr
+    length: Expr
+
+
+@dataclass(frozen=True, slots=True)
 class Loop:
     """The tiles of a streamed axis. Between `inner` bounds every coordinate is live; the rest is done at the edges.
 
     Bounds are coordinates; None stands for the end of the axis. `inner` is None where no tile is known to be whole.
+    Those of a strip count what it visits.
     """
 
     rank: str
@@ -256,6 +270,7 @@ class Loop:
     edge_tile: int = 0  # coordinates at a time where tests are needed; 0: as everywhere
     backwards: bool = False  # last tile first: what a trip before has read last is still in the cache
     unless: str | None = None  # flags that all being set makes the loop needless: then it does not run
+    strip: Strip | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -466,6 +481,9 @@ def _render_loop(op: Loop) -> list[str]:
         return default if bound is None else render_expr(bound)
 
     head = f"for {op.rank} from {end(op.first, '0')} to {end(op.stop, 'the end')}"
+    if op.strip is not None:
+        row, first, length = map(render_expr, (op.strip.row, op.strip.first, op.strip.length))
+        head += f", {length} from {first} on of each {op.strip.width} from row {row} on"
     if op.unless is not None:
         head = f"unless {op.unless}, {head}"
     if op.edges:

@@ -37,10 +37,11 @@ def may_be_absent(
     found: dict[str, tuple[tuple[str, ...], Region]] = {}
     for unit in units(cascade.body, ()):
         before = -1
+        begun = _begun(unit.statements) if unit.cyclic else {}
         while before != len(found):  # a cycle feeds itself: go on until nothing is added
             before = len(found)
             for stmt in unit.statements:
-                region = _statement(stmt, _Known(found, cascade, extents or {}, proved))
+                region = _statement(stmt, _Known(found, cascade, extents or {}, proved, begun))
                 if region != EVERYWHERE:
                     ranks = stmt.target.ranks if isinstance(stmt, Einsum) else ()
                     known = region if isinstance(stmt, Einsum) and not unit.cyclic else None
@@ -48,6 +49,17 @@ def may_be_absent(
             if not unit.cyclic:
                 break
     return frozenset(found)
+
+
+def _begun(statements: Sequence[Stmt]) -> dict[str, dict[int, int]]:
+    """Of each tensor of a cycle that begins with values: how many, without a gap before 0, by dimension."""
+    found: dict[str, dict[int, int]] = {}
+    for stmt in statements:
+        if isinstance(stmt, Einsum) and stmt.inits:
+            own = {init.at for init in stmt.inits}
+            many = next(number for number in range(len(own) + 1) if -1 - number not in own)
+            found[stmt.target.name] = {stmt.target.ranks.index(stmt.inits[0].rank): many}
+    return found
 
 
 def lacks(
@@ -87,8 +99,16 @@ def _statement(stmt: Stmt, known: _Known) -> Region:
 class _Known:
     """What is known of the tensors of a cascade."""
 
-    def __init__(self, absent: Regions, cascade: Cascade, extents: Mapping[str, int], proved: Prover | None) -> None:
+    def __init__(
+        self,
+        absent: Regions,
+        cascade: Cascade,
+        extents: Mapping[str, int],
+        proved: Prover | None,
+        begun: Mapping[str, Mapping[int, int]] | None = None,
+    ) -> None:
         self.absent, self.cascade, self.extents, self.proved = absent, cascade, extents, proved
+        self.begun = begun or {}  # of tensors of the statement's own cycle; elsewhere the values before 0 are not known
 
     def region(self, expr: Expr, where: Expr | None) -> Region:
         """Where an expression of a statement with this filter is present, as far as tests of the filter go inside."""
@@ -168,8 +188,20 @@ class _Known:
                     low, high = interval(index, known)
                     return low >= 0 and high < (numbers.get(size, 0) if isinstance(size, str) else size)
 
+        def behind(index: Expr, size: Size, values: int) -> bool:
+            """Whether a coordinate is an earlier one of its rank, and no earlier than the first value."""
+            match index:
+                case Apply(op="sub", args=(Rank(name), Const(value))):
+                    return 0 <= value <= values and shapes.ranks.get(name) == size
+                case _:
+                    return False
+
         shape = shapes.tensors.get(read.tensor)  # which half of a rewrite may lack as well
-        return shape is not None and all(map(holds, read.index, shape))
+        begun = self.begun.get(read.tensor, {})
+        return shape is not None and all(
+            holds(index, size) or behind(index, size, begun.get(dim, 0))
+            for dim, (index, size) in enumerate(zip(read.index, shape, strict=True))
+        )
 
 
 def _both(*regions: Region) -> Region:

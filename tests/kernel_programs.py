@@ -1005,6 +1005,27 @@ RECURRENCES: tuple[Program, ...] = (
         "cascade c(X[M,N], G[M,N]) -> H[M,N] {\n H[m,n] = tanh(G[m,n] * H[m,n-1] + X[m,n])  init H[m,-1] = 0\n}",
         {"G": Input("M N")},
     ),
+    stepping(
+        "averages_by_their_size",
+        "cascade c(X[M,N], g[M]) -> Y[M,N] {\n E[m,n] = 0.75 * E[m,n-1] + X[m,n] / 4  init E[m,-1] = 0\n"
+        " Y[m,n] = E[m,n] * rsqrt((mean[m] E[m,n] * E[m,n]) + 1e-5) * g[m]\n}",
+        {"g": Input("M")},
+    ),
+    Program(
+        "selective_scan",
+        "cascade c(X[B,N,D], G[B,N,D], A[D,S], U[B,N,S], R[B,N,S]) -> Y[B,N,D] {\n"
+        " H[b,n,d,s] = sigmoid(G[b,n,d] * A[d,s]) * H[b,n-1,d,s] + U[b,n,s] * X[b,n,d]  init H[b,-1,d,s] = 0\n"
+        " Y[b,n,d] = H[b,n,d,s] * R[b,n,s]\n}",
+        {"X": Input("B N D", drives="N", weighs="N"), "G": Input("B N D"), "A": Input("D S"), "U": Input("B N S"),
+         "R": Input("B N S")},
+        small={"B": 2, "N": 11, "D": 5, "S": 4},
+        large=({"B": 2, "N": 333, "D": 65, "S": 16}, {"B": 1, "N": 500, "D": 128, "S": 16}),
+        lengths=("N",),
+        batch="B",
+        rows="B",
+        reach=1.0,
+        level=3.0,
+    ),
     Program(
         "states_by_length",
         "cascade c(X[B,N,D], G[B,N,D], len: i32[B], h[B,D]) -> H[B,N,D], S[B,D] {\n"

@@ -70,3 +70,32 @@ def test_reductions_over_what_is_surely_there_are_present() -> None:
         assert {"S", "P", "R", "Y"} == may_be_absent(found)
     for where in ("n < m", "n <= m - 2", "J[n] < J[m]", "n < J[m]"):
         assert absent_tensors(parse_cascade(text.format(where=where))) == {"S", "P", "R", "Y"}, where
+
+
+RECURRENCES = {
+    "one step back": ("Z[m] = Z[m-1] / 2 + X[m] init Z[-1] = 0", True),
+    "two steps back": ("Z[m] = Z[m-1] / 2 + Z[m-2] / 4 + X[m] init Z[-1] = 1, Z[-2] = 0", True),
+    "two of one cycle": (
+        "Z[m] = (Z[m-1] + U[m-1]) / 4 + X[m] init Z[-1] = 0; U[m] = Z[m] + U[m-1] / 2 init U[-1] = 1", True,
+    ),
+    "farther than what it begins with": ("Z[m] = Z[m-2] / 2 + X[m] init Z[-1] = 1", False),
+    "a filter": ("Z[m] = Z[m-1] / 2 + X[m] where m > 2 init Z[-1] = 0", False),
+    "an absent element": ("Z[m] = Z[m-1] / 2 + X[m-1] init Z[-1] = 0", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_a_recurrence_is_present_if_it_begins_early_enough(name: str) -> None:
+    body, there = RECURRENCES[name]
+    found = parse_cascade(f"cascade c(X[M]) -> Y[M] {{ {body}; Y[m] = Z[m] ?? 1000 }}")
+    assert ("Z" not in may_be_absent(found)) is there
+    given = interp.run(found, {"X": torch.arange(8.0) / 16})["Y"]
+    assert bool((given < 1000).all()) is there
+
+
+def test_what_a_recurrence_begins_with_is_known_to_its_own_cycle_alone() -> None:
+    """A kernel leaves none of it to the next."""
+    found = parse_cascade(
+        "cascade c(X[M]) -> Y[M] { Z[m] = Z[m-1] / 2 + X[m] init Z[-1] = 3; W[m] = Z[m-1] * 2; Y[m] = W[m] ?? 7 }"
+    )
+    assert may_be_absent(found) == {"W"}

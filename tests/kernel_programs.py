@@ -930,6 +930,26 @@ PRODUCTS: tuple[Program, ...] = (
         exact=False,
     ),
     multiplying(
+        "low_rank", "cascade c(A[M,K], B[K,R], U[R,N]) -> C[M,N] {\n C[m,n] = A[m,k] * B[k,r] * U[r,n]\n}",
+        inputs={"A": LEFT, "B": Input("K R", drives="K", weighs="K"), "U": Input("R N", spread=0.25)},
+        small={"M": 9, "K": 21, "R": 4, "N": 11},
+        large=({"M": 300, "K": 333, "R": 16, "N": 257}, {"M": 256, "K": 512, "R": 33, "N": 256}),
+        long={"M": 8, "K": 131_072, "R": 8, "N": 32}, exact=False,
+    ),
+    multiplying(
+        "bilinear", "cascade c(X[M,K], W[N,K,L], Y[M,L]) -> C[M,N] {\n C[m,n] = X[m,k] * W[n,k,l] * Y[m,l]\n}",
+        inputs={"X": LEFT, "W": Input("N K L", drives="K", weighs="K", spread=0.5), "Y": Input("M L", spread=0.5)},
+        small={"M": 9, "K": 5, "L": 7, "N": 6},
+        large=({"M": 130, "K": 65, "L": 48, "N": 77}, {"M": 256, "K": 32, "L": 256, "N": 128}),
+        long=None, lengths=("L",), exact=False,
+    ),
+    multiplying(
+        "bilinear_form", "cascade c(X[M,K], W[K,L], Y[M,L]) -> C[M] {\n C[m] = X[m,k] * W[k,l] * Y[m,l]\n}",
+        inputs={"X": LEFT, "W": Input("K L", drives="K", weighs="K", spread=0.5), "Y": Input("M L", spread=0.5)},
+        small={"M": 9, "K": 5, "L": 7}, large=({"M": 300, "K": 257, "L": 333}, {"M": 1024, "K": 128, "L": 256}),
+        long=None, lengths=("L",), exact=False,
+    ),
+    multiplying(
         "convolution", "cascade c(X[B,S,C], W[K,C,D]) -> Y[B,S,D] {\n Y[b,t,d] = X[b,t+w,c] * W[w,c,d]\n}",
         inputs={"X": Input("B S C", partner=True), "W": Input("K C D", drives="C", weighs="C")},
         small={"B": 2, "S": 8, "C": 3, "K": 3, "D": 4}, large=({"B": 2, "S": 300, "C": 33, "K": 5, "D": 65},),

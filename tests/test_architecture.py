@@ -77,7 +77,7 @@ HOMES = {
     },
     "sympy": {"passes", "backends.systolic"},
     "networkx": {"passes"},
-    "numpy": set(),
+    "numpy": {"backends.triton.contractions"},
     "click": {"cli", "upkeep", "parameters", "views", "terminal"},
     "rich": {"terminal"},
 }

@@ -6,6 +6,7 @@ Without a GPU the kernels run on small sizes through Triton's interpreter; with 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -127,6 +128,22 @@ def test_every_rank_in_turn_empty(name: str) -> None:
     program = PROGRAMS[name]
     for symbol in program.small:
         check(program, Draw(program, {**program.small, symbol: 0}, device=DEVICE))
+
+
+@pytest.mark.parametrize("length", [7, 70, 40_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_a_number_is_true_unless_it_is_0(dtype: torch.dtype, length: int) -> None:
+    """A part of 1, NaN, and what is 0 in its lower 32 bits."""
+    text = "cascade c(X[M,N]) -> A[M], Z[M] { A[m] = all[n] X[m,n]; Z[m] = any[n] X[m,n] }"
+    some = 1 << 33 if dtype is torch.int64 else 0.25
+    x = torch.zeros(5, length, dtype=dtype, device=DEVICE)
+    x[1, length // 2], x[2], x[3] = some, some, some
+    x[3, length - 1] = 0
+    x[4] = some if dtype is torch.int64 else math.nan
+    call = cascade.compile(text, backend="triton")
+    for found, wanted in zip(call(x), ([0, 0, 1, 0, 1], [0, 1, 1, 1, 1]), strict=True):
+        assert found.tolist() == [bool(truth) for truth in wanted]
+    assert "no kernel" not in call.explain()
 
 
 READ_ACROSS = ("averages_by_their_size", "selective_scan")  # sums across the recurrences: in a kernel of their own

@@ -191,6 +191,45 @@ def test_a_filter_that_whole_tiles_pass_or_do_not_bounds_the_loop() -> None:
     )  # the first coordinate near, and the one behind the last
 
 
+WINDOWS = {
+    "along a line": (
+        "X[B,S,C], W[K,C,D]", "Y[B,T,D] with t = T", "Y[b,t,d] = X[b,t+k,c] * W[k,c,d]", {"S": 42, "T": 40, "K": 3},
+    ),
+    "in steps": (
+        "X[B,S,C], W[K,C,D]", "Y[B,T,D] with t = T", "Y[b,t,d] = X[b,2*t+k-1,c] * W[k,c,d]", {"S": 80, "T": 40, "K": 4},
+    ),
+    "channels first": (
+        "X[B,C,S], W[D,C,K]", "Y[B,D,T] with t = T", "Y[b,d,t] = X[b,c,t+3*k] * W[d,c,k]", {"S": 49, "T": 40, "K": 4},
+    ),
+    "over a picture": (
+        "X[B,H,S,C], W[J,K,C,D]", "Y[B,P,T,D] with t = T, p = P", "Y[b,p,t,d] = X[b,p+j,t+k,c] * W[j,k,c,d]",
+        {"S": 42, "T": 40, "H": 8, "P": 6, "J": 3, "K": 3},
+    ),
+    "over a picture, channels first": (
+        "X[B,C,H,S], W[D,C,J,K]", "Y[B,D,P,T] with t = T, p = P", "Y[b,d,p,t] = X[b,c,p+j,t+k] * W[d,c,j,k]",
+        {"S": 42, "T": 40, "H": 8, "P": 6, "J": 3, "K": 3},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_what_windows_sum_over_is_one(name: str, dtype: torch.dtype) -> None:
+    """A product over the channels of all places of a window, whatever comes first in memory."""
+    params, result, body, own = WINDOWS[name]
+    call = cascade.compile(program((params, result, body)), backend="triton")
+    for channels, more in ((32, 48), (33, 20), (3, 17)):
+        sizes = {"B": 2, "C": channels, "D": more} | own
+        generator = torch.Generator().manual_seed(7)
+        shapes = {param.name: [sizes[str(size)] for size in param.shape] for param in call.cascade.params}
+        inputs = {n: torch.randn(shape, generator=generator).to(DEVICE, dtype) for n, shape in shapes.items()}
+        places = {symbol: sizes[symbol] for symbol in ("T", "P") if symbol in sizes}
+        verdict = judge_all(call(**inputs, **places), standard(call.cascade, inputs, places))
+        assert verdict.ok, (sizes, verdict)
+        assert "no kernel" not in call.explain()
+        assert all("tl.dot" in text for text in call.sources().values() if "merge" not in text)
+
+
 def test_what_is_one_is_said() -> None:
     found = with_paired(final(program(ONE["a stream"])), SIZES, {"W": 6}).cascade
     said = [render_stmt(stmt) for stmt in found.body]

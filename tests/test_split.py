@@ -34,9 +34,9 @@ DRAWS = 6  # of inputs, on one of which at least roundings are as small as they 
 LONG = {"N": 50, "K": 150}  # some tiles of a stream, the last of them ragged
 FOLDED = ("full", "causal", "window", "prefix", "document", "ragged", "padded", "masked", "alibi", "softcap", "grouped_query", "sink",
     "cross", "picture", "paged", "paged_by_quotient_and_remainder", "decode", "decode_grouped", "latent", "latent_shared",
-    "latent_slice", "with_logsumexp", "with_entropy", "norm_gemm", "differential", "shared_prefix")  # fmt: skip
+    "latent_slice", "with_logsumexp", "with_entropy", "norm_gemm", "differential", "shared_prefix", "simplicial")  # fmt: skip
 SUMMED = ("gemm", "batched_gemm", "gemm_bias_gelu", "gemm_prologue", "gemm_transposed", "gated", "convolution",
-    "strided_convolution")  # fmt: skip
+    "strided_convolution", "low_rank", "bilinear", "bilinear_form")  # fmt: skip
 STREAMED = ("logsumexp", "entropy", "kl", "cross_entropy", "mean_cross_entropy", "masked_logsumexp",
     "triangle_logsumexp", "row_sum", "extremes", "truths", "products", "matrix_vector",
     "cumulative_sum_by_filter", "variance", "counts")  # fmt: skip
@@ -416,3 +416,11 @@ def test_no_program_that_can_be_shared_is_missing_here(streams: None) -> None:
         if any(isinstance(g, partition.Group) and divisible(g, made.stored(g, groups)) for g in groups):
             found.add(name)
     assert found == {*FOLDED, *SUMMED, *STREAMED}
+
+
+def test_a_tensor_may_be_called_as_the_parts_of_a_state_are() -> None:
+    text = "cascade c(X[M,N], Z_part[M]) -> Z[M], W[M] { Z[m] = sum[n] X[m,n]; W[m] = Z_part[m] * 2 + Z[m] }"
+    inputs = {"X": torch.randn(2, 40_000, device=DEVICE), "Z_part": torch.randn(2, device=DEVICE)}
+    launcher = Chosen(final(text), tile=1024, parts=3)
+    verdict = judge_all(call_of(launcher)(**inputs), standard(parse_cascade(text), inputs, {}))
+    assert launcher.shared and verdict.ok, verdict

@@ -41,7 +41,9 @@ from cascade.ir import (
 from cascade.ops import OPS, REDUCERS, Kind
 from cascade.passes.scalars import evaluate
 from cascade.text import render_stmt
-from cascade.walk import children, defines, expressions, reads, rewrite, substitute, targets, walk, with_children
+from cascade.walk import (
+    children, defines, expressions, fresh, reads, rewrite, substitute, targets, walk, with_children,
+)  # fmt: skip
 
 SAMPLES = (0.75, -1.25, 3.5)  # stand for any finite number where it is asked what an expression comes to
 LARGEST_TILE = 1 << 20  # elements
@@ -136,6 +138,7 @@ class _Lowering:
     presence: dict[tuple[Expr, ...], str] = field(default_factory=dict)  # a state that counts who was there
     by_lane: set[str] = field(default_factory=set)  # sums that every coordinate of the tile carries on its own
     rests: dict[str, Local] = field(default_factory=dict)  # of sums over many tiles: what their roundings left over
+    bests: dict[str, Local] = field(default_factory=dict)  # of coordinates of an extreme: that extreme
 
     # --- the whole ---------------------------------------------------------------------------------------------------
 
@@ -229,7 +232,8 @@ class _Lowering:
         if self.setting.shares is not None:  # the part tells
             ranks = tuple(rank for rank in ranks if rank != self.setting.shares.uneven.rank)
         shape = tuple(self.setting.extents[rank] for rank in (part, *ranks))
-        tensor = Tensor(f"{name}_part", dtype, shape, (*(None for _ in ranks), 1) if ranks else (1,))
+        taken = {*self.setting.dtypes, *(item.tensor.name for item in self.partial)}
+        tensor = Tensor(fresh(f"{name}_part", taken), dtype, shape, (*(None for _ in ranks), 1) if ranks else (1,))
         self.partial.append(Partial(name, tensor, ranks, live))
         index = tuple(map(Rank, (part, *ranks)))
         self.ops.append(Store(tensor.name, index, self.spread(ranks), expr, (), 0, None))
@@ -292,7 +296,7 @@ class _Lowering:
         stream = self.group.arrangement.stream
         assert stream is not None
         states = [stmt for stmt in statements if trips.kind[defines(stmt)[0]] == "state"]
-        self.by_lane, self.rests = self.lanes(trips, statements, states), {}
+        self.by_lane, self.rests, self.bests = self.lanes(trips, statements, states), {}, {}
         recurrences = stepped(statements)
         for stmt in states:
             self.begin(stmt)
@@ -561,8 +565,7 @@ class _Lowering:
             expr = self.values[f"{name}'"].expr
             assert isinstance(expr, Local)
             yield expr.name
-            if name in self.rests:
-                yield self.rests[name].name
+            yield from (found[name].name for found in (self.rests, self.bests) if name in found)
 
     def begin(self, stmt: Stmt) -> None:
         """A state before the first element: the identity of its reducer, or what the fold says."""
@@ -572,7 +575,7 @@ class _Lowering:
         name, axes = stmt.target.name, self.state_axes(stmt)
         reducer = reducer_of(stmt)
         dtype = self.accumulator(name, reducer)
-        value: Expr = Const(identity(reducer, dtype))
+        value: Expr = Const(0 if reducer in COORDINATES else identity(reducer, dtype))
         if (begun := self.begun(name)) is not None:
             value = self.expression(begun).expr
         variable = self.variable(f"{name}_lanes" if name in self.by_lane else name, axes, dtype)
@@ -593,9 +596,7 @@ class _Lowering:
         """The type in which a reduction accumulates."""
         if reducer in ("any", "all"):
             return DType.BOOL
-        if reducer in COORDINATES:
-            raise unsupported(f"{reducer} over a rank that is streamed")
-        return computed(self.setting.dtypes[name])
+        return DType.I32 if reducer in COORDINATES else computed(self.setting.dtypes[name])
 
     def advance(self, stmt: Stmt, later: Sequence[Stmt]) -> list[tuple[str, str]]:
         """A state after this tile: the old one moved by its merge, joined with what the tile gives.
@@ -611,8 +612,11 @@ class _Lowering:
             self.ops.append(Let(old.name, self.state_axes(stmt), join("sum", old, expr)))
             self.values[name] = Value(old, live)
             return []
-        needed = {node.tensor for s in later for node in self.merge_reads(s)}
         reducer = reducer_of(stmt)
+        if reducer in COORDINATES:
+            self.values[name] = self.advance_coordinate(stmt, old)
+            return []
+        needed = {node.tensor for s in later for node in self.merge_reads(s)}
         moved = self.moved(name)
         into = f"{name}'" not in needed
         if into and self.accumulate(stmt, old, moved):
@@ -632,6 +636,30 @@ class _Lowering:
         self.ops.append(Let(target, axes, joined))
         self.values[name] = Value(Local(target), tile.live, self.unmoved(name, tile.live, dtype))
         return [] if into else [(old.name, target)]
+
+    def advance_coordinate(self, stmt: Einsum, old: Local) -> Value:
+        """The coordinate of an extreme after this tile: that of the tile where it has a larger one, or the first NaN.
+
+        It begins as 0, which is right of a stream that has its first element.
+        """
+        assert isinstance(stmt.expr, Reduce)
+        name, axes, ranks = stmt.target.name, self.spread(stmt.target.ranks), stmt.expr.ranks
+        tests = merged(self.peek(stmt.expr.body), self.tests(conjuncts(stmt.where)))
+        if set(tests) - set(self.tails(ranks)):
+            raise unsupported(f"{stmt.expr.reducer} over a rank that is streamed, of what a filter leaves", stmt)
+        value, extreme = self.coordinate(stmt)
+        extreme = extreme if isinstance(extreme, Local) else self.let(f"{name}_here", extreme, axes)
+        dtype = self.type_of(extreme)
+        best = self.bests[name] = Local(self.variable(f"{name}_extreme", axes, dtype))
+        self.outer[-1].append(Start(best.name, axes, Const(identity(COORDINATES[stmt.expr.reducer], dtype))))
+        better = Apply({"argmax": "gt", "argmin": "lt"}[stmt.expr.reducer], (extreme, best))
+        if dtype in FLOATS:
+            found, known = Apply("ne", (extreme, extreme)), Apply("eq", (best, best))
+            better = Apply("and", (known, Apply("or", (better, found))))
+        chosen = self.let(f"{name}_better", better, axes)
+        self.ops.append(Let(old.name, axes, Apply("select", (chosen, value.expr, old))))
+        self.ops.append(Let(best.name, axes, Apply("select", (chosen, extreme, best))))
+        return Value(old, value.live)
 
     def unmoved(self, name: str, live: tuple[Expr, ...], dtype: DType) -> float | None:
         """What a state still is where nothing was seen: what it began as, where no other test makes it absent."""
@@ -824,7 +852,7 @@ class _Lowering:
             if found is not None:
                 return dataclasses.replace(found, live=merged(found.live, outside))
         if reducer in COORDINATES:
-            return self.coordinate(stmt)
+            return self.coordinate(stmt)[0]
         expr, over, live_after = self.elements(stmt)
         if not over:
             return Value(expr, live_after)
@@ -838,8 +866,9 @@ class _Lowering:
         self.ops.append(Fold(variable, axes, reducer, over, expr, self.nan_matters(stmt)))
         return Value(Local(variable), live_after)
 
-    def coordinate(self, stmt: Einsum) -> Value:
-        """The first coordinate of a present extreme, or of a NaN: the least of those whose element is the extreme.
+    def coordinate(self, stmt: Einsum) -> tuple[Value, Expr]:
+        """The first coordinate of a present extreme, or of a NaN: the least of those whose element is the extreme; and
+        this.
 
         What stands for an absent element does not tell it from a present one, which may be -inf as well.
         """
@@ -847,14 +876,14 @@ class _Lowering:
         name, (rank,), axes = stmt.target.name, stmt.expr.ranks, self.spread(stmt.target.ranks)
         expr, over, live_after = self.elements(stmt)
         if not over:
-            return Value(Rank(rank), live_after)
+            return Value(Rank(rank), live_after), expr
         best = Local(self.variable(f"{name}_best", axes, self.type_of(expr)))
         real = self.type_of(expr) in FLOATS
         self.ops.append(Fold(best.name, axes, COORDINATES[stmt.expr.reducer], over, expr, nan=real))
         chosen = Apply("eq", (expr, best))
         if real:
             chosen = Apply("or", (chosen, Apply("ne", (expr, expr))))
-        last = self.axis(rank).tile - 1
+        last = self.axis(rank).tile - 1 if not self.streaming else 2**31 - 1
         found: Expr = Apply("select", (chosen, Rank(rank), Const(last)))
         live = merged(self.expression(stmt.expr.body).live, self.filters(stmt)[0], self.tails(stmt.expr.ranks))
         tests = tuple(test for test in live if self.reaches(test, over))
@@ -863,7 +892,7 @@ class _Lowering:
         variable = self.variable(name, axes, DType.I32)
         self.ranges[variable] = 0, last
         self.ops.append(Fold(variable, axes, "min", over, found))
-        return Value(Local(variable), live_after)
+        return Value(Local(variable), live_after), best
 
     def filters(self, stmt: Einsum) -> tuple[tuple[Expr, ...], tuple[Expr, ...]]:
         """The filters of a reduction that tell its elements apart, and the others."""
@@ -879,6 +908,8 @@ class _Lowering:
         if not self.setting.pieces.keys().isdisjoint(ranks):
             raise InPieces(stmt.target.name)
         body = self.expression(stmt.expr.body)
+        if reducer in ("any", "all") and self.type_of(body.expr) is not DType.BOOL:  # a number is true unless it is 0
+            body = Value(Apply("ne", (body.expr, Const(0))), body.live)
         live = merged(body.live, inside, self.tails(ranks))
         over = self.spread(ranks)
         self.small_enough(stmt, {*self.shape(body.expr), *over})
@@ -1395,6 +1426,7 @@ class _Lowering:
         `inside` are the tests of all factors along the reduced rank: those of a factor that is one number for a tile
         are tests of a side. The last are the tests along it that the right side alone does not decide.
         """
+        left_terms, right_terms = ([self.unwidened(term) for term in terms] for terms in (left_terms, right_terms))
         narrow = self.narrow(left_terms, right_terms)
         left, left_live = self.side(stmt, "left", left_terms, inside, (axes[0], over), narrow, over)
         right, right_live = self.side(stmt, "right", right_terms, inside, (over, axes[1]), narrow, over)
@@ -1472,13 +1504,24 @@ class _Lowering:
         self.keep(variable, axes, tests, 0.0)
         return Local(variable)
 
+    def unwidened(self, term: Expr) -> Expr:
+        """A factor of a product as it lies in memory: what it is widened to has no more of it, nor have products."""
+        match term:
+            case Cast(dtype=DType.F32, arg=Read(tensor=name)) if name not in self.values:
+                return term.arg if self.setting.dtypes[name] in SHORT_FLOATS else term
+            case _:
+                return term
+
     def narrow(self, left: Sequence[Expr], right: Sequence[Expr]) -> DType:
         """The type in which a matrix product multiplies: that of its data, or of what was computed for it.
 
-        Computed operands are rounded to the type of the data they meet where nothing that is stored is any finer.
+        Computed operands are rounded to the type of the data they meet where nothing that is stored is any finer. Not
+        sums in f32 to f16, which may have no number as large.
         """
         terms = [*left, *right]
         if self.fine_results() and not all(isinstance(term, Read) for term in terms):
+            return DType.F32
+        if any(map(self.is_wide_sum, terms)):
             return DType.F32
         met = [side for side, other in ((left, right), (right, left)) if self.is_data(side) and not self.is_data(other)]
         terms = [*met[0]] if met and self.short_results() else terms
@@ -1486,6 +1529,14 @@ class _Lowering:
         data = {self.setting.dtypes[name] for name in names if name not in self.values}
         kinds = data if data and self.short_results() else {self.setting.dtypes[name] for name in names}
         return multiplied_in(kinds) if kinds else DType.F32
+
+    def is_wide_sum(self, term: Expr) -> bool:
+        """Whether a factor is a sum of this kernel that is f32 in the cascade, where data is f16."""
+        dtypes = self.setting.dtypes
+        if not isinstance(term, Read) or dtypes[term.tensor] is not DType.F32 or DType.F16 not in dtypes.values():
+            return False
+        own = (stmt for stmt in self.group.statements if term.tensor in defines(stmt))
+        return any(isinstance(stmt, Einsum) and isinstance(stmt.expr, Reduce) for stmt in own)
 
     def is_data(self, terms: Sequence[Expr]) -> bool:
         """Whether a side is floats as they lie in memory."""

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cascade.backends.triton.joined import Joined
-from cascade.backends.triton.products import matrix_product, ranks_of
+from cascade.backends.triton.products import factors, matrix_product, ranks_of
 from cascade.inference import infer_shapes, stated
 from cascade.ir import (
     Apply, Cascade, Const, Directive, Einsum, Expr, Extent, Fold, Fuse, Given, Rank, Read, Reduce, Size, Stmt, Target,
@@ -108,7 +108,9 @@ def _pairs(before: Joined, extents: Mapping[str, int], certain: Mapping[str, int
         return size if isinstance(size, int) else extents[size]
 
     pages = (pair for pair in _looked_up(cascade) if extent(pair[1]) <= LONG)
-    for first, second in dict.fromkeys((*pages, *_carried_along(cascade))):
+    apart = (pair for stmt in cascade.body for pair in multiplied_apart(stmt))
+    beside = (pair for stmt in cascade.body for pair in _along_windows(stmt, before.sizes, sizes))
+    for first, second in dict.fromkeys((*pages, *_carried_along(cascade), *apart, *beside)):
         pair = _Pair(first, second, (sizes[first], sizes[second]), certain)
         if pair.suits(cascade):
             yield pair
@@ -136,6 +138,44 @@ def _carried_along(cascade: Cascade) -> Iterator[tuple[str, str]]:
             for pair in itertools.pairwise(at.name if isinstance(at, Rank) else "" for at in index):
                 if along & set(pair) and set(pair) <= set(stmt.expr.ranks):
                     yield pair
+
+
+def multiplied_apart(stmt: Stmt) -> Iterator[tuple[str, str]]:
+    """Two ranks that a factor of a sum has side by side, and of which others have one each: these are one side.
+
+    Z[b,o] = sum[i,j] X[b,i] * W[o,i,j] * Y[b,j] is a product of matrices over the one rank, and of neither of the two.
+    """
+    if not isinstance(stmt, Einsum) or not isinstance(stmt.expr, Reduce) or stmt.expr.reducer != "sum":
+        return
+    terms, kept = factors(stmt.expr.body), set(stmt.target.ranks)
+    for whole in (term for term in terms if isinstance(term, Read)):
+        for pair in itertools.pairwise(at.name if isinstance(at, Rank) else "" for at in whole.index):
+            apart = [ranks_of(term) for term in terms if not ranks_of(term).isdisjoint(pair) and term != whole]
+            one_each = {frozenset(ranks & set(pair)) for ranks in apart} == {frozenset({rank}) for rank in pair}
+            own, others = ranks_of(whole) & kept, frozenset().union(*apart) & kept
+            if one_each and set(pair) <= set(stmt.expr.ranks) and own - others and others - own:
+                yield pair
+
+
+def _along_windows(stmt: Stmt, joined: Collection[str], sizes: Mapping[str, Size]) -> Iterator[tuple[str, str]]:
+    """Two ranks that a product sums over, side by side in a factor, of which another is at sums of coordinates.
+
+    Y[t,d] = sum[w,c] X[t+w,c] * W[w,c,d] is a product over c for each w: over both it is one, with longer tiles.
+    """
+    product = matrix_product(stmt)
+    if product is None or not product.two_sided or not isinstance(stmt, Einsum) or not isinstance(stmt.expr, Reduce):
+        return
+    reads = [node for node in walk(stmt.expr) if isinstance(node, Read)]
+    ranks = {rank for rank in stmt.expr.ranks if sizes[rank] in joined}
+    sums = (at for node in reads for at in node.index if isinstance(at, Apply))
+    moved = {rank for at in sums if len(ranks_of(at)) > 1 for rank in ranks_of(at)}
+    if not moved & set(stmt.expr.ranks):
+        return
+    for node in reads:
+        index = _together(node.index, ranks)[0] or node.index
+        for pair in itertools.pairwise(at.name if isinstance(at, Rank) else "" for at in index):
+            if set(pair) <= set(stmt.expr.ranks):
+                yield pair
 
 
 @dataclass(frozen=True, slots=True)

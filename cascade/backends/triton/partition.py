@@ -484,6 +484,25 @@ def without(item: Directive, gone: Collection[str]) -> Directive | None:
     return kept if kept.state else None
 
 
+def tied(cascade: Cascade) -> frozenset[str]:
+    """What a trip or an order of rows of the schedule names: nothing may take the place of these statements."""
+    found: set[str] = set()
+    for item in cascade.schedule:
+        if isinstance(item, Fold):
+            found |= {*item.state, *item.update, *item.finalize}
+        elif isinstance(item, GroupBy):
+            found |= set(item.statements)
+    return frozenset(found)
+
+
+def replaced(cascade: Cascade, made: Mapping[Stmt, Sequence[Stmt]]) -> Cascade:
+    """The cascade with others in the place of some statements that nothing is tied to, by themselves."""
+    gone = {name for stmt in made for name in defines(stmt)}
+    schedule = (item for item in cascade.schedule if not isinstance(item, Fuse) or gone.isdisjoint(item.statements))
+    body = (new for stmt in cascade.body for new in made.get(stmt, (stmt,)))
+    return dataclasses.replace(cascade, body=tuple(body), schedule=tuple(schedule))
+
+
 def arrange(statements: Sequence[Stmt], cascade: Cascade, extents: Mapping[str, int]) -> Arrangement | None:
     """How the ranks of some statements can lie in one kernel; None where they cannot."""
     own = {target.name: target.ranks for stmt in statements for target in targets(stmt)}

@@ -6,10 +6,12 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
+from cascade.backends.triton.contractions import with_contractions
 from cascade.backends.triton.counts import with_extents
 from cascade.backends.triton.divided import with_divisions
 from cascade.backends.triton.joined import Joined, with_joined
 from cascade.backends.triton.paired import with_paired, with_views
+from cascade.backends.triton.nested import with_nested
 from cascade.backends.triton.operands import with_operands
 from cascade.backends.triton.ordered import in_order, with_ordered_operands
 from cascade.backends.triton.picks import with_picks
@@ -25,6 +27,8 @@ PICKED = "an element a row, computed anew: less than to store the whole tensor"
 STORED = "an operand made once: a product that computes it for every tile of its result would take longer"
 ORDERED = "an operand in the order of the rows that read it: tiles of it lie together, and no product gathers them"
 STREAMED = "scales of rows and columns are in operands made once: every tile along the stream would be scaled"
+IN_PAIRS = "a sum of two factors, or of what they come to: all factors at once would take more operations"
+ROWS = "what a row comes to: all rows at once are more than a tile of a kernel"
 SUMMED = "one sum: what the sums that it was made of are multiplied with is known before"
 COUNTED = "with the extents in the place of counts: none of what they count is absent"
 JOINED = "ranks that lie side by side in all that the kernel touches are one"
@@ -62,6 +66,7 @@ def restated(
 
     steps: tuple[tuple[Callable[[Cascade], Cascade], str], ...] = (
         (lambda found: with_extents(found, certain, inputs), COUNTED),
+        (lambda found: with_nested(found, of_ranks(found), inputs), ROWS),
         (lambda found: with_picks(found, extents), PICKED),
         (lambda found: with_sums(found, of_ranks(found), inputs), SUMMED),
         (lambda found: with_scaled_operands(found, extents, inputs, certain), STREAMED),
@@ -70,6 +75,9 @@ def restated(
         (lambda found: with_scales(found, of_ranks(found)), SCALED),
     )
     why: dict[str, str] = {}
+    given = {name for stmt in cascade.body for name in defines(stmt)}
+    cascade = with_contractions(cascade, of_ranks(cascade), inputs)
+    why |= dict.fromkeys((n for stmt in cascade.body for n in defines(stmt) if n not in given), IN_PAIRS)
     paired = with_paired(cascade, here or extents, certain)
     extents, certain = paired.extents(extents), paired.extents(certain)
     cascade = with_divisions(paired.cascade, certain)

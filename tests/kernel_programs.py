@@ -930,6 +930,13 @@ PRODUCTS: tuple[Program, ...] = (
         exact=False,
     ),
     multiplying(
+        "heads_together", "cascade c(U[B,H,M,E], W[H,E,N]) -> Z[B,M,N] {\n Z[b,m,n] = U[b,h,m,e] * W[h,e,n]\n}",
+        inputs={"U": Input("B H M E", partner=True), "W": Input("H E N", drives="E", weighs="E")},
+        small={"B": 2, "H": 3, "M": 9, "E": 5, "N": 6},
+        large=({"B": 3, "H": 8, "M": 130, "E": 64, "N": 77}, {"B": 1, "H": 12, "M": 300, "E": 33, "N": 256}),
+        long={"B": 1, "H": 4, "M": 8, "E": 32_768, "N": 32}, lengths=("E",), batch="B",
+    ),
+    multiplying(
         "low_rank", "cascade c(A[M,K], B[K,R], U[R,N]) -> C[M,N] {\n C[m,n] = A[m,k] * B[k,r] * U[r,n]\n}",
         inputs={"A": LEFT, "B": Input("K R", drives="K", weighs="K"), "U": Input("R N", spread=0.25)},
         small={"M": 9, "K": 21, "R": 4, "N": 11},

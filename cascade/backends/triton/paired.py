@@ -18,7 +18,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cascade.backends.triton.joined import Joined
-from cascade.backends.triton.products import factors, matrix_product, ranks_of
+from cascade.backends.triton.partition import all_ranks, tied
+from cascade.backends.triton.products import factors, folded, matrix_product, ranks_of
 from cascade.inference import infer_shapes, stated
 from cascade.ir import (
     Apply, Cascade, Const, Directive, Einsum, Expr, Extent, Fold, Fuse, Given, Rank, Read, Reduce, Size, Stmt, Target,
@@ -35,6 +36,45 @@ def with_paired(cascade: Cascade, extents: Mapping[str, int], certain: Mapping[s
     while (pair := next(_pairs(found, found.extents(extents), certain), None)) is not None:
         found = pair.applied(found)
     return found
+
+
+def with_summed(before: Joined, certain: Mapping[str, int]) -> Joined:
+    """The cascade with sums over one rank in products that sum over several, for each of these by itself.
+
+    Y[t,d] = sum[w,c] X[t+w,c] * W[w,c,d]          -->  Y[t,d] = sum[wc] X[t+wc//C,wc%C] * W[wc//C,wc%C,d]
+    Z[t,d] = sum[h,e] U[h,t,e] * W[h,e,d]          -->  Z[t,d] = sum[he] U[he//E,t,he%E] * W[he//E,he%E,d]
+
+    A tile along one of them alone has a product for each coordinate of the other. Where they lie side by side in all
+    factors these are in another shape instead (`joined.py`).
+    """
+    while (found := next(_summed(before, certain), None)) is not None:
+        before = found[0].applied_to(before, found[1])
+    return before
+
+
+def _summed(before: Joined, certain: Mapping[str, int]) -> Iterator[tuple[_Pair, Einsum]]:
+    """The first two ranks that a product sums over, as they lie in the factor that has them side by side, if any."""
+    fixed, sizes = tied(before.cascade), infer_shapes(before.cascade).ranks
+    for stmt in before.cascade.body:
+        found = matrix_product(stmt)
+        if found is None or not found.two_sided or not isinstance(stmt, Einsum) or not isinstance(stmt.expr, Reduce):
+            continue
+        reads = [node for node in walk(stmt.expr) if isinstance(node, Read)]
+        looks_up = any(isinstance(inner, Read) for node in reads for at in node.index for inner in walk(at))
+        if len(stmt.expr.ranks) < 2 or stmt.where is not None or looks_up or stmt.target.name in fixed:
+            continue
+        ranks = {rank for rank in stmt.expr.ranks if sizes[rank] in before.sizes}
+        orders = [
+            [at.name for at in _together(node.index, ranks)[0] or node.index if isinstance(at, Rank)] for node in reads
+        ]
+        pairs = [p for order in orders for p in itertools.pairwise(order) if set(p) <= set(stmt.expr.ranks)]
+        every = [order for order in orders if set(order) & set(stmt.expr.ranks)]
+        if pairs and all(pairs[0] in itertools.pairwise(order) for order in every):
+            continue
+        moved = {rank for node in reads for at in node.index if isinstance(at, Apply) for rank in ranks_of(at)}
+        pairs.sort(key=lambda pair: not moved.issuperset(pair))  # the places of a window first
+        first, second = pairs[0] if pairs else stmt.expr.ranks[:2]
+        yield _Pair(first, second, (sizes[first], sizes[second]), certain, before.sizes), stmt
 
 
 def with_views(before: Joined, gaps: Mapping[str, Collection[int]]) -> Joined:
@@ -109,9 +149,8 @@ def _pairs(before: Joined, extents: Mapping[str, int], certain: Mapping[str, int
 
     pages = (pair for pair in _looked_up(cascade) if extent(pair[1]) <= LONG)
     apart = (pair for stmt in cascade.body for pair in multiplied_apart(stmt))
-    beside = (pair for stmt in cascade.body for pair in _along_windows(stmt, before.sizes, sizes))
-    for first, second in dict.fromkeys((*pages, *_carried_along(cascade), *apart, *beside)):
-        pair = _Pair(first, second, (sizes[first], sizes[second]), certain)
+    for first, second in dict.fromkeys((*pages, *_carried_along(cascade), *apart)):
+        pair = _Pair(first, second, (sizes[first], sizes[second]), certain, before.sizes)
         if pair.suits(cascade):
             yield pair
 
@@ -157,27 +196,6 @@ def multiplied_apart(stmt: Stmt) -> Iterator[tuple[str, str]]:
                 yield pair
 
 
-def _along_windows(stmt: Stmt, joined: Collection[str], sizes: Mapping[str, Size]) -> Iterator[tuple[str, str]]:
-    """Two ranks that a product sums over, side by side in a factor, of which another is at sums of coordinates.
-
-    Y[t,d] = sum[w,c] X[t+w,c] * W[w,c,d] is a product over c for each w: over both it is one, with longer tiles.
-    """
-    product = matrix_product(stmt)
-    if product is None or not product.two_sided or not isinstance(stmt, Einsum) or not isinstance(stmt.expr, Reduce):
-        return
-    reads = [node for node in walk(stmt.expr) if isinstance(node, Read)]
-    ranks = {rank for rank in stmt.expr.ranks if sizes[rank] in joined}
-    sums = (at for node in reads for at in node.index if isinstance(at, Apply))
-    moved = {rank for at in sums if len(ranks_of(at)) > 1 for rank in ranks_of(at)}
-    if not moved & set(stmt.expr.ranks):
-        return
-    for node in reads:
-        index = _together(node.index, ranks)[0] or node.index
-        for pair in itertools.pairwise(at.name if isinstance(at, Rank) else "" for at in index):
-            if set(pair) <= set(stmt.expr.ranks):
-                yield pair
-
-
 @dataclass(frozen=True, slots=True)
 class _Pair:
     """Two ranks, their sizes, and the extents of which kernels may have numbers."""
@@ -186,6 +204,7 @@ class _Pair:
     second: str
     sizes: tuple[Size, Size]
     certain: Mapping[str, int]
+    joined: Mapping[str, tuple[Size, Size]]  # what the extents of ranks that are two are made of
 
     @property
     def both(self) -> set[str]:
@@ -199,8 +218,13 @@ class _Pair:
     @property
     def width(self) -> Expr:
         """How many coordinates of the second there are to one of the first."""
-        size = self.sizes[1]
-        return Const(size) if isinstance(size, int) else self.number(Extent(size))
+
+        def extent(size: Size) -> Expr:
+            if size in self.joined:
+                return folded(Apply("mul", tuple(map(extent, self.joined[str(size)]))))
+            return Const(size) if isinstance(size, int) else self.number(Extent(size))
+
+        return extent(self.sizes[1])
 
     def suits(self, cascade: Cascade) -> bool:
         """Whether whatever has one of them has both, in what statements define, reduce, and read of each other."""
@@ -238,6 +262,22 @@ class _Pair:
         )
         ranks = {name: size for name, size in infer_shapes(cascade).ranks.items() if name not in self.both}
         return Joined(stated(found, {**ranks, rank.name: symbol}), {**before.sizes, symbol: self.sizes})
+
+    def applied_to(self, before: Joined, stmt: Einsum) -> Joined:
+        """The cascade with them as one rank in one statement, which sums over both."""
+        cascade, taken = before.cascade, names(before.cascade)
+        symbol = fresh(f"{self.first}{self.second}".upper(), taken)
+        rank = Rank(fresh(f"{self.first}{self.second}", taken))
+        body = tuple(_One(self, rank, set()).statement(one) if one is stmt else one for one in cascade.body)
+        here = {name for one in body for name in all_ranks(one)}
+        schedule = (
+            item for item in cascade.schedule
+            if not isinstance(item, Fuse) or item.rank not in self.both or stmt.target.name not in item.statements
+        )  # fmt: skip
+        given = (*(given for given in cascade.given if given.rank in here), Given(rank.name, symbol))
+        found = dataclasses.replace(cascade, body=body, schedule=tuple(schedule), given=given)
+        ranks = {name: size for name, size in infer_shapes(cascade).ranks.items() if name in here}
+        return Joined(stated(found, {**ranks, rank.name: symbol}), {**before.sizes, symbol: self.sizes}, before.views)
 
 
 @dataclass(frozen=True, slots=True)

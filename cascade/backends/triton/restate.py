@@ -10,7 +10,7 @@ from cascade.backends.triton.contractions import with_contractions
 from cascade.backends.triton.counts import with_extents
 from cascade.backends.triton.divided import with_divisions
 from cascade.backends.triton.joined import Joined, with_joined
-from cascade.backends.triton.paired import with_paired, with_views
+from cascade.backends.triton.paired import with_paired, with_summed, with_views
 from cascade.backends.triton.nested import with_nested
 from cascade.backends.triton.operands import with_operands
 from cascade.backends.triton.ordered import in_order, with_ordered_operands
@@ -78,7 +78,7 @@ def restated(
     given = {name for stmt in cascade.body for name in defines(stmt)}
     cascade = with_contractions(cascade, of_ranks(cascade), inputs)
     why |= dict.fromkeys((n for stmt in cascade.body for n in defines(stmt) if n not in given), IN_PAIRS)
-    paired = with_paired(cascade, here or extents, certain)
+    paired = with_summed(with_paired(cascade, here or extents, certain), certain)
     extents, certain = paired.extents(extents), paired.extents(certain)
     cascade = with_divisions(paired.cascade, certain)
     cascade = with_prologues(cascade, of_ranks(cascade))

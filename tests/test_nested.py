@@ -90,6 +90,19 @@ def test_parts_of_a_sum_in_16_bits_have_32() -> None:
     ]  # fmt: skip
 
 
+def test_products_of_matrices_stay() -> None:
+    """Both ranks that this sums over are one in its kernel: it has no tiles as it is written."""
+    text = "cascade c(X[M,B,N], Y[M,B,N]) -> G[M,M] { G[m,k] = X[m,b,n] * Y[k,b,n] }"
+    plain = final(text)
+    extents = {"m": 100, "k": 100, "b": 9000, "n": 9000}
+    assert arrange(plain.body, plain, extents) is None
+    assert with_nested(plain, extents, dict.fromkeys("XY", DType.BF16)) is plain
+    call = cascade.compile(text, backend="triton")
+    inputs = given(call.cascade, torch.float32, few=20)
+    verdict = judge_all(call(**inputs), standard(call.cascade, inputs, {}))
+    assert verdict.ok and any("tl.dot" in source for source in call.sources().values()), verdict
+
+
 def test_what_fits_stays() -> None:
     plain = final("cascade c(X[M,B,N]) -> Z[M] { Z[m] = sum[b,n] X[m,b,n] }")
     extents = {"m": 100, "b": 8, "n": 16}

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from cascade.backends.triton.partition import arrange, replaced, tied
-from cascade.backends.triton.products import ranks_of
+from cascade.backends.triton.products import matrix_product, ranks_of
 from cascade.inference import infer_dtypes
 from cascade.ir import Cascade, Cast, DType, Einsum, Rank, Read, Reduce, Target
 from cascade.passes.accumulate import read
@@ -33,6 +33,9 @@ def with_nested(cascade: Cascade, extents: Mapping[str, int], inputs: Mapping[st
         if not isinstance(stmt, Einsum) or not isinstance(stmt.expr, Reduce) or stmt.inits or stmt.target.name in fixed:
             continue
         several = len(stmt.expr.ranks) > 1 and stmt.expr.reducer in REDUCERS
+        product = matrix_product(stmt)
+        if product is not None and product.two_sided:  # of which one rank is made of all that it sums over
+            continue
         if several and arrange([stmt], cascade, extents) is None:
             made = _in_two(stmt, infer_dtypes(cascade, inputs), names(cascade))
             return with_nested(replaced(cascade, {stmt: made}), extents, inputs)
